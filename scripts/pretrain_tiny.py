@@ -17,6 +17,8 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -26,7 +28,20 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import BpeTrainer
 from torch import nn, Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from flowalign import scenes
 
@@ -40,10 +55,11 @@ LATENT_CHANNELS = 8
 TOKENS = 10
 """The longest caption has eight words."""
 BATCH = 64
+SD3_STEPS, FLUX_STEPS = 10_000, 6_000
 
 
 def main() -> None:
-    stages: dict[str, Callable[[float], None]] = {"vae": train_vae, "sd3": train_sd3}
+    stages: dict[str, Callable[[float], None]] = {"vae": train_vae, "sd3": train_sd3, "flux": train_flux, "clip": train_clip}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(stages)}; all by default")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of training steps")
@@ -136,13 +152,19 @@ def train_vae(scale: float) -> None:
         progress(step, loss)
 
 
+def caption_words() -> list[str]:
+    return sorted({word for kind in scenes.KINDS for c in scenes.captions(kind) for word in c.text.split()})
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-pair tokens in CLIP's format, one for every word of the captions."""
-    words = sorted({word for kind in scenes.KINDS for c in scenes.captions(kind) for word in c.text.split()})
+    words = caption_words()
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = Whitespace()
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    bpe.train_from_iterator(words, BpeTrainer(vocab_size=1000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+    bpe.train_from_iterator(
+        words, BpeTrainer(vocab_size=1000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False)
+    )
     state = json.loads(bpe.to_str())["model"]
     special = ["<|startoftext|>", "<|endoftext|>"]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *state["vocab"]]
@@ -214,7 +236,7 @@ def train_flow(name: str, modules: nn.Module, velocity: Callable[..., Tensor], s
 
 
 @torch.no_grad()
-def score(pipe: DiffusionPipeline, guidance: float, count: int = 300) -> dict[str, float]:
+def score(pipe: DiffusionPipeline, guidance: float, sequence: int = 0, count: int = 300) -> dict[str, float]:
     """Strict score by kind and overall, of pictures the diffusers pipeline makes in ten steps."""
     rng = np.random.default_rng(SEED + 2)
     captions = [scenes.draw_caption(rng, kind) for kind in scenes.KINDS for _ in range(count // len(scenes.KINDS))]
@@ -223,7 +245,7 @@ def score(pipe: DiffusionPipeline, guidance: float, count: int = 300) -> dict[st
         [caption.text for caption in captions],
         num_inference_steps=10,
         guidance_scale=guidance,
-        max_sequence_length=0,
+        max_sequence_length=sequence,
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
     ).images
@@ -272,7 +294,107 @@ def train_sd3(scale: float) -> None:
             print(f"guidance {guidance}:", {k: round(v, 2) for k, v in score(pipe, guidance).items()}, flush=True)
 
     print(f"sd3: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters", flush=True)
-    train_flow("sd3", modules, velocity, save, int(10_000 * scale))
+    train_flow("sd3", modules, velocity, save, int(SD3_STEPS * scale))
+
+
+def train_flux(scale: float) -> None:
+    """Like Flux-schnell, without embedded guidance; the autoencoder is tiny-sd3's."""
+    torch.manual_seed(SEED)
+    tokenizer = clip_tokenizer()
+    clip = CLIPTextModel(clip_text_config(tokenizer))
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"\u2581{word}", -1.0) for word in caption_words())]
+    t5_tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(pieces),
+            d_model=64,
+            d_kv=16,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=3,
+        num_single_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        axes_dims_rope=(8, 12, 12),
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+    )
+    modules = nn.ModuleList([transformer, clip, t5])
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    pipe = FluxPipeline(scheduler, load_vae(), clip, tokenizer, t5, t5_tokenizer, transformer)
+    positions = pipe._prepare_latent_image_ids(1, 4, 4, torch.device("cpu"), torch.float32)
+
+    def velocity(xt: Tensor, t: Tensor, texts: list[str]) -> Tensor:
+        embeds, pooled, text_ids = pipe.encode_prompt(texts, texts, max_sequence_length=TOKENS)
+        packed = pipe._pack_latents(xt, len(xt), LATENT_CHANNELS, 8, 8)
+        v = transformer(packed, embeds, pooled, t, positions, text_ids, return_dict=False)[0]
+        return pipe._unpack_latents(v, scenes.SIZE, scenes.SIZE, pipe.vae_scale_factor)
+
+    def save() -> None:
+        pipe.save_pretrained(ASSETS / "tiny-flux")
+        print({k: round(v, 2) for k, v in score(pipe, 1.0, TOKENS).items()}, flush=True)
+
+    print(f"flux: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters", flush=True)
+    train_flow("flux", modules, velocity, save, int(FLUX_STEPS * scale))
+
+
+def train_clip(scale: float) -> None:
+    """Contrastive, on true captions: the learned reward of the bundled world."""
+    torch.manual_seed(SEED)
+    tokenizer = clip_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=scenes.SIZE,
+        patch_size=8,
+        projection_dim=64,
+    )
+    model = CLIPModel(CLIPConfig(text_config=clip_text_config(tokenizer), vision_config=vision, projection_dim=64))
+    truth, _, pictures = draw_pictures(20_000, SEED + 3)
+    mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": scenes.SIZE},
+        crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
+        image_mean=mean,
+        image_std=std,
+    )
+    steps = int(2500 * scale)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = cosine(optimizer, steps)
+
+    def save() -> None:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(ASSETS / "tiny-clip")
+        with torch.no_grad():
+            texts = tokenizer([c.text for c in truth[:500]], padding="max_length", return_tensors="pt")
+            logits = model(**texts, pixel_values=pictures[:500].float() / 127.5 - 1).logits_per_image
+        right = [truth[row.argmax()].text == caption.text for row, caption in zip(logits, truth, strict=False)]
+        print(f"the caption among 500 is found for {np.mean(right):.0%} of pictures", flush=True)
+
+    progress = Progress("clip", steps, save)
+    for step, index in zip(range(steps), batches(len(pictures), 96, SEED), strict=False):
+        captions = [truth[i].text for i in index]
+        texts = tokenizer(captions, padding="max_length", return_tensors="pt")
+        logits = model(**texts, pixel_values=pictures[index].float() / 127.5 - 1).logits_per_image
+        same = torch.tensor([[float(a == b) for b in captions] for a in captions])
+        target = same / same.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress(step, loss)
 
 
 if __name__ == "__main__":

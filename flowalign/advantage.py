@@ -1,0 +1,33 @@
+"""From rewards to advantages: pure functions of the rewards and of which prompt each image belongs to."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.flow import PerImage
+
+
+def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImage]:
+    """Mean and population deviation of each image's group, per image. `group` holds integers."""
+    _, index = group.unique(return_inverse=True)
+    count = torch.bincount(index).to(reward.dtype)
+    mean = (torch.zeros_like(count).index_add_(0, index, reward) / count)[index]
+    variance = (torch.zeros_like(count).index_add_(0, index, (reward - mean) ** 2) / count)[index]
+    return mean, variance.sqrt()
+
+
+def group_advantage(
+    reward: PerImage, group: Tensor, std: Literal["group", "global"] = "global", epsilon: float = 1e-4, clip: float = 5.0
+) -> PerImage:
+    """Flow-GRPO's: how far above the mean of its group an image stands, over the deviation of the group or of all rewards.
+
+    A group of equal rewards gets zeros. Advantages are cut to [-clip, clip].
+    """
+    mean, deviation = group_statistics(reward, group)
+    if std == "global":
+        deviation = reward.std(correction=0)
+    return ((reward - mean) / (deviation + epsilon)).clamp(-clip, clip)
+
+
+ADVANTAGES = {"group": group_advantage}

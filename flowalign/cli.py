@@ -1,0 +1,68 @@
+"""The command line: flowalign train | sample. Exit status 0, 1 when a run failed, 2 when the input was wrong."""
+
+import argparse
+import os
+import sys
+import warnings
+
+from flowalign.errors import RunError, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="flowalign", description="Align text-to-image flow models with rewards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _train_arguments(commands.add_parser("train", help="train an adapter as a YAML file says"))
+    _sample_arguments(commands.add_parser("sample", help="pictures of a model, or of a run before and after"))
+    options = parser.parse_args(argv)
+    try:
+        options.action(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, such as configs/tiny/flow_grpo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+    parser.set_defaults(action=_train)
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run folder such as outputs/flow_grpo, or a model folder")
+    parser.add_argument("prompts", nargs="*", help="prompts, or one .txt or .jsonl file; a run's evaluation prompts by default")
+    parser.add_argument("--images", type=int, default=None, metavar="N", help="pictures a prompt")
+    parser.add_argument("--steps", type=int, default=None, help="sampler steps")
+    parser.add_argument("--guidance", type=float, default=None, help="classifier-free guidance (Flux: embedded guidance)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default=None, metavar="FOLDER", help="where to write; beside the run, or outputs/samples")
+    parser.set_defaults(action=_sample)
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _train(options: argparse.Namespace) -> None:
+    _quiet()
+    from flowalign.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from flowalign.trainer import train
+
+    train(config)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    _quiet()
+    from flowalign.sampling import sample
+
+    sample(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Prompt files, and which prompts a step takes: a pure function of the step."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from flowalign.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what its file says about it."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
+    """Prompts of a `.txt` (one a line) or `.jsonl` file (objects with `prompt`). UserError names the file and the line."""
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{key}: {path} is neither a .txt nor a .jsonl file.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{key}: there is no file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {path} cannot be read: {error}") from None
+    read = _read_object if path.suffix == ".jsonl" else lambda line, _: Prompt(line.strip())
+    prompts = [read(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{key}: {path} has no prompts.")
+    return prompts
+
+
+def _read_object(line: str, where: str) -> Prompt:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise UserError(f'{where} has no "prompt"; write for example {{"prompt": "a red circle"}}.')
+    return Prompt(found.pop("prompt"), found)
+
+
+def prompts_of_step(count: int, step: int, size: int, seed: int) -> list[int]:
+    """`size` indices of `count` prompts for this step: every prompt comes once before any comes again."""
+    first = step * size
+    order: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(first, first + size):
+        lap, place = divmod(position, count)
+        if lap not in order:
+            order[lap] = Random(f"{seed}/{lap}").sample(range(count), count)
+        chosen.append(order[lap][place])
+    return chosen

@@ -1,0 +1,163 @@
+"""From prompts to judged rollouts: collect, judge, and the source that makes a step's batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+
+from flowalign.advantage import group_statistics
+from flowalign.batch import Prompts, Rollout
+from flowalign.data import Prompt, prompts_of_step
+from flowalign.errors import UserError
+from flowalign.flow import concatenate, PerImage
+from flowalign.policy import Policy
+from flowalign.rewards.base import Reward, score_all
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The batch arithmetic of a step: images = prompts_per_step × images_per_prompt, over all processes."""
+
+    prompts_per_step: int
+    images_per_prompt: int
+    updates_per_step: int
+    images_per_pass: int
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        shares = self.updates_per_step * self.processes
+        if self.prompts_per_step % shares:
+            near = sorted({max(1, self.prompts_per_step // shares) * shares, -(-self.prompts_per_step // shares) * shares})
+            raise UserError(
+                f"train.prompts_per_step is {self.prompts_per_step}, which {self.updates_per_step} updates on {self.processes} "
+                f"process(es) cannot share evenly; nearest that can: {' or '.join(map(str, near))}."
+            )
+        if self.images_per_update % self.images_per_pass:
+            fitting = [n for n in range(1, self.images_per_update + 1) if self.images_per_update % n == 0]
+            near = sorted(fitting, key=lambda n: abs(n - self.images_per_pass))[:2]
+            raise UserError(
+                f"train.images_per_pass is {self.images_per_pass}, but an update has {self.images_per_update} images on each "
+                f"process; nearest that divide: {' or '.join(map(str, sorted(near)))}."
+            )
+
+    @property
+    def images_per_update(self) -> int:
+        """On each process."""
+        return self.prompts_per_step // self.updates_per_step // self.processes * self.images_per_prompt
+
+    @property
+    def images_per_step(self) -> int:
+        """On all processes."""
+        return self.prompts_per_step * self.images_per_prompt
+
+    def slots(self, rank: int) -> list[int]:
+        """Which of the step's prompts a process takes: an equal share of every update's."""
+        share = self.prompts_per_step // self.updates_per_step // self.processes
+        starts = [(update * self.processes + rank) * share for update in range(self.updates_per_step)]
+        return [slot for start in starts for slot in range(start, start + share)]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """source(step) -> Prompts: this process's prompts of a step, each repeated for its group."""
+
+    policy: Policy
+    prompts: list[Prompt]
+    counts: Counts
+    seed: int
+
+    def __call__(self, step: int) -> Prompts:
+        chosen = prompts_of_step(len(self.prompts), step, self.counts.prompts_per_step, self.seed)
+        slots = self.counts.slots(PartialState().process_index)
+        members = [(slot, image) for slot in slots for image in range(self.counts.images_per_prompt)]
+        keys = [(self.seed, step, slot, image) for slot, image in members]
+        return make_prompts(self.policy, [self.prompts[chosen[slot]] for slot, _ in members], keys)
+
+
+def make_prompts(policy: Policy, prompts: list[Prompt], keys: list[tuple[int, int, int, int]]) -> Prompts:
+    """Prompts with their embeddings, one row an image."""
+    texts = [prompt.text for prompt in prompts]
+    return Prompts(texts, [prompt.metadata for prompt in prompts], torch.tensor(keys), policy.encode(texts))
+
+
+def collect(policy: Policy, prompts: Prompts, images_per_pass: int, purpose: str = "rollout") -> Rollout:
+    """Images for the prompts, made by a gradient-free view in passes of equal size; rewards are still 0."""
+    steps = policy.sampler.stochastic_steps(key=int(prompts.keys[0, 1]) * 1_000_003 + int(prompts.keys[0, 0]))
+    return concatenate_rollouts([_collect(policy, piece, steps, purpose) for piece in prompts.pieces(images_per_pass)])
+
+
+@torch.no_grad()
+def _collect(policy: Policy, prompts: Prompts, steps: range, purpose: str) -> Rollout:
+    path = policy.generate(prompts, purpose, steps)
+    images = (policy.decode(path.x[:, -1]) * 255).round().byte().cpu()
+    unjudged = torch.zeros(len(prompts), device=path.x.device)
+    shared = prompts.prompts, prompts.metadata, prompts.keys, prompts.cond
+    return Rollout(*shared, path.x, path.log_prob, images, unjudged, unjudged, path.steps)
+
+
+def concatenate_rollouts(pieces: list[Rollout]) -> Rollout:
+    """One rollout of all the pieces' images."""
+    if len(pieces) == 1:
+        return pieces[0]
+    joined = {
+        name: concatenate(getattr(p, name) for p in pieces)
+        for name in ("keys", "path", "log_prob", "images", "reward", "advantage")
+    }
+    conds = [piece.cond for piece in pieces]
+    tensors = ("embeds", "pooled", "null_embeds", "null_pooled")
+    cond = replace(conds[0], **{name: concatenate(getattr(c, name) for c in conds) for name in tensors})
+    texts = [text for piece in pieces for text in piece.prompts]
+    metadata = [entry for piece in pieces for entry in piece.metadata]
+    return replace(pieces[0], prompts=texts, metadata=metadata, cond=cond, **joined)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores rollouts and compares the images of each prompt, over all processes."""
+
+    rewards: list[Reward]
+    combine: Callable[[dict[str, PerImage], dict[str, float]], PerImage]
+    advantage: Callable[[PerImage, torch.Tensor], PerImage]
+    images_per_pass: int
+    device: torch.device
+
+    def score(self, rollout: Rollout) -> dict[str, PerImage]:
+        """Every reward of this process's images, on the CPU."""
+        scored = [
+            score_all(self.rewards, piece.images.to(self.device).float() / 255, piece.prompts, piece.metadata)
+            for piece in rollout.pieces(self.images_per_pass)
+        ]
+        return {reward.name: concatenate(scores[reward.name] for scores in scored) for reward in self.rewards}
+
+    def __call__(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
+        """The rollout with rewards and advantages, and what to log of them."""
+        names = [reward.name for reward in self.rewards]
+        local = torch.stack([*self.score(rollout).values(), rollout.group.float()], 1)
+        everyone = gather(local.to(self.device)).cpu()
+        scores = dict(zip(names, everyone.T, strict=False))
+        group = everyone[:, -1].long()
+        reward = self.combine(scores, {reward.name: reward.weight for reward in self.rewards})
+        advantage = self.advantage(reward, group)
+        _, deviation = group_statistics(reward, group)
+        metrics = {f"reward/{name}": score.mean().item() for name, score in scores.items()}
+        metrics |= {"reward/combined": reward.mean().item(), "reward/spread_in_group": deviation.mean().item()}
+        metrics |= {"reward/groups_without_spread": (deviation == 0).float().mean().item()}
+        rank = PartialState().process_index
+        mine = slice(rank * len(rollout), (rank + 1) * len(rollout))
+        judged = replace(rollout, reward=reward[mine].to(self.device), advantage=advantage[mine].to(self.device))
+        return judged, metrics
+
+
+Source = Callable[[int], tuple[Any, dict[str, float]]]
+
+
+def rollout_source(policy: Policy, prompts: PromptSource, judge: Judge, rollout_with: str) -> Source:
+    """source(step) -> judged rollout and its metrics, sampled under the weights named."""
+
+    def source(step: int) -> tuple[Rollout, dict[str, float]]:
+        return judge(collect(policy.at(rollout_with), prompts(step), prompts.counts.images_per_pass))
+
+    return source

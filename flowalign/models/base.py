@@ -1,0 +1,223 @@
+"""What every model family shares: loading, prompt embeddings, guidance and the autoencoder."""
+
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from flowalign.batch import Cond
+from flowalign.errors import UserError
+from flowalign.flow import Latent, PerImage
+
+CACHE_BYTES = 2**30
+ENCODE_AT_ONCE = 64
+
+
+@dataclass
+class Lora:
+    """A low-rank adapter (arXiv 2106.09685) on the transformer's linear layers, in float32."""
+
+    rank: int = 32
+    alpha: int = 64
+    """The adapter's output is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=list)
+    """Endings of the names of the adapted layers; none for the family's published choice."""
+    init: Literal["default", "gaussian"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 1:
+            raise UserError(f"model.lora has rank {self.rank} and alpha {self.alpha}; both must be 1 or more.")
+
+
+@dataclass
+class ModelConfig:
+    """A model in diffusers' folder layout."""
+
+    name: Literal["sd3", "flux"]
+    path: str
+    """A local folder, or a repository on the Hugging Face hub."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the transformer and the text encoders. Adapters, latents and the autoencoder stay in float32."""
+    height: int = 512
+    width: int = 512
+    max_sequence_length: int = 256
+    """T5 tokens a prompt. 0 leaves T5 out."""
+    attention: str = "native"
+    """native, xformers, or (Flux) any attention backend of diffusers."""
+    gradient_checkpointing: bool = False
+    lora: Lora = field(default_factory=Lora)
+
+
+class FlowModel(ABC):
+    """A flow-matching text-to-image model. t is in [0, 1]; latents are (B, channels, height, width) in float32."""
+
+    pipeline_class: ClassVar[type]
+    lora_targets: ClassVar[list[str]]
+    text_encoders: ClassVar[list[str]]
+
+    def __init__(self, config: ModelConfig, device: str = "cpu"):
+        self.config, self.device = config, torch.device(device)
+        self.pipe = load_pipeline(self.pipeline_class, config, self.optional_components(config))
+        self.transformer = self.pipe.transformer.requires_grad_(False).eval().to(self.device)
+        self.vae = self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
+        for name in self.text_encoders:
+            if (encoder := getattr(self.pipe, name)) is not None:
+                encoder.requires_grad_(False).eval()
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if config.height * config.width >= 512 * 512:
+            self.vae.enable_slicing()
+        if config.height * config.width > 1536 * 1536:
+            self.vae.enable_tiling()
+        self.use_attention(config.attention)
+        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        step = 2 * self.pipe.vae_scale_factor
+        if config.height % step or config.width % step:
+            near = [max(step, round(side / step) * step) for side in (config.height, config.width)]
+            raise UserError(f"model.height and model.width must be multiples of {step}; nearest: {near[0]} and {near[1]}.")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        scale = self.pipe.vae_scale_factor
+        return self.vae.config.latent_channels, self.config.height // scale, self.config.width // scale
+
+    def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
+        """v at (x, t), guided as `cond` says: one forward, of a doubled batch where there is guidance."""
+        if cond.guidance == 1:
+            return self.forward(x, t, cond)
+        embeds, pooled = torch.cat([cond.null_embeds, cond.embeds]), torch.cat([cond.null_pooled, cond.pooled])
+        both = replace(cond, embeds=embeds, pooled=pooled, guidance=1.0)
+        v_null, v = self.forward(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return v_null + cond.guidance * (v - v_null)
+
+    @abstractmethod
+    def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
+        """The transformer's velocity for these embeddings, in float32."""
+
+    @abstractmethod
+    def schedule(self, steps: int) -> list[float]:
+        """Times from 1 to 0, `steps + 1` of them, as the family's pipeline chooses them."""
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, tokens, width) and pooled embeddings (B, width)."""
+
+    @abstractmethod
+    def use_attention(self, name: str) -> None:
+        """Switch the attention implementation, or raise UserError when it is not active afterwards."""
+
+    @staticmethod
+    def optional_components(config: ModelConfig) -> list[str]:
+        """Components of the pipeline that may be missing."""
+        return []
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Cond:
+        """Embeddings of the prompts, on the model's device. Equal prompts are encoded once and remembered."""
+        wanted = list(dict.fromkeys(["", *prompts]))
+        rows = {text: self._cache[text] for text in wanted if text in self._cache}
+        if missing := [text for text in wanted if text not in rows]:
+            with self._encoders_on_device():
+                for start in range(0, len(missing), ENCODE_AT_ONCE):
+                    texts = missing[start : start + ENCODE_AT_ONCE]
+                    rows |= zip(texts, zip(*(e.cpu() for e in self.encode_texts(texts)), strict=True), strict=True)
+        self._remember(rows)
+        embeds, pooled = (torch.stack([rows[p][i] for p in prompts]).to(self.device) for i in (0, 1))
+        null_embeds, null_pooled = (rows[""][i].to(self.device).expand_as(e) for i, e in enumerate((embeds, pooled)))
+        return Cond(embeds, pooled, null_embeds, null_pooled)
+
+    def _remember(self, rows: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for text, row in rows.items():
+            self._cache[text] = row
+            self._cache.move_to_end(text)
+        size = sum(tensor.nbytes for tensor in rows[""])
+        while len(self._cache) * size > CACHE_BYTES:
+            self._cache.popitem(last=False)
+
+    @contextlib.contextmanager
+    def _encoders_on_device(self) -> Iterator[None]:
+        """The text encoders are the largest part of SD3 and Flux: on the device only while they work."""
+        encoders = [encoder for name in self.text_encoders if (encoder := getattr(self.pipe, name)) is not None]
+        for encoder in encoders:
+            encoder.to(self.device)
+        yield
+        if self.device.type != "cpu":
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def decode(self, x0: Latent) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1]; differentiable."""
+        z = x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Latent:
+        """Latents of pictures (B, 3, H, W) in [0, 1]: the mode of the autoencoder's posterior."""
+        z = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mode()
+        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def _times(self, **arguments: Any) -> list[float]:
+        scheduler = deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(**arguments)
+        return scheduler.sigmas.tolist()
+
+
+def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]) -> Any:
+    """diffusers' pipeline from a folder or the hub. Raises UserError that says what is missing and what to do."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    folder = Path(config.path)
+    dtype = getattr(torch, config.dtype)
+    absent = dict.fromkeys(optional)
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise UserError(
+                f"model.path: {folder} is not a model: it has no model_index.json. Give the folder that a diffusers pipeline was saved to."
+            )
+        found = json.loads(index.read_text())
+        if found["_class_name"] != pipeline_class.__name__:
+            raise UserError(
+                f"model.path: {folder} holds a {found['_class_name']}, but model.name {config.name!r} needs a {pipeline_class.__name__}."
+            )
+        absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if found.get(name) == [None, None]}
+    elif folder.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
+        raise UserError(f"model.path: there is no folder {config.path}.")
+    try:
+        return pipeline_class.from_pretrained(config.path, revision=config.revision, torch_dtype=dtype, **absent)
+    except (OSError, ValueError) as error:
+        raise UserError(explain_loading(config.path, error)) from error
+
+
+def explain_loading(path: str, error: BaseException) -> str:
+    """Why a model could not be opened, and what to do about it."""
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__} {cause}")
+        cause = cause.__cause__ or cause.__context__
+    story = "\n".join(causes)
+    if any(word in story for word in ("GatedRepoError", "401", "403", "gated")):
+        return (
+            f"model.path: {path} is gated or private. Accept its licence at https://huggingface.co/{path}, then run "
+            "`hf auth login` (or set HF_TOKEN), or give a local folder."
+        )
+    if any(word in story for word in ("RepositoryNotFoundError", "404", "not a valid model identifier")):
+        return f"model.path: there is no folder and no hub repository named {path}. Check the spelling."
+    if any(
+        word in story
+        for word in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "Offline", "couldn't connect", "Max retries")
+    ):
+        return f"model.path: there is no folder {path}, and the hub cannot be reached. Download the model first, or give a local folder."
+    return f"model.path: {path} cannot be opened as a model: {error}"

@@ -1,0 +1,430 @@
+"""The loop: experience, the loss at each draw, an update, then the snapshots follow."""
+
+import json
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn, Tensor
+from tqdm import tqdm
+
+from flowalign import checkpoint
+from flowalign.batch import Batch
+from flowalign.config import Config, load_rewards
+from flowalign.data import read_prompts
+from flowalign.errors import RunError, UserError
+from flowalign.evaluation import Evaluator, paired_difference, Scores
+from flowalign.experience import Counts, Judge, PromptSource, rollout_source, Source
+from flowalign.models import load_model
+from flowalign.objectives.base import Objective, PathSteps
+from flowalign.policy import Policy
+from flowalign.report import write_report
+from flowalign.rewards.base import Reward
+from flowalign.tracking import before_after, environment, save_grid, Tracker
+
+MAY_CHANGE = ("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep")
+"""Keys that may differ when a run goes on."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run a configuration from its last checkpoint, or from the start, to its end. Returns what summary.json holds."""
+    run = prepare(config)
+    with run.writing():
+        return run.go()
+
+
+@dataclass
+class Meter:
+    """Means over a step's passes, and of `max_…` statistics the maximum over its first update; nothing waits for a value."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, stats: dict[str, Tensor], update: int = 0) -> None:
+        for name, value in stats.items():
+            value = value.detach().float()
+            if "max_" in name:
+                if update == 0:
+                    self.sums[name] = torch.maximum(self.sums.get(name, value.max()), value.max())
+                continue
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value.sum())) + value.sum()
+            self.counts[name] = self.counts.get(name, 0) + value.numel()
+
+    def values(self) -> dict[str, float]:
+        """Over all processes."""
+        if not self.sums:
+            return {}
+        sums = torch.stack(list(self.sums.values()))
+        largest = _maximum(sums) if PartialState().num_processes > 1 else sums
+        means = reduce(sums, "mean")
+        numbers = zip(self.sums, means.tolist(), largest.tolist(), strict=True)
+        return {name: top if "max_" in name else mean / self.counts[name] for name, mean, top in numbers}
+
+
+def _maximum(values: Tensor) -> Tensor:
+    largest = values.clone()
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return largest
+
+
+def compute_gradient(
+    policy: Policy, objective: Objective, batch: Batch, images_per_pass: int, meter: Meter, update: int = 0
+) -> None:
+    """Fill the policy's gradients with those of the mean loss over the batch's images and draws, over all processes."""
+    passes = batch.pieces(images_per_pass)
+    for piece in passes:
+        draws = list(objective.draws(piece))
+        for t in draws:
+            loss = objective.loss(policy, piece, t)
+            (loss.total / (len(passes) * len(draws))).backward()
+            meter.add({"loss": loss.total, **loss.stats}, update)
+    if PartialState().num_processes > 1:
+        gradients = [parameter.grad for parameter in policy.parameters()]
+        joined = reduce(torch.cat([g.flatten() for g in gradients if g is not None]), "mean")
+        for gradient, part in zip(gradients, joined.split([p.numel() for p in policy.parameters()]), strict=True):
+            assert gradient is not None
+            gradient.copy_(part.view_as(gradient))
+
+
+@dataclass
+class Run:
+    """A run folder and everything that works on it."""
+
+    config: Config
+    folder: Path
+    policy: Policy
+    source: Source
+    evaluator: Evaluator
+    optimizer: torch.optim.Optimizer
+    counts: Counts
+    state: checkpoint.State
+    stopping: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        return PartialState().is_main_process
+
+    @property
+    def best_weights(self) -> str:
+        """The weights that are evaluated and handed over."""
+        return "ema" if self.config.train.ema.decay else "policy"
+
+    def go(self) -> dict[str, Any]:
+        train = self.config.train
+        before = self.evaluate_before()
+        tracker = Tracker(self.folder, self.state.step) if self.is_main else None
+        bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not self.is_main)
+        with bar, self.interruptible():
+            while self.state.step < train.steps and not self.stopping:
+                metrics = self.step()
+                if train.evaluate_every and self.state.step % train.evaluate_every == 0 and self.state.step < train.steps:
+                    metrics |= self.evaluate()
+                if tracker:
+                    tracker.log(metrics)
+                bar.set_postfix(reward=f"{metrics['reward/combined']:.3f}", images_per_s=f"{metrics['images_per_second']:.0f}")
+                bar.update()
+                self.stopping = self.agree(self.stopping)
+                if self.state.step % train.save_every == 0 or self.state.step == train.steps or self.stopping:
+                    self.save()
+        if tracker:
+            tracker.close()
+        return self.finish(before)
+
+    def step(self) -> dict[str, float]:
+        """One step of training and its metrics."""
+        began, train, policy = time.monotonic(), self.config.train, self.policy
+        objective = self.config.objective
+        batch, metrics = self.source(self.state.step)
+        meter, norms = Meter(), []
+        for update, piece in enumerate(batch.pieces(self.counts.images_per_update)):
+            self.optimizer.zero_grad()
+            compute_gradient(policy, objective, piece, train.images_per_pass, meter, update)
+            norms.append(nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm).item())
+            self.apply(norms[-1])
+        for name, decay in objective.snapshots.items():
+            policy.follow(name, decay(self.state.step))
+        self.state.step += 1
+        self.state.images += self.counts.images_per_step
+        elapsed = time.monotonic() - began
+        self.state.seconds += elapsed
+        progress = {"step": self.state.step, "images": self.state.images, "seconds": self.state.seconds}
+        figures = {"grad_norm": sum(norms) / len(norms), "images_per_second": self.counts.images_per_step / elapsed}
+        return {**progress, **meter.values(), **figures, **metrics}
+
+    def apply(self, norm: float) -> None:
+        """The optimiser's update, unless the gradient is not finite."""
+        train = self.config.train
+        if not math.isfinite(norm):
+            self.state.bad_steps += 1
+            if self.state.bad_steps >= train.max_bad_steps:
+                raise RunError(
+                    f"the gradient was not finite {self.state.bad_steps} times (train.max_bad_steps); try a lower "
+                    "train.learning_rate, or model.dtype: float32."
+                )
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.learning_rate * min(1.0, (self.state.updates + 1) / max(1, train.warmup))
+        self.optimizer.step()
+        self.state.updates += 1
+        if train.ema.decay:
+            self.policy.follow("ema", train.ema.follow(self.state.updates))
+
+    def evaluate_before(self) -> Scores:
+        """The model without the adapter, once a run."""
+        file = self.folder / "evaluation" / "before.safetensors"
+        if not file.exists():
+            scores = self.evaluator(self.view("reference"))
+            if self.is_main:
+                scores.save(file)
+            PartialState().wait_for_everyone()
+        return Scores.load(file)
+
+    def evaluate(self) -> dict[str, float]:
+        scores = self.evaluator(self.view(self.best_weights))
+        if self.is_main:
+            save_grid(scores.images, self.folder / "pictures" / f"step-{self.state.step:06d}.png", columns=6)
+        return {f"eval/{name}": mean for name, mean in scores.means.items()}
+
+    def view(self, weights: str) -> Policy:
+        return self.policy.at(weights).sampling(self.config.evaluation_sampler)
+
+    def save(self) -> None:
+        if self.is_main:
+            checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
+        PartialState().wait_for_everyone()
+
+    def finish(self, before: Scores) -> dict[str, Any]:
+        """Evaluate, hand over the adapter, and write summary, pictures and report."""
+        if self.stopping and self.state.step < self.config.train.steps:
+            if self.is_main:
+                print(f"Stopped after step {self.state.step}; the same command goes on from there.")
+            summary = {"stopped": "interrupted", "images": self.state.images, "seconds": self.state.seconds}
+            return self._write_summary(summary)
+        after = self.evaluator(self.view(self.best_weights))
+        summary = {
+            "before": before.means,
+            "after": after.means,
+            "difference": paired_difference(before, after),
+            "images": self.state.images,
+            "seconds": round(self.state.seconds, 1),
+            "peak_memory_bytes": peak_memory(self.policy.model.device),
+            "stopped": "finished",
+            "weights": self.best_weights,
+        }
+        if self.is_main:
+            hand_over(self.policy, self.folder / "adapter", self.best_weights, self.config)
+            labels = [self.evaluator.prompts[i].text for i in after.shown.tolist()]
+            before_after(before.images, after.images, labels, self.folder / "pictures" / "before-after.png")
+            self._write_summary(summary)
+            write_report(self.folder, summary)
+            print_summary(summary, self.folder)
+        return summary
+
+    def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        if self.is_main:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        return summary
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if PartialState().num_processes == 1:
+            return flag
+        return bool(_maximum(torch.tensor(float(flag), device=self.policy.model.device)).item())
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends the run after its step, the second at once."""
+
+        def stop(*_: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            if self.is_main:
+                tqdm.write("Finishing this step, then saving. Press Ctrl-C again to stop at once.")
+
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """On a failure while running, keep the steps done and say where they are."""
+        try:
+            yield
+        except RunError as error:
+            if self.state.step and self.is_main:
+                checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
+            saved = checkpoint.checkpoints(self.folder)
+            where = f"The steps done are in {saved[-1]}; the same command goes on from there." if saved else "No step was done."
+            raise RunError(f"{error}\n{where}") from error
+
+
+def prepare(config: Config) -> Run:
+    """Everything a run needs, checked in the order of what is cheap. Raises UserError."""
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    train = config.train
+    counts = Counts(
+        train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass, processes.num_processes
+    )
+    if isinstance(config.objective.draws, PathSteps) and not config.sampler.stochastic_steps(0):
+        raise UserError(
+            "the objective learns from stochastic steps, but sampler.dynamics has none; write for example sampler: {dynamics: {name: flow_sde}}."
+        )
+    prompts = read_prompts(config.data.prompts)
+    evaluation_prompts = read_prompts(config.evaluation.prompts, "evaluation.prompts") if config.evaluation.prompts else prompts
+    rewards, evaluation_rewards = load_rewards(config.rewards), load_rewards(config.evaluation.rewards, "evaluation.rewards")
+    probe([*rewards, *evaluation_rewards], prompts[:2] * 2)
+    if processes.is_main_process:
+        print(
+            f"{processes.num_processes} process(es) on {processes.device}, {torch.get_num_threads()} threads each; {counts.images_per_step} images a step"
+        )
+    model = load_model(config.model, str(processes.device))
+    torch.manual_seed(train.seed)
+    snapshots = [*config.objective.snapshots, *(["ema"] if train.ema.decay else [])]
+    policy = Policy(model, config.sampler, snapshots)
+    judge = Judge(rewards, config.combine, config.advantage, train.images_per_pass, processes.device)
+    evaluation_judge = Judge(evaluation_rewards, config.combine, config.advantage, train.images_per_pass, processes.device)
+    source = rollout_source(policy, PromptSource(policy, prompts, counts, train.seed), judge, config.objective.rollout_with)
+    evaluator = Evaluator(
+        evaluation_prompts, config.evaluation.images_per_prompt, evaluation_judge, train.images_per_pass, train.seed
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
+    folder = Path(config.output)
+    state = open_folder(folder, config, policy, optimizer)
+    return Run(config, folder, policy, source, evaluator, optimizer, counts, state)
+
+
+def probe(rewards: list[Reward], prompts: list[Any]) -> None:
+    """Ask every reward for grey pictures of the first prompts, so that what is wrong with it shows before the model loads."""
+    images = torch.full((len(prompts), 3, 64, 64), 0.5)
+    for reward in rewards:
+        try:
+            reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+        except RunError as error:
+            raise UserError(str(error)) from error
+
+
+def open_folder(folder: Path, config: Config, policy: Policy, optimizer: torch.optim.Optimizer) -> checkpoint.State:
+    """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
+    processes = PartialState()
+    resolved = resolve(config)
+    if saved := checkpoint.checkpoints(folder):
+        before = yaml.safe_load((folder / "config.yaml").read_text())
+        if changed := sorted(key for key in differing(before, resolved) if key not in MAY_CHANGE):
+            raise UserError(
+                f"{folder} holds a run with another {', '.join(changed)}. Choose another folder, output=outputs/NAME, or remove it."
+            )
+        state = checkpoint.load_checkpoint(policy, optimizer, saved[-1])
+        if processes.is_main_process:
+            print(f"Going on from {saved[-1]}.")
+    else:
+        state = checkpoint.State()
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        found = environment(processes.device, processes.num_processes)
+        (folder / "environment.json").write_text(json.dumps(found, indent=2))
+    processes.wait_for_everyone()
+    return state
+
+
+def resolve(config: Config) -> dict[str, Any]:
+    """The configuration with every default written out, as a YAML that loads again."""
+
+    def named(section: str, value: Any) -> dict[str, Any]:
+        name = config.raw.get(section, {}).get("name")
+        settings = (
+            asdict(value)
+            if is_dataclass(value) and not isinstance(value, type)
+            else value.keywords
+            if isinstance(value, partial)
+            else {}
+        )
+        return {"name": name or {"objective": "flow_grpo", "advantage": "group", "combine": "weighted_sum"}[section], **settings}
+
+    sampler = {**asdict(config.sampler), "dynamics": config.raw.get("sampler", {}).get("dynamics", {"name": "ode"})}
+    sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
+    return {
+        "model": asdict(config.model),
+        "sampler": sampler,
+        "objective": named("objective", config.objective),
+        "advantage": named("advantage", config.advantage),
+        "combine": named("combine", config.combine),
+        "rewards": config.rewards,
+        "data": asdict(config.data),
+        "train": asdict(config.train),
+        "evaluation": asdict(config.evaluation),
+        "output": config.output,
+    }
+
+
+def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys under which two configurations differ."""
+    keys = []
+    for key in {*a, *b}:
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys += differing(one, other, f"{prefix}{key}.")
+        elif one != other:
+            keys.append(prefix + key)
+    return keys
+
+
+def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> None:
+    """The adapter folder, with a README that loads it in diffusers."""
+    sampler = config.evaluation_sampler
+    extra = "".join(f", {name}=None" for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.model.pipe, name, 0) is None)
+    guidance = sampler.guidance if config.model.name == "sd3" else sampler.embedded_guidance
+    pipeline = policy.model.pipeline_class.__name__
+    call = (
+        f"num_inference_steps={sampler.steps}, guidance_scale={guidance}, height={config.model.height}, "
+        f"width={config.model.width}, max_sequence_length={config.model.max_sequence_length}"
+    )
+    readme = f"""# A LoRA adapter for {config.model.path}
+
+```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{config.model.path}"{extra})
+pipe.load_lora_weights("{folder}")
+pipe("{policy_prompt(config)}", {call}).images[0].save("picture.png")
+```
+"""
+
+    def write(beside: Path) -> None:
+        checkpoint.save_adapter(policy, beside, weights)
+        (beside / "README.md").write_text(readme)
+
+    checkpoint.write_whole(folder, write)
+
+
+def policy_prompt(config: Config) -> str:
+    return read_prompts(config.evaluation.prompts or config.data.prompts)[0].text
+
+
+def peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    print(f"{'':24}{'before':>8}{'after':>8}  difference, 95 % interval")
+    for name, (low, mean, high) in summary["difference"].items():
+        print(f"{name:24}{summary['before'][name]:8.3f}{summary['after'][name]:8.3f}  {mean:+.3f}, {low:+.3f} to {high:+.3f}")
+    print(
+        f"Pictures: {folder / 'pictures' / 'before-after.png'}\nReport:   {folder / 'report.html'}\nAdapter:  {folder / 'adapter'}"
+    )

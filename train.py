@@ -1,0 +1,8 @@
+"""python train.py CONFIG.yaml [section.key=value ...]"""
+
+import sys
+
+from flowalign.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
