@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
@@ -190,9 +191,11 @@ def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     merged = dict(parent)
     for key, value in child.items():
         before = merged.get(key)
-        both = isinstance(before, dict) and isinstance(value, dict)
-        renamed = both and "name" in value and value["name"] != before.get("name")
-        merged[key] = merge(before, value) if both and not renamed and key not in REPLACED else value
+        if isinstance(before, dict) and isinstance(value, dict) and key not in REPLACED:
+            renamed = "name" in value and value["name"] != before.get("name")
+            merged[key] = value if renamed else merge(before, value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -208,10 +211,9 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
         if key not in raw:
             raise UserError(f"the section {key!r} is missing.")
     model = raw["model"]
-    if isinstance(model, dict) and model.get("name") not in MODELS:
-        raise UserError(
-            f"model.name is {model.get('name')!r}; the models are {', '.join(MODELS)}.{_did_you_mean(model.get('name'), MODELS)}"
-        )
+    name = model.get("name") if isinstance(model, dict) else model
+    if name not in MODELS:
+        raise UserError(f"model.name is {name!r}; the models are {', '.join(MODELS)}.{_did_you_mean(name, MODELS)}")
     config = Config(
         model=build(ModelConfig, model, "model"),
         sampler=build_sampler(raw.get("sampler", {})),
@@ -239,7 +241,7 @@ def check_evaluation(config: Config) -> None:
     for key in evaluation.sampler:
         if key not in allowed:
             raise UserError(f"Key {key!r} is not one of evaluation.sampler: {', '.join(allowed)}.{_did_you_mean(key, allowed)}")
-    build(Sampler, {k: v for k, v in evaluation.sampler.items()}, "evaluation.sampler")
+    build(Sampler, dict(evaluation.sampler), "evaluation.sampler")
 
 
 def build_sampler(section: Any) -> Sampler:
@@ -249,7 +251,7 @@ def build_sampler(section: Any) -> Sampler:
     return dataclasses.replace(settings, dynamics=dynamics)
 
 
-def build(cls: type, section: Any, key: str) -> Any:
+def build(cls: Any, section: Any, key: str) -> Any:
     """A dataclass from a mapping: types checked, unknown keys answered with the nearest, `__post_init__` run."""
     section = _mapping(section, key)
     _check_keys(section, cls, key)
@@ -295,7 +297,8 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
     place, colon, name = spec.rpartition(":")
     if not colon:
         raise UserError(
-            f'{key}: there is no {spec!r}; choose from {", ".join(table)}, or name your own: "my_file.py:{spec}".{_did_you_mean(spec, table)}'
+            f"{key}: there is no {spec!r}; choose from {', '.join(table)}, "
+            f'or name your own: "my_file.py:{spec}".{_did_you_mean(spec, table)}'
         )
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -316,7 +319,8 @@ def _import_file(path: Path) -> Any:
         raise FileNotFoundError(path)
     name = f"flowalign_user_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
-    assert found and found.loader
+    assert found is not None
+    assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     found.loader.exec_module(module)
@@ -331,7 +335,8 @@ def checked_rewards(section: Any, key: str) -> dict[str, Any]:
     for name, value in section.items():
         if name not in REWARDS and ":" not in str(name):
             raise UserError(
-                f'{key}: there is no reward {name!r}; choose from {", ".join(REWARDS)}, or name your own: "my_rewards.py:{name}".{_did_you_mean(name, REWARDS)}'
+                f"{key}: there is no reward {name!r}; choose from {', '.join(REWARDS)}, "
+                f'or name your own: "my_rewards.py:{name}".{_did_you_mean(name, REWARDS)}'
             )
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
         if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
@@ -359,7 +364,7 @@ def _mapping(section: Any, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in section.items()}
 
 
-def _check_keys(section: dict[str, Any], cls: type, key: str) -> None:
+def _check_keys(section: dict[str, Any], cls: Any, key: str) -> None:
     """Unknown keys, here and in nested dataclasses, answered with the nearest."""
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name, value in section.items():

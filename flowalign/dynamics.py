@@ -74,6 +74,10 @@ def is_stochastic(dynamics: Dynamics) -> bool:
     return function is not ode and eta != 0
 
 
+Steps = range
+"""Indices of steps; `Window.range` hides the name in its class."""
+
+
 @dataclass
 class Window:
     """Which steps are stochastic; the others follow the ODE and are not trained (Flow-GRPO-Fast, MixGRPO). The last never is."""
@@ -91,7 +95,7 @@ class Window:
         if self.size < 0 or (end and self.size > end - first):
             raise UserError(f"sampler.window.size is {self.size}, but range {[first, end]} has {end - first} steps.")
 
-    def steps(self, count: int, key: int) -> range:
+    def steps(self, count: int, key: int) -> Steps:
         """The stochastic steps of a path of `count` steps; `key` decides where the window stands."""
         first, end = self.range
         end = min(end or count - 1, count - 1)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
 
+from flowalign import processes
 from flowalign.data import Prompt
 from flowalign.experience import collect, Judge, make_prompts
 from flowalign.flow import PerImage
@@ -58,18 +57,15 @@ class Evaluator:
     seed: int
 
     def __call__(self, policy: Policy) -> Scores:
-        state = PartialState()
         members = [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
-        mine = members[state.process_index :: state.num_processes]
+        mine = members[processes.rank() :: processes.count()]
         pieces = [mine[start : start + self.images_per_pass] for start in range(0, len(mine), self.images_per_pass)]
         scored = [self._score(policy, piece) for piece in pieces]
         rows = torch.cat([torch.stack(list(scores.values()), 1) for scores, _ in scored])
         keys = torch.tensor(mine)
         images = torch.cat([images for _, images in scored])
         stride = max(1, len(mine) // SHOWN)
-        table = torch.cat([keys, rows], 1).to(policy.model.device)
-        table = gather(pad_across_processes(table, pad_index=-1)).cpu()
-        table = table[table[:, 0] >= 0]
+        table = processes.gather(torch.cat([keys, rows], 1))
         order = sorted(range(len(table)), key=lambda row: table[row, :2].tolist())
         names = [reward.name for reward in self.judge.rewards]
         scores = dict(zip(names, table[order, 2:].T, strict=True))
@@ -102,5 +98,5 @@ def _interval(values: Tensor) -> tuple[float, float, float]:
     mean, count = values.mean().item(), len(values)
     if count < 2:
         return -math.inf, mean, math.inf
-    half = stats.t.ppf(0.975, count - 1) * values.std().item() / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * values.std().item() / math.sqrt(count)
     return mean - half, mean, mean + half

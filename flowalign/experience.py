@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather
 
+from flowalign import processes
 from flowalign.advantage import group_statistics
 from flowalign.batch import Prompts, Rollout
 from flowalign.data import Prompt, prompts_of_step
@@ -71,7 +70,7 @@ class PromptSource:
 
     def __call__(self, step: int) -> Prompts:
         chosen = prompts_of_step(len(self.prompts), step, self.counts.prompts_per_step, self.seed)
-        slots = self.counts.slots(PartialState().process_index)
+        slots = self.counts.slots(processes.rank())
         members = [(slot, image) for slot in slots for image in range(self.counts.images_per_prompt)]
         keys = [(self.seed, step, slot, image) for slot, image in members]
         return make_prompts(self.policy, [self.prompts[chosen[slot]] for slot, _ in members], keys)
@@ -136,7 +135,7 @@ class Judge:
         """The rollout with rewards and advantages, and what to log of them."""
         names = [reward.name for reward in self.rewards]
         local = torch.stack([*self.score(rollout).values(), rollout.group.float()], 1)
-        everyone = gather(local.to(self.device)).cpu()
+        everyone = processes.gather(local)
         scores = dict(zip(names, everyone.T, strict=False))
         group = everyone[:, -1].long()
         reward = self.combine(scores, {reward.name: reward.weight for reward in self.rewards})
@@ -145,8 +144,8 @@ class Judge:
         metrics = {f"reward/{name}": score.mean().item() for name, score in scores.items()}
         metrics |= {"reward/combined": reward.mean().item(), "reward/spread_in_group": deviation.mean().item()}
         metrics |= {"reward/groups_without_spread": (deviation == 0).float().mean().item()}
-        rank = PartialState().process_index
-        mine = slice(rank * len(rollout), (rank + 1) * len(rollout))
+        start = processes.rank() * len(rollout)
+        mine = slice(start, start + len(rollout))
         judged = replace(rollout, reward=reward[mine].to(self.device), advantage=advantage[mine].to(self.device))
         return judged, metrics
 

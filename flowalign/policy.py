@@ -24,7 +24,7 @@ class Sampler:
 
     steps: int = 10
     dynamics: Any = None
-    """(x, v, t, s) -> Gaussian, the ODE when there is none; by name in a YAML, with its own fields: {name: flow_sde, eta: 0.7}."""
+    """(x, v, t, s) -> Gaussian; the ODE when there is none. In a YAML by name, with its fields: {name: flow_sde, eta: 0.7}."""
     guidance: float = 1.0
     """Classifier-free; 1 for none."""
     embedded_guidance: float = 3.5

@@ -8,7 +8,7 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast, get_args, Literal
+from typing import Any, cast, get_args, Literal
 
 import numpy as np
 import torch
@@ -87,18 +87,20 @@ class Thing:
 
 @dataclass(frozen=True)
 class Match:
-    """Which share of a caption's facts hold in a picture. An extra object counts as a fact that does not hold."""
+    """How many of a caption's facts hold in a picture, and how many objects nobody asked for are in it."""
 
     held: int
     facts: int
+    extra: int
 
     @property
     def strict(self) -> float:
-        return float(self.held == self.facts)
+        return float(self.held == self.facts and not self.extra)
 
     @property
     def graded(self) -> float:
-        return self.held / self.facts
+        """The share of facts that hold; every extra object takes one away."""
+        return max(0, self.held - self.extra) / self.facts
 
 
 @cache
@@ -168,7 +170,7 @@ def misquote(caption: Caption, rng: Generator) -> Caption:
 
 def draw_scene(caption: Caption, rng: Generator) -> list[Thing]:
     """A scene in which the caption holds: whatever it leaves open is drawn at random."""
-    colours = list(COLOURS)
+    colours: list[Colour] = list(COLOURS)
     things = [
         (phrase.colour or chosen, phrase.shape)
         for phrase in caption.phrases
@@ -179,7 +181,7 @@ def draw_scene(caption: Caption, rng: Generator) -> list[Thing]:
     jitter = rng.uniform(-0.025, 0.025, (len(things), 2))
     sizes = rng.uniform(0.175, 0.2, len(things))
     return [
-        Thing(colour, shape, x + dx, y + dy, size)
+        Thing(cast(Colour, colour), shape, x + dx, y + dy, size)
         for (colour, shape), (x, y), (dx, dy), size in zip(things, places, jitter, sizes, strict=True)
     ]
 
@@ -233,9 +235,9 @@ def read_picture(image: Tensor) -> list[Thing]:
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     things = []
     for index, colour in enumerate(COLOURS, start=1):
-        regions, _ = ndimage.label(nearest == index)
-        for number, box in enumerate(ndimage.find_objects(regions), start=1):
-            region = regions[box] == number
+        regions: Any = ndimage.label(nearest == index)
+        for number, box in enumerate(ndimage.find_objects(regions[0]), start=1):
+            region = regions[0][box] == number
             if region.sum() < 0.015 * nearest.size:
                 continue
             y, x = ((side.start + side.stop) / 2 / n for side, n in zip(box, nearest.shape, strict=True))
@@ -249,9 +251,9 @@ def _shape(region: np.ndarray) -> Shape | None:
     height, width = region.shape
     if not 0.7 < height / width < 1.4:
         return None
-    filled = ndimage.binary_fill_holes(region)
-    overlaps = {shape: _overlap(filled, _outline(shape, height, width)) for shape in SHAPES}
-    best = max(overlaps, key=overlaps.__getitem__)
+    filled: Any = ndimage.binary_fill_holes(region)
+    overlaps: dict[Shape, float] = {shape: _overlap(filled, _outline(shape, height, width)) for shape in SHAPES}
+    best = max(SHAPES, key=overlaps.__getitem__)
     return best if overlaps[best] >= 0.8 else None
 
 
@@ -280,7 +282,7 @@ def match(caption: Caption, things: list[Thing]) -> Match:
         facts += 1
         held += _related(caption, things)
     extra = max(0, len(things) - sum(phrase.count for phrase in caption.phrases))
-    return Match(held, facts + extra)
+    return Match(held, facts, extra)
 
 
 def _related(caption: Caption, things: list[Thing]) -> bool:

@@ -63,27 +63,41 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
 
 def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path) -> None:
     """A labelled grid of byte pictures (B, 3, H, W): for every prompt before above after."""
-    scale = max(1, 96 // before.shape[-1])
-    side = before.shape[-1] * scale
-    columns = min(6, len(prompts))
-    rows = -(-len(prompts) // columns)
+    labelled({"before": before, "after": after}, prompts, path)
+
+
+def labelled(rows: dict[str, Tensor], prompts: list[str], path: Path) -> None:
+    """A sheet of byte pictures (B, 3, H, W): under every prompt its picture of each row."""
+    height, width = next(iter(rows.values())).shape[-2:]
+    scale = max(1, round(128 / width))
+    size = width * scale, height * scale
     font = ImageFont.load_default(size=12)
-    text = 16 * max(len(_wrapped(prompt, side, font)) for prompt in prompts)
-    margin, gap = 56, 8
-    block = text + 2 * side + 4 + 2 * gap
-    sheet = Image.new("RGB", (margin + columns * (side + gap), rows * block), "white")
+    titles = [_wrapped(prompt, size[0], font) for prompt in prompts]
+    margin, gap, text = 56 if any(rows) else 8, 8, 16 * max(map(len, titles))
+    columns = min(6, len(prompts))
+    block = text + len(rows) * (size[1] + 4) + 2 * gap
+    sheet = Image.new("RGB", (margin + columns * (size[0] + gap), -(-len(prompts) // columns) * block), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, prompt in enumerate(prompts):
-        x, y = margin + i % columns * (side + gap), i // columns * block
-        draw.multiline_text((x, y + 2), "\n".join(_wrapped(prompt, side, font)), "black", font)
-        for row, (label, pictures) in enumerate((("before", before), ("after", after))):
-            top = y + text + row * (side + 4)
+    for i, title in enumerate(titles):
+        x, y = margin + i % columns * (size[0] + gap), i // columns * block
+        draw.multiline_text((x, y + 2), "\n".join(title), "black", font)
+        for row, (label, pictures) in enumerate(rows.items()):
+            top = y + text + row * (size[1] + 4)
             picture = Image.fromarray(pictures[i].permute(1, 2, 0).numpy())
-            sheet.paste(picture.resize((side, before.shape[-2] * scale), Image.Resampling.NEAREST), (x, top))
+            sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, top))
             if i % columns == 0:
-                draw.text((6, top + side // 2 - 8), label, "black", font)
+                draw.text((6, top + size[1] // 2 - 8), label, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def print_differences(
+    before: dict[str, float], after: dict[str, float], difference: dict[str, tuple[float, float, float]]
+) -> None:
+    """A table of every reward before, after, and the interval of the difference."""
+    print(f"{'':24}{'before':>8}{'after':>8}  difference, 95 % interval")
+    for name, (low, mean, high) in difference.items():
+        print(f"{name:24}{before[name]:8.3f}{after[name]:8.3f}  {mean:+.3f}, {low:+.3f} to {high:+.3f}")
 
 
 def _wrapped(prompt: str, width: int, font: Any) -> list[str]:

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import nn, Tensor
 from tqdm import tqdm
 
-from flowalign import checkpoint
+from flowalign import checkpoint, processes
 from flowalign.batch import Batch
 from flowalign.config import Config, load_rewards
 from flowalign.data import read_prompts
@@ -31,7 +29,7 @@ from flowalign.objectives.base import Objective, PathSteps
 from flowalign.policy import Policy
 from flowalign.report import write_report
 from flowalign.rewards.base import Reward
-from flowalign.tracking import before_after, environment, save_grid, Tracker
+from flowalign.tracking import before_after, environment, print_differences, save_grid, Tracker
 
 MAY_CHANGE = ("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep")
 """Keys that may differ when a run goes on."""
@@ -66,16 +64,8 @@ class Meter:
         if not self.sums:
             return {}
         sums = torch.stack(list(self.sums.values()))
-        largest = _maximum(sums) if PartialState().num_processes > 1 else sums
-        means = reduce(sums, "mean")
-        numbers = zip(self.sums, means.tolist(), largest.tolist(), strict=True)
+        numbers = zip(self.sums, processes.mean(sums).tolist(), processes.maximum(sums).tolist(), strict=True)
         return {name: top if "max_" in name else mean / self.counts[name] for name, mean, top in numbers}
-
-
-def _maximum(values: Tensor) -> Tensor:
-    largest = values.clone()
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    return largest
 
 
 def compute_gradient(
@@ -89,12 +79,11 @@ def compute_gradient(
             loss = objective.loss(policy, piece, t)
             (loss.total / (len(passes) * len(draws))).backward()
             meter.add({"loss": loss.total, **loss.stats}, update)
-    if PartialState().num_processes > 1:
-        gradients = [parameter.grad for parameter in policy.parameters()]
-        joined = reduce(torch.cat([g.flatten() for g in gradients if g is not None]), "mean")
-        for gradient, part in zip(gradients, joined.split([p.numel() for p in policy.parameters()]), strict=True):
-            assert gradient is not None
-            gradient.copy_(part.view_as(gradient))
+    if processes.count() > 1:
+        parameters = policy.parameters()
+        joined = processes.mean(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]))
+        for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 @dataclass
@@ -112,10 +101,6 @@ class Run:
     stopping: bool = False
 
     @property
-    def is_main(self) -> bool:
-        return PartialState().is_main_process
-
-    @property
     def best_weights(self) -> str:
         """The weights that are evaluated and handed over."""
         return "ema" if self.config.train.ema.decay else "policy"
@@ -123,8 +108,8 @@ class Run:
     def go(self) -> dict[str, Any]:
         train = self.config.train
         before = self.evaluate_before()
-        tracker = Tracker(self.folder, self.state.step) if self.is_main else None
-        bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not self.is_main)
+        tracker = Tracker(self.folder, self.state.step) if processes.is_main() else None
+        bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not processes.is_main())
         with bar, self.interruptible():
             while self.state.step < train.steps and not self.stopping:
                 metrics = self.step()
@@ -134,7 +119,7 @@ class Run:
                     tracker.log(metrics)
                 bar.set_postfix(reward=f"{metrics['reward/combined']:.3f}", images_per_s=f"{metrics['images_per_second']:.0f}")
                 bar.update()
-                self.stopping = self.agree(self.stopping)
+                self.stopping = bool(processes.maximum(torch.tensor(float(self.stopping))).item())
                 if self.state.step % train.save_every == 0 or self.state.step == train.steps or self.stopping:
                     self.save()
         if tracker:
@@ -185,14 +170,14 @@ class Run:
         file = self.folder / "evaluation" / "before.safetensors"
         if not file.exists():
             scores = self.evaluator(self.view("reference"))
-            if self.is_main:
+            if processes.is_main():
                 scores.save(file)
-            PartialState().wait_for_everyone()
+            processes.wait()
         return Scores.load(file)
 
     def evaluate(self) -> dict[str, float]:
         scores = self.evaluator(self.view(self.best_weights))
-        if self.is_main:
+        if processes.is_main():
             save_grid(scores.images, self.folder / "pictures" / f"step-{self.state.step:06d}.png", columns=6)
         return {f"eval/{name}": mean for name, mean in scores.means.items()}
 
@@ -200,14 +185,14 @@ class Run:
         return self.policy.at(weights).sampling(self.config.evaluation_sampler)
 
     def save(self) -> None:
-        if self.is_main:
+        if processes.is_main():
             checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
-        PartialState().wait_for_everyone()
+        processes.wait()
 
     def finish(self, before: Scores) -> dict[str, Any]:
         """Evaluate, hand over the adapter, and write summary, pictures and report."""
         if self.stopping and self.state.step < self.config.train.steps:
-            if self.is_main:
+            if processes.is_main():
                 print(f"Stopped after step {self.state.step}; the same command goes on from there.")
             summary = {"stopped": "interrupted", "images": self.state.images, "seconds": self.state.seconds}
             return self._write_summary(summary)
@@ -222,25 +207,21 @@ class Run:
             "stopped": "finished",
             "weights": self.best_weights,
         }
-        if self.is_main:
+        if processes.is_main():
             hand_over(self.policy, self.folder / "adapter", self.best_weights, self.config)
             labels = [self.evaluator.prompts[i].text for i in after.shown.tolist()]
             before_after(before.images, after.images, labels, self.folder / "pictures" / "before-after.png")
             self._write_summary(summary)
             write_report(self.folder, summary)
-            print_summary(summary, self.folder)
+            print_differences(summary["before"], summary["after"], summary["difference"])
+            for what, place in (("Pictures", "pictures/before-after.png"), ("Report", "report.html"), ("Adapter", "adapter")):
+                print(f"{what + ':':10}{self.folder / place}")
         return summary
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
-        if self.is_main:
+        if processes.is_main():
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         return summary
-
-    def agree(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        if PartialState().num_processes == 1:
-            return flag
-        return bool(_maximum(torch.tensor(float(flag), device=self.policy.model.device)).item())
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -250,7 +231,7 @@ class Run:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            if self.is_main:
+            if processes.is_main():
                 tqdm.write("Finishing this step, then saving. Press Ctrl-C again to stop at once.")
 
         previous = signal.signal(signal.SIGINT, stop)
@@ -265,7 +246,7 @@ class Run:
         try:
             yield
         except RunError as error:
-            if self.state.step and self.is_main:
+            if self.state.step and processes.is_main():
                 checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
             saved = checkpoint.checkpoints(self.folder)
             where = f"The steps done are in {saved[-1]}; the same command goes on from there." if saved else "No step was done."
@@ -274,29 +255,28 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Everything a run needs, checked in the order of what is cheap. Raises UserError."""
-    processes = PartialState(cpu=not torch.cuda.is_available())
     train = config.train
     counts = Counts(
-        train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass, processes.num_processes
+        train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass, processes.count()
     )
     if isinstance(config.objective.draws, PathSteps) and not config.sampler.stochastic_steps(0):
         raise UserError(
-            "the objective learns from stochastic steps, but sampler.dynamics has none; write for example sampler: {dynamics: {name: flow_sde}}."
+            "the objective learns from stochastic steps, but sampler.dynamics has none; "
+            "write for example sampler: {dynamics: {name: flow_sde}}."
         )
     prompts = read_prompts(config.data.prompts)
     evaluation_prompts = read_prompts(config.evaluation.prompts, "evaluation.prompts") if config.evaluation.prompts else prompts
     rewards, evaluation_rewards = load_rewards(config.rewards), load_rewards(config.evaluation.rewards, "evaluation.rewards")
     probe([*rewards, *evaluation_rewards], prompts[:2] * 2)
-    if processes.is_main_process:
-        print(
-            f"{processes.num_processes} process(es) on {processes.device}, {torch.get_num_threads()} threads each; {counts.images_per_step} images a step"
-        )
-    model = load_model(config.model, str(processes.device))
+    if processes.is_main():
+        where = f"{processes.count()} process(es) on {processes.device()}, {torch.get_num_threads()} threads each"
+        print(f"{where}; {counts.images_per_step} images a step")
+    model = load_model(config.model, str(processes.device()))
     torch.manual_seed(train.seed)
     snapshots = [*config.objective.snapshots, *(["ema"] if train.ema.decay else [])]
     policy = Policy(model, config.sampler, snapshots)
-    judge = Judge(rewards, config.combine, config.advantage, train.images_per_pass, processes.device)
-    evaluation_judge = Judge(evaluation_rewards, config.combine, config.advantage, train.images_per_pass, processes.device)
+    judge = Judge(rewards, config.combine, config.advantage, train.images_per_pass, processes.device())
+    evaluation_judge = Judge(evaluation_rewards, config.combine, config.advantage, train.images_per_pass, processes.device())
     source = rollout_source(policy, PromptSource(policy, prompts, counts, train.seed), judge, config.objective.rollout_with)
     evaluator = Evaluator(
         evaluation_prompts, config.evaluation.images_per_prompt, evaluation_judge, train.images_per_pass, train.seed
@@ -319,25 +299,23 @@ def probe(rewards: list[Reward], prompts: list[Any]) -> None:
 
 def open_folder(folder: Path, config: Config, policy: Policy, optimizer: torch.optim.Optimizer) -> checkpoint.State:
     """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
-    processes = PartialState()
     resolved = resolve(config)
     if saved := checkpoint.checkpoints(folder):
         before = yaml.safe_load((folder / "config.yaml").read_text())
         if changed := sorted(key for key in differing(before, resolved) if key not in MAY_CHANGE):
-            raise UserError(
-                f"{folder} holds a run with another {', '.join(changed)}. Choose another folder, output=outputs/NAME, or remove it."
-            )
+            another = f"{folder} holds a run with another {', '.join(changed)}"
+            raise UserError(f"{another}. Choose another folder, output=outputs/NAME, or remove it.")
         state = checkpoint.load_checkpoint(policy, optimizer, saved[-1])
-        if processes.is_main_process:
+        if processes.is_main():
             print(f"Going on from {saved[-1]}.")
     else:
         state = checkpoint.State()
-    if processes.is_main_process:
+    if processes.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        found = environment(processes.device, processes.num_processes)
+        found = environment(processes.device(), processes.count())
         (folder / "environment.json").write_text(json.dumps(found, indent=2))
-    processes.wait_for_everyone()
+    processes.wait()
     return state
 
 
@@ -419,12 +397,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    print(f"{'':24}{'before':>8}{'after':>8}  difference, 95 % interval")
-    for name, (low, mean, high) in summary["difference"].items():
-        print(f"{name:24}{summary['before'][name]:8.3f}{summary['after'][name]:8.3f}  {mean:+.3f}, {low:+.3f} to {high:+.3f}")
-    print(
-        f"Pictures: {folder / 'pictures' / 'before-after.png'}\nReport:   {folder / 'report.html'}\nAdapter:  {folder / 'adapter'}"
-    )

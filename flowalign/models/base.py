@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flowalign.batch import Cond
@@ -184,14 +187,12 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
-            raise UserError(
-                f"model.path: {folder} is not a model: it has no model_index.json. Give the folder that a diffusers pipeline was saved to."
-            )
+            wanted = "Give the folder that a diffusers pipeline was saved to."
+            raise UserError(f"model.path: {folder} is not a model: it has no model_index.json. {wanted}")
         found = json.loads(index.read_text())
         if found["_class_name"] != pipeline_class.__name__:
-            raise UserError(
-                f"model.path: {folder} holds a {found['_class_name']}, but model.name {config.name!r} needs a {pipeline_class.__name__}."
-            )
+            needed = f"model.name {config.name!r} needs a {pipeline_class.__name__}"
+            raise UserError(f"model.path: {folder} holds a {found['_class_name']}, but {needed}.")
         absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if found.get(name) == [None, None]}
     elif folder.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
         raise UserError(f"model.path: there is no folder {config.path}.")
@@ -219,5 +220,25 @@ def explain_loading(path: str, error: BaseException) -> str:
         word in story
         for word in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "Offline", "couldn't connect", "Max retries")
     ):
-        return f"model.path: there is no folder {path}, and the hub cannot be reached. Download the model first, or give a local folder."
+        return (
+            f"model.path: there is no folder {path}, and the hub cannot be reached. "
+            "Download the model first, or give a local folder."
+        )
     return f"model.path: {path} cannot be opened as a model: {error}"
+
+
+def describe(path: str) -> ModelConfig:
+    """The configuration of a model folder or repository, read from its own files, for making pictures with it."""
+    try:
+        index: Any = DiffusionPipeline.load_config(path)
+        vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
+    except (OSError, ValueError) as error:
+        raise UserError(explain_loading(path, error)) from error
+    families: dict[str, Literal["sd3", "flux"]] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+    if index["_class_name"] not in families:
+        raise UserError(f"{path} holds a {index['_class_name']}; pictures can be made with {' or '.join(families)}.")
+    family, side = families[index["_class_name"]], vae["sample_size"]
+    tokens = 256 if index.get("text_encoder_3", [None, None]) != [None, None] else 0
+    if family == "flux":
+        tokens = AutoTokenizer.from_pretrained(path, subfolder="tokenizer_2").model_max_length
+    return ModelConfig(family, path, height=side, width=side, max_sequence_length=tokens)

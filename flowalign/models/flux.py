@@ -4,8 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, FluxPipeline
 from einops import rearrange
 from torch import Tensor
 

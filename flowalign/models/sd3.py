@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flowalign.batch import Cond

@@ -34,9 +34,8 @@ class FlowGRPO:
 
     def __post_init__(self) -> None:
         if self.clip_range <= 0 or self.kl_weight < 0:
-            raise UserError(
-                f"objective: clip_range is {self.clip_range} and kl_weight {self.kl_weight}; write a range above 0 and a weight of 0 or more."
-            )
+            found = f"clip_range is {self.clip_range} and kl_weight {self.kl_weight}"
+            raise UserError(f"objective: {found}; write a range above 0 and a weight of 0 or more.")
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         x, x_next, advantage = rollout.path[:, k], rollout.path[:, k + 1], rollout.advantage

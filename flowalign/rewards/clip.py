@@ -16,7 +16,7 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny-clip")
 
 @dataclass
 class ClipScore:
-    """Cosine of picture and prompt in a CLIP model, in [-1, 1] (CLIPScore, arXiv 2104.08718, without its factor). Differentiable."""
+    """Cosine of picture and prompt in a CLIP model, in [-1, 1] (CLIPScore, arXiv 2104.08718, unscaled). Differentiable."""
 
     path: str = TINY
     """A local folder or a hub repository; the bundled CLIP for the bundled world."""

@@ -15,7 +15,7 @@ def scene_match(images: Tensor, prompts: list[str], metadata: list[dict[str, Any
 
 
 def scene_match_graded(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
-    """The share of the caption's facts that hold, in [0, 1]; an extra object is a fact that does not."""
+    """The share of the caption's facts that hold, in [0, 1]; every extra object takes one away."""
     return torch.tensor([match.graded for match in _matches(images, prompts)])
 
 

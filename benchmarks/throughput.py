@@ -1,0 +1,334 @@
+"""How much of a training step is the model's own work: python benchmarks/throughput.py [MODEL_FOLDER] [options]
+
+Measures rollouts (`experience.collect`) and whole steps (`trainer.Run.step`), and in the same process, turn by turn, the
+bare work they consist of: the very same transformer and decoder calls, with the adapter on, in a loop with nothing else.
+`--architecture sd3.5-medium` or `flux-dev` builds the published network with random weights instead of loading a folder.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import nn, Tensor
+
+from flowalign.batch import Rollout
+from flowalign.checkpoint import State
+from flowalign.config import build_config, Config, load_rewards
+from flowalign.data import Prompt
+from flowalign.errors import UserError
+from flowalign.evaluation import Evaluator
+from flowalign.experience import collect, Counts, Judge, PromptSource, rollout_source
+from flowalign.models import load_model
+from flowalign.models.base import FlowModel
+from flowalign.models.flux import Flux
+from flowalign.models.sd3 import SD3
+from flowalign.policy import Policy
+from flowalign.tracking import environment
+from flowalign.trainer import peak_memory, Run
+
+FAMILIES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+PROMPTS = [
+    Prompt(f"a {color} {shape}") for color in ("red", "green", "blue", "yellow") for shape in ("circle", "square", "triangle")
+]
+
+
+def random_autoencoder(scaling: float, shift: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        scaling_factor=scaling,
+        shift_factor=shift,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+class RandomSD35MediumPipeline(StableDiffusion3Pipeline):
+    """Stable Diffusion 3.5 medium's published configuration, random weights, no text encoders."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, torch_dtype: torch.dtype, **__: Any) -> "RandomSD35MediumPipeline":
+        with _building(torch_dtype):
+            transformer = SD3Transformer2DModel(
+                sample_size=128,
+                patch_size=2,
+                in_channels=16,
+                num_layers=24,
+                attention_head_dim=64,
+                num_attention_heads=24,
+                joint_attention_dim=4096,
+                caption_projection_dim=1536,
+                pooled_projection_dim=2048,
+                out_channels=16,
+                pos_embed_max_size=384,
+                dual_attention_layers=tuple(range(13)),
+                qk_norm="rms_norm",
+            )
+            vae = random_autoencoder(1.5305, 0.0609)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return cls(transformer, scheduler, vae, *[None] * 6)  # pyright: ignore[reportArgumentType]  (text encoders)
+
+
+class RandomFluxDevPipeline(FluxPipeline):
+    """Flux-dev's published configuration, random weights, no text encoders."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, torch_dtype: torch.dtype, **__: Any) -> "RandomFluxDevPipeline":
+        with _building(torch_dtype):
+            transformer = FluxTransformer2DModel(guidance_embeds=True)
+            vae = random_autoencoder(0.3611, 0.1159)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        return cls(scheduler, vae, *[None] * 4, transformer)  # pyright: ignore[reportArgumentType]  (text encoders)
+
+
+@contextmanager
+def _building(dtype: torch.dtype) -> Iterator[None]:
+    """Modules appear on the GPU, where random weights are quick, and in their dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class RandomSD35Medium(SD3):
+    pipeline_class: ClassVar = RandomSD35MediumPipeline
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(len(texts), 2048)
+
+
+class RandomFluxDev(Flux):
+    pipeline_class: ClassVar = RandomFluxDevPipeline
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(len(texts), 768)
+
+
+ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {
+    "sd3.5-medium": ("sd3", RandomSD35Medium),
+    "flux-dev": ("flux", RandomFluxDev),
+}
+
+
+@dataclass
+class Calls:
+    """The calls of a module while something else runs: an example of every kind, and how often."""
+
+    module: nn.Module
+    kinds: dict[Any, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    counts: Counter[Any] = field(default_factory=Counter)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        def remember(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
+            kind = torch.is_grad_enabled(), *(x.shape for x in tensors)
+            self.kinds.setdefault(kind, (args, kwargs))
+            self.counts[kind] += 1
+
+        handle = self.module.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def count(self, gradient: bool) -> int:
+        return sum(count for kind, count in self.counts.items() if kind[0] == gradient)
+
+    def replay(self, gradient: bool) -> None:
+        """The same calls again and nothing else; with `gradient`, those that were trained, and their backward passes."""
+        for kind, (args, kwargs) in self.kinds.items():
+            if kind[0] != gradient:
+                continue
+            for _ in range(self.counts[kind]):
+                with torch.set_grad_enabled(gradient):
+                    out = self.module(*args, **kwargs)
+                if gradient:
+                    out[0].backward(torch.ones_like(out[0]))
+
+
+@dataclass
+class Bench:
+    """A run without a folder, and the calls that one of its steps makes."""
+
+    run: Run
+    prompts: PromptSource
+    judge: Judge
+
+    def __post_init__(self) -> None:
+        model, train = self.run.policy.model, self.run.config.train
+        self.batch = self.prompts(0)
+        self.rollout = self.collect()
+        self.network, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
+        with self.network.recording(), self.decoder.recording():
+            self.run.step()
+        self.peak_memory = peak_memory(model.device)
+        passes = self.run.counts.images_per_step // train.images_per_pass
+        made, trained = self.network.count(gradient=False), self.network.count(gradient=True)
+        assert made == passes * self.run.config.sampler.steps, f"{made} forwards for {passes} passes"
+        assert trained == passes * len(self.rollout.steps), f"{trained} trained forwards for {passes} passes"
+        assert self.decoder.count(gradient=False) in (passes, self.run.counts.images_per_step)
+
+    def collect(self) -> Rollout:
+        return collect(self.run.policy.at("policy"), self.batch, self.run.config.train.images_per_pass)
+
+    def measure(self, repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+        """Seconds of every part, turn by turn, in an order that is reversed every other time."""
+        parts: dict[str, Callable[[], Any]] = {
+            "rollout": self.collect,
+            "bare forwards": lambda: self.network.replay(gradient=False),
+            "bare decode": lambda: self.decoder.replay(gradient=False),
+            "reward": lambda: self.judge(self.rollout),
+            "step": self.run.step,
+            "bare backwards": lambda: self.network.replay(gradient=True),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        for repetition in range(repetitions):
+            for name in list(parts)[:: -1 if repetition % 2 else 1]:
+                self.run.optimizer.zero_grad()
+                seconds[name].append(timed(parts[name], clock, self.run.policy.model.device))
+        return seconds
+
+
+def timed(action: Callable[[], Any], clock: Callable[[], float], device: torch.device) -> float:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    began = now()
+    action()
+    return now() - began
+
+
+def results(bench: Bench, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians over the repetitions; a ratio is the median of every repetition's own."""
+    sums = [dict(zip(seconds, row, strict=True)) for row in zip(*seconds.values(), strict=True)]
+    bare_rollout = [row["bare forwards"] + row["bare decode"] for row in sums]
+    bare_step = [bare + row["bare backwards"] for bare, row in zip(bare_rollout, sums, strict=True)]
+
+    def ratio(above: list[float], below: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+    return {
+        "images_per_second": bench.run.counts.images_per_step / statistics.median(seconds["rollout"]),
+        "step_seconds": statistics.median(seconds["step"]),
+        "rollout_ratio": ratio(seconds["rollout"], bare_rollout),
+        "step_ratio": ratio(seconds["step"], bare_step),
+        "decode_share": ratio(seconds["bare decode"], seconds["step"]),
+        "reward_share": ratio(seconds["reward"], seconds["step"]),
+        "peak_memory_bytes": bench.peak_memory,
+        "images_per_step": bench.run.counts.images_per_step,
+        "forwards": bench.network.count(gradient=False),
+        "forwards_and_backwards": bench.network.count(gradient=True),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+    }
+
+
+def build(options: argparse.Namespace) -> Bench:
+    """As `trainer.prepare`, without a run folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = configuration(options)
+    family = ARCHITECTURES[options.architecture][1] if options.architecture else None
+    model = family(config.model, device) if family else load_model(config.model, device)
+    train, policy = config.train, Policy(model, config.sampler)
+    counts = Counts(train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass)
+    prompts = PromptSource(policy, PROMPTS, counts, train.seed)
+    judge = Judge(load_rewards(config.rewards), config.combine, config.advantage, train.images_per_pass, model.device)
+    source = rollout_source(policy, prompts, judge, config.objective.rollout_with)
+    evaluator = Evaluator(PROMPTS, 1, judge, train.images_per_pass, train.seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
+    return Bench(Run(config, Path(), policy, source, evaluator, optimizer, counts, State()), prompts, judge)
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    if options.architecture:
+        name, path, side, tokens = ARCHITECTURES[options.architecture][0], f"random/{options.architecture}", 512, 128
+    else:
+        index = Path(options.model) / "model_index.json"
+        found = json.loads(index.read_text())["_class_name"] if index.is_file() else "StableDiffusion3Pipeline"
+        name, path, side, tokens = FAMILIES[found], options.model, 64, 0
+    model = {
+        "name": name,
+        "path": path,
+        "dtype": options.dtype or ("bfloat16" if options.architecture else "float32"),
+        "height": options.side or side,
+        "width": options.side or side,
+        "max_sequence_length": options.tokens if options.tokens is not None else tokens,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }
+    images = options.prompts * options.images_per_prompt
+    train = {
+        "prompts_per_step": options.prompts,
+        "images_per_prompt": options.images_per_prompt,
+        "images_per_pass": images // options.passes,
+        "max_bad_steps": 10**9,
+    }
+    dynamics = {"name": "flow_sde", "eta": 0.7}
+    sampler = {"steps": options.steps, "guidance": options.guidance, "window": {"size": options.window}, "dynamics": dynamics}
+    sections = {"model": model, "sampler": sampler, "train": train, "rewards": {options.reward: 1.0}, "data": {"prompts": ""}}
+    return build_config(sections, Path("throughput"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="assets/tiny-sd3", metavar="MODEL_FOLDER")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="random weights instead of a folder")
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler")
+    parser.add_argument("--prompts", type=int, default=8, help="a step")
+    parser.add_argument("--images-per-prompt", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=1, help="in which a step's images are made and trained")
+    parser.add_argument(
+        "--window", type=int, default=0, help="stochastic steps, which are the trained ones; 0 for all but the last"
+    )
+    parser.add_argument("--guidance", type=float, default=1.0, help="above 1, every call has a doubled batch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--side", type=int, help="height and width of the pictures")
+    parser.add_argument("--tokens", type=int, help="model.max_sequence_length")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--reward", default="scene_match_graded")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="the process's own time, where others share the processor")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    try:
+        bench = build(options)
+    except UserError as error:
+        parser.error(str(error))
+    device = bench.run.policy.model.device
+    measured = bench.measure(options.repetitions, time.process_time if options.cpu_time else time.perf_counter)
+    found = results(bench, measured)
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            print(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.3f}")
+    if options.output:
+        settings = {key: value for key, value in vars(options).items() if key != "output"}
+        about = {"settings": settings, "environment": environment(device, 1), "results": found, "repetitions": measured}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(about, indent=2))
+
+
+if __name__ == "__main__":
+    main()

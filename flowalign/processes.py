@@ -1,0 +1,56 @@
+"""Which process this is, of how many, and what they tell each other; accelerate starts them."""
+
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather as accelerate_gather
+from accelerate.utils import pad_across_processes
+from accelerate.utils import reduce as accelerate_reduce
+from torch import Tensor
+
+
+def state() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def device() -> torch.device:
+    return cast(torch.device, state().device)
+
+
+def rank() -> int:
+    return state().process_index
+
+
+def count() -> int:
+    return state().num_processes
+
+
+def is_main() -> bool:
+    return state().is_main_process
+
+
+def wait() -> None:
+    """Until every process is here."""
+    state().wait_for_everyone()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """All processes' rows (n, columns), in the order of ranks, on the CPU. Processes may hold different numbers of rows."""
+    present = torch.ones(len(rows), 1)
+    padded = pad_across_processes(torch.cat([present, rows.float()], 1).to(device()))
+    everyone = cast(Tensor, accelerate_gather(padded)).cpu()
+    return everyone[everyone[:, 0] == 1, 1:]
+
+
+def mean(values: Tensor) -> Tensor:
+    """Element by element over processes."""
+    return cast(Tensor, accelerate_reduce(values, "mean")) if count() > 1 else values
+
+
+def maximum(values: Tensor) -> Tensor:
+    """Element by element over processes."""
+    largest = values.clone().to(device())
+    if count() > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return largest

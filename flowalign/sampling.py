@@ -1,0 +1,92 @@
+"""Pictures of a model, or of a run: the same prompts from the same noise with and without its adapter."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from flowalign import processes
+from flowalign.checkpoint import checkpoints, load_adapter
+from flowalign.config import load_config, load_rewards
+from flowalign.data import Prompt, read_prompts
+from flowalign.errors import UserError
+from flowalign.evaluation import Evaluator, paired_difference
+from flowalign.experience import collect, Judge, make_prompts
+from flowalign.models import load_model
+from flowalign.models.base import describe
+from flowalign.policy import Policy, Sampler
+from flowalign.tracking import before_after, labelled, print_differences
+
+AT_ONCE = 16
+PROMPTS = 18
+
+
+def sample(options: Namespace) -> None:
+    """What `sample.py` does. Raises UserError when the source is neither a run nor a model."""
+    source = Path(options.source)
+    if (source / "config.yaml").is_file():
+        sample_run(source, options)
+    elif source.is_dir() and not (source / "model_index.json").is_file():
+        raise UserError(f"{source} is neither a run folder (it has no config.yaml) nor a model (it has no model_index.json).")
+    else:
+        sample_model(options)
+
+
+def sample_run(run: Path, options: Namespace) -> None:
+    """Before and after as one labelled grid, the rewards of both, and their paired difference."""
+    config = load_config(run / "config.yaml")
+    adapter = run / "adapter"
+    if not adapter.is_dir():
+        saved = checkpoints(run)
+        if not saved:
+            raise UserError(f"{run} has no adapter and no checkpoint yet; let python train.py make one first.")
+        adapter = saved[-1]
+    device = processes.device()
+    settings = {"steps": options.steps, "guidance": options.guidance}
+    sampler = replace(config.evaluation_sampler, **{name: value for name, value in settings.items() if value is not None})
+    policy = Policy(load_model(config.model, str(device)), sampler)
+    load_adapter(policy, adapter)
+    prompts = asked(options) or spread(read_prompts(config.evaluation.prompts or config.data.prompts), PROMPTS)
+    rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
+    judge = Judge(rewards, config.combine, config.advantage, AT_ONCE, device)
+    evaluator = Evaluator(prompts, options.images or 1, judge, AT_ONCE, options.seed)
+    before, after = evaluator(policy.at("reference")), evaluator(policy.at("policy"))
+    difference = paired_difference(before, after)
+    folder = Path(options.output or run / "samples")
+    before_after(before.images, after.images, [prompts[i].text for i in after.shown.tolist()], folder / "before-after.png")
+    figures = {"before": before.means, "after": after.means, "difference": difference, "adapter": str(adapter)}
+    (folder / "rewards.json").write_text(json.dumps(figures, indent=2))
+    print_differences(before.means, after.means, difference)
+    print(f"Pictures: {folder / 'before-after.png'}")
+
+
+def sample_model(options: Namespace) -> None:
+    """One labelled grid of a model's pictures."""
+    config = describe(options.source)
+    device = processes.device()
+    guidance = options.guidance or (4.5 if config.name == "sd3" else 3.5)
+    sampler = Sampler(steps=options.steps or 28)
+    sampler = replace(sampler, **{"guidance" if config.name == "sd3" else "embedded_guidance": guidance})
+    policy = Policy(load_model(config, str(device)), sampler)
+    prompts = asked(options)
+    if not prompts:
+        raise UserError('give prompts or a prompt file: python sample.py MODEL "a red circle left of a blue square".')
+    members = [(p, i) for p in range(len(prompts)) for i in range(options.images or 1)]
+    keys = [(options.seed, -1, prompt, image) for prompt, image in members]
+    batch = make_prompts(policy, [prompts[p] for p, _ in members], keys)
+    images = collect(policy.at("reference"), batch, AT_ONCE).images
+    path = Path(options.output or Path("outputs") / "samples") / "pictures.png"
+    labelled({"": images}, batch.prompts, path)
+    print(f"Pictures: {path}")
+
+
+def asked(options: Namespace) -> list[Prompt]:
+    """The prompts of the command line: texts, or one file of them."""
+    if len(options.prompts) == 1 and Path(options.prompts[0]).suffix in (".txt", ".jsonl"):
+        return read_prompts(options.prompts[0], "prompts")
+    return [Prompt(text) for text in options.prompts]
+
+
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """`count` of the prompts, spread evenly over the file."""
+    return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else prompts

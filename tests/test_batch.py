@@ -1,0 +1,116 @@
+"""Noise belongs to an image's keys and a purpose, whatever batch the image stands in."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from flowalign.batch import Cond, draw_noise, Prompts, Rollout
+
+SHAPE = (2, 4, 4)
+
+
+def cond(count: int) -> Cond:
+    rows = torch.arange(count, dtype=torch.float32)
+    return Cond(rows.view(-1, 1, 1), rows.view(-1, 1), -rows.view(-1, 1, 1), -rows.view(-1, 1))
+
+
+def prompts(count: int = 6) -> Prompts:
+    keys = torch.tensor([(0, 5, i // 3, i % 3) for i in range(count)])
+    return Prompts([f"prompt {i // 3}" for i in range(count)], [{"row": i} for i in range(count)], keys, cond(count))
+
+
+def rollout(count: int = 6) -> Rollout:
+    batch, rows = prompts(count), torch.arange(count, dtype=torch.float32)
+    path = rows.view(-1, 1, 1) + torch.zeros(count, 4, 1)
+    images = torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
+    shared = batch.prompts, batch.metadata, batch.keys, batch.cond
+    return Rollout(*shared, path, torch.zeros(count, 3), images, rows, rows, range(2))
+
+
+def test_a_piece_of_a_batch_draws_the_same_noise():
+    batch = prompts()
+    whole = batch.noise("loss", 0, SHAPE)
+    assert torch.equal(torch.cat([piece.noise("loss", 0, SHAPE) for piece in batch.pieces(4)]), whole)
+    assert torch.equal(batch[2:5].noise("loss", 0, SHAPE), whole[2:5])
+
+
+def test_what_was_drawn_before_does_not_matter():
+    noise = prompts().noise("loss", 0, SHAPE)
+    torch.manual_seed(123)
+    torch.randn(10)
+    prompts().noise("rollout", 3, SHAPE)
+    assert torch.equal(prompts().noise("loss", 0, SHAPE), noise)
+
+
+def test_drawing_noise_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    prompts().noise("loss", 0, SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_another_seed_step_prompt_or_image_gives_other_noise(column):
+    key = torch.tensor([[1, 2, 3, 4]])
+    other = key.clone()
+    other[0, column] += 1
+    assert not torch.equal(draw_noise(key, "loss/0", SHAPE), draw_noise(other, "loss/0", SHAPE))
+
+
+def test_another_purpose_or_draw_gives_other_noise():
+    batch = prompts()
+    noises = [batch.noise(purpose, draw, SHAPE) for purpose in ("loss", "rollout") for draw in (0, 1)]
+    assert all(not torch.equal(noises[i], noises[j]) for i in range(4) for j in range(i))
+
+
+def test_images_of_a_batch_get_different_noise():
+    noise = prompts().noise("loss", 0, SHAPE).flatten(1)
+    assert len(noise.unique(dim=0)) == len(noise)
+
+
+def test_noise_is_standard_normal_within_and_across_images():
+    keys = torch.tensor([(0, 0, prompt, image) for prompt in range(20) for image in range(20)])
+    noise = draw_noise(keys, "loss/0", (64,))
+    levels = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99])
+    torch.testing.assert_close(noise.flatten().quantile(levels), Normal(0.0, 1.0).icdf(levels), atol=0.05, rtol=0)
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert noise[:, 0].std() == pytest.approx(1, abs=0.12)
+    between = torch.corrcoef(noise[:20]).fill_diagonal_(0)
+    assert between.abs().max() < 0.6
+
+
+def test_noise_is_float32_on_the_cpu():
+    noise = prompts().noise("loss", 0, SHAPE)
+    assert (noise.dtype, noise.device.type, noise.shape) == (torch.float32, "cpu", (6, *SHAPE))
+
+
+def test_a_slice_takes_every_field_of_its_images_and_keeps_those_of_the_batch():
+    piece = rollout()[2:4]
+    assert piece.prompts == ["prompt 0", "prompt 1"]
+    assert piece.metadata == [{"row": 2}, {"row": 3}]
+    assert piece.group.tolist() == [0, 1]
+    for tensor in (piece.path[:, 0, 0], piece.reward, piece.advantage, piece.cond.pooled[:, 0], -piece.cond.null_pooled[:, 0]):
+        assert tensor.tolist() == [2, 3]
+    assert len(piece.images) == len(piece.log_prob) == len(piece.cond) == len(piece) == 2
+    assert piece.steps == range(2)
+
+
+def test_pieces_cover_the_batch_in_order():
+    pieces = rollout().pieces(4)
+    assert [len(piece) for piece in pieces] == [4, 2]
+    assert torch.cat([piece.reward for piece in pieces]).tolist() == list(range(6))
+
+
+def test_x0_is_where_the_path_ends():
+    batch = rollout()
+    ending = replace(batch, path=batch.path + torch.arange(4).view(1, 4, 1))
+    assert torch.equal(ending.x0.flatten(), torch.arange(6) + 3.0)
+
+
+def test_a_cond_keeps_its_guidance_when_sliced_and_loses_it_when_asked():
+    guided = cond(4).guided(4.5)
+    assert guided[1:3].guidance == 4.5
+    assert len(guided[1:3]) == 2
+    assert guided.unguided().guidance == 1
+    assert torch.equal(guided.unguided().embeds, guided.embeds)
