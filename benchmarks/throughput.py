@@ -12,19 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from architectures import ARCHITECTURES
 from torch import nn, Tensor
 
 from flowalign.batch import Rollout
@@ -35,101 +28,14 @@ from flowalign.errors import UserError
 from flowalign.evaluation import Evaluator
 from flowalign.experience import collect, Counts, Judge, PromptSource, rollout_source
 from flowalign.models import load_model
-from flowalign.models.base import FlowModel
-from flowalign.models.flux import Flux
-from flowalign.models.sd3 import SD3
+from flowalign.models.base import describe
 from flowalign.policy import Policy
 from flowalign.tracking import environment
 from flowalign.trainer import peak_memory, Run
 
-FAMILIES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 PROMPTS = [
     Prompt(f"a {color} {shape}") for color in ("red", "green", "blue", "yellow") for shape in ("circle", "square", "triangle")
 ]
-
-
-def random_autoencoder(scaling: float, shift: float) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        scaling_factor=scaling,
-        shift_factor=shift,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-class RandomSD35MediumPipeline(StableDiffusion3Pipeline):
-    """Stable Diffusion 3.5 medium's published configuration, random weights, no text encoders."""
-
-    @classmethod
-    def from_pretrained(cls, *_: Any, torch_dtype: torch.dtype, **__: Any) -> "RandomSD35MediumPipeline":
-        with _building(torch_dtype):
-            transformer = SD3Transformer2DModel(
-                sample_size=128,
-                patch_size=2,
-                in_channels=16,
-                num_layers=24,
-                attention_head_dim=64,
-                num_attention_heads=24,
-                joint_attention_dim=4096,
-                caption_projection_dim=1536,
-                pooled_projection_dim=2048,
-                out_channels=16,
-                pos_embed_max_size=384,
-                dual_attention_layers=tuple(range(13)),
-                qk_norm="rms_norm",
-            )
-            vae = random_autoencoder(1.5305, 0.0609)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        return cls(transformer, scheduler, vae, *[None] * 6)  # pyright: ignore[reportArgumentType]  (text encoders)
-
-
-class RandomFluxDevPipeline(FluxPipeline):
-    """Flux-dev's published configuration, random weights, no text encoders."""
-
-    @classmethod
-    def from_pretrained(cls, *_: Any, torch_dtype: torch.dtype, **__: Any) -> "RandomFluxDevPipeline":
-        with _building(torch_dtype):
-            transformer = FluxTransformer2DModel(guidance_embeds=True)
-            vae = random_autoencoder(0.3611, 0.1159)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        return cls(scheduler, vae, *[None] * 4, transformer)  # pyright: ignore[reportArgumentType]  (text encoders)
-
-
-@contextmanager
-def _building(dtype: torch.dtype) -> Iterator[None]:
-    """Modules appear on the GPU, where random weights are quick, and in their dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class RandomSD35Medium(SD3):
-    pipeline_class: ClassVar = RandomSD35MediumPipeline
-
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(len(texts), 2048)
-
-
-class RandomFluxDev(Flux):
-    pipeline_class: ClassVar = RandomFluxDevPipeline
-
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(len(texts), 768)
-
-
-ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {
-    "sd3.5-medium": ("sd3", RandomSD35Medium),
-    "flux-dev": ("flux", RandomFluxDev),
-}
 
 
 @dataclass
@@ -265,20 +171,13 @@ def build(options: argparse.Namespace) -> Bench:
 
 def configuration(options: argparse.Namespace) -> Config:
     if options.architecture:
-        name, path, side, tokens = ARCHITECTURES[options.architecture][0], f"random/{options.architecture}", 512, 128
+        family, path = ARCHITECTURES[options.architecture][0], f"random/{options.architecture}"
+        model = {"name": family, "path": path, "dtype": "bfloat16", "height": 512, "width": 512, "max_sequence_length": 128}
     else:
-        index = Path(options.model) / "model_index.json"
-        found = json.loads(index.read_text())["_class_name"] if index.is_file() else "StableDiffusion3Pipeline"
-        name, path, side, tokens = FAMILIES[found], options.model, 64, 0
-    model = {
-        "name": name,
-        "path": path,
-        "dtype": options.dtype or ("bfloat16" if options.architecture else "float32"),
-        "height": options.side or side,
-        "width": options.side or side,
-        "max_sequence_length": options.tokens if options.tokens is not None else tokens,
-        "gradient_checkpointing": options.gradient_checkpointing,
-    }
+        model = asdict(describe(options.model))
+    asked = {"dtype": options.dtype, "height": options.side, "width": options.side, "max_sequence_length": options.tokens}
+    model |= {key: value for key, value in asked.items() if value is not None}
+    model |= {"gradient_checkpointing": options.gradient_checkpointing}
     images = options.prompts * options.images_per_prompt
     train = {
         "prompts_per_step": options.prompts,

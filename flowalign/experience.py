@@ -34,12 +34,13 @@ class Counts:
                 f"train.prompts_per_step is {self.prompts_per_step}, which {self.updates_per_step} updates on {self.processes} "
                 f"process(es) cannot share evenly; nearest that can: {' or '.join(map(str, near))}."
             )
-        if self.images_per_update % self.images_per_pass:
-            fitting = [n for n in range(1, self.images_per_update + 1) if self.images_per_update % n == 0]
-            near = sorted(fitting, key=lambda n: abs(n - self.images_per_pass))[:2]
+        total = self.images_per_update
+        if total % self.images_per_pass:
+            fitting = [n for n in range(1, total + 1) if total % n == 0]
+            near = [max(n for n in fitting if n <= self.images_per_pass), *(n for n in fitting if n > self.images_per_pass)]
             raise UserError(
-                f"train.images_per_pass is {self.images_per_pass}, but an update has {self.images_per_update} images on each "
-                f"process; nearest that divide: {' or '.join(map(str, sorted(near)))}."
+                f"train.images_per_pass is {self.images_per_pass}, but an update has {total} images on each "
+                f"process; nearest that divide: {' or '.join(map(str, near[:2]))}."
             )
 
     @property

@@ -1,6 +1,7 @@
 """The policy: a model, named LoRA adapters, and the sampler that makes images with them."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -84,8 +85,10 @@ class Policy:
         self.times = model.schedule(sampler.steps)
         self.lora = lora_config(model)
         self.snapshots = list(snapshots or [])
-        for name in [*self.snapshots, "policy"]:
-            model.transformer.add_adapter(self.lora, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT warns of a second adapter, which is what is meant
+            for name in [*self.snapshots, "policy"]:
+                model.transformer.add_adapter(self.lora, name)
         self._layers = [layer for layer in model.transformer.modules() if isinstance(layer, BaseTunerLayer)]
         for parameter in model.transformer.parameters():
             parameter.requires_grad_(False)

@@ -47,22 +47,28 @@ def marginals(dynamics, steps: int, variance: float = VARIANCE) -> list[tuple[fl
 @pytest.mark.parametrize(
     ("dynamics", "variances"),
     [
-        (ode, [0.137, 0.216, 0.243, 0.248]),
+        (ode, [0.1367, 0.2160, 0.2428, 0.2485]),
         (flow_sde, [0.1801, 0.2297, 0.2466, 0.2497]),
-        (dance_sde, [0.148, 0.221, 0.244, 0.248]),
+        (dance_sde, [0.1484, 0.2196, 0.2436, 0.2487]),
         (cps, [0.1073, 0.1534, 0.1725, 0.1787]),
     ],
 )
 def test_every_dynamics_ends_with_the_known_mean_and_variance(dynamics, variances):
     for steps, variance in zip([10, 40, 200, 1000], variances, strict=True):
-        assert marginals(dynamics, steps)[-1] == (approx(MEAN, abs=1e-9), approx(variance, abs=6e-4))
+        assert marginals(dynamics, steps)[-1] == (approx(MEAN, abs=1e-9), approx(variance, abs=1e-4))
+
+
+def test_flow_sde_with_an_ode_step_at_the_end_is_a_little_narrower():
+    def last_step_ode(x, v, t, s):
+        return (flow_sde if s else ode)(x, v, t, s)
+
+    assert marginals(last_step_ode, 10)[-1] == (approx(MEAN), approx(0.1754, abs=1e-4))
 
 
 @pytest.mark.parametrize("dynamics", MARGINAL_PRESERVING)
 def test_the_error_of_a_marginal_preserving_dynamics_falls_as_one_over_the_steps(dynamics):
-    errors = [VARIANCE - marginals(dynamics, steps)[-1][1] for steps in (500, 1000, 2000)]
-    assert errors[0] / errors[1] == approx(2, rel=0.3)
-    assert errors[1] / errors[2] == approx(2, rel=0.3)
+    for steps in (10, 40, 200, 1000, 4000):
+        assert marginals(dynamics, steps)[-1] == (approx(MEAN), approx(VARIANCE, abs=1.5 / steps))
 
 
 def test_cps_converges_to_another_variance():

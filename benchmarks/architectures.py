@@ -1,0 +1,116 @@
+"""Published networks with random weights and random prompt embeddings: their cost without their files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from flowalign.models.base import FlowModel
+from flowalign.models.flux import Flux
+from flowalign.models.sd3 import SD3
+
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX_DEV = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+class RandomSD35MediumPipeline(StableDiffusion3Pipeline):
+    """Built where others are loaded, without text encoders."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **settings: Any) -> Any:
+        with _building(settings):
+            transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+            vae = AutoencoderKL(**AUTOENCODER, scaling_factor=1.5305, shift_factor=0.0609)
+        texts: Any = [None] * 6
+        return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *texts)
+
+
+class RandomFluxDevPipeline(FluxPipeline):
+    """Built where others are loaded, without text encoders."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **settings: Any) -> Any:
+        with _building(settings):
+            transformer = FluxTransformer2DModel(**FLUX_DEV)
+            vae = AutoencoderKL(**AUTOENCODER, scaling_factor=0.3611, shift_factor=0.1159)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        texts: Any = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        return cls(scheduler=scheduler, vae=vae, transformer=transformer, **texts)
+
+
+@contextmanager
+def _building(settings: dict[str, Any]) -> Iterator[None]:
+    """Modules appear in the dtype asked for, and on the GPU, where random weights are quick."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(settings.get("dtype") or settings["torch_dtype"])
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class RandomSD35Medium(SD3):
+    """Stable Diffusion 3.5 medium."""
+
+    pipeline_class: ClassVar = RandomSD35MediumPipeline
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(len(texts), 2048)
+
+
+class RandomFluxDev(Flux):
+    """Flux-dev."""
+
+    pipeline_class: ClassVar = RandomFluxDevPipeline
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(len(texts), 768)
+
+
+ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {
+    "sd3.5-medium": ("sd3", RandomSD35Medium),
+    "flux-dev": ("flux", RandomFluxDev),
+}
+"""Names to the family's name in a configuration and the class."""

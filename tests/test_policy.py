@@ -1,0 +1,152 @@
+"""Adapters, snapshots, and the sampler that training re-evaluates."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from flowalign.config import load_config
+from flowalign.dynamics import cps, dance_sde, flow_sde
+from flowalign.errors import UserError
+from flowalign.experience import collect
+from flowalign.models import load_model
+from flowalign.objectives.flow_grpo import FlowGRPO
+from flowalign.policy import Decay, Policy, Sampler
+from flowalign.trainer import compute_gradient, Meter
+from tests.tiny import make_policy, sd3_config, stir, TEXTS, two_groups
+
+STOCHASTIC = [flow_sde, dance_sde, cps]
+
+
+def velocity(policy: Policy) -> torch.Tensor:
+    x = torch.randn(2, *policy.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return policy.velocity(x, torch.tensor([0.4, 0.9]), policy.encode(TEXTS))
+
+
+@pytest.mark.parametrize("dynamics", STOCHASTIC)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_every_ratio_is_exactly_one_before_the_first_update(dynamics, guidance):
+    policy = make_policy(Sampler(steps=4, dynamics=dynamics, guidance=guidance))
+    stir(policy)
+    rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
+    assert list(rollout.steps) == [0, 1, 2]
+    for k in rollout.steps:
+        again = policy.step(rollout.path[:, k], k, rollout.cond).log_prob(rollout.path[:, k + 1])
+        assert torch.equal(again, rollout.log_prob[:, k])
+
+
+def test_ratios_stay_one_within_a_millionth_when_passes_are_smaller():
+    policy = make_policy(Sampler(steps=4, dynamics=flow_sde))
+    stir(policy)
+    rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
+    for piece in rollout.pieces(2):
+        for k in rollout.steps:
+            again = policy.step(piece.path[:, k], k, piece.cond).log_prob(piece.path[:, k + 1])
+            assert (again - piece.log_prob[:, k]).abs().max() <= 1e-6
+
+
+def test_adapters_off_is_the_base_model_bit_for_bit():
+    policy = make_policy()
+    base = load_model(sd3_config())
+    stir(policy)
+    x = torch.randn(2, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+    bare = base.velocity(x, torch.tensor([0.4, 0.9]), base.encode(TEXTS))
+    assert torch.equal(velocity(policy.at("reference")), bare)
+    assert not torch.equal(velocity(policy), bare)
+
+
+def test_a_new_adapter_changes_nothing():
+    policy = make_policy()
+    assert torch.equal(velocity(policy), velocity(policy.at("reference")))
+
+
+def test_a_view_has_no_gradient_and_leaves_the_policy_active():
+    policy = make_policy(snapshots=["old"])
+    stir(policy)
+    v = velocity(policy)
+    for name in ("old", "reference", "policy"):
+        assert not velocity(policy.at(name)).requires_grad
+    assert torch.equal(velocity(policy), v)
+    v.square().mean().backward()
+    assert all(p.grad is not None for p in policy.parameters())
+
+
+def test_a_view_that_fails_leaves_the_policy_active():
+    policy = make_policy()
+    stir(policy)
+    v = velocity(policy)
+    with pytest.raises(ValueError, match="unpack"):
+        policy.at("reference").velocity(torch.zeros(1), torch.zeros(1), policy.encode(TEXTS))
+    assert torch.equal(velocity(policy), v)
+
+
+def test_only_the_policy_s_adapter_trains():
+    policy = make_policy(snapshots=["old", "ema"])
+    trained = {id(p) for p in policy.parameters()}
+    assert {id(p) for p in policy.model.transformer.parameters() if p.requires_grad} == trained
+    assert len(trained) == len(policy.parameters("old")) == len(policy.parameters("ema"))
+    assert not trained & {id(p) for p in policy.parameters("old")}
+
+
+def test_every_trained_matrix_that_reaches_the_output_receives_a_gradient():
+    """SD3's last block drops its text stream, so the text queries there reach nothing."""
+    policy = make_policy()
+    stir(policy)
+    velocity(policy).square().mean().backward()
+    trained = {name: p for name, p in policy.model.transformer.named_parameters() if p.requires_grad}
+    idle = {name.split(".lora_")[0] for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert idle == {"transformer_blocks.4.attn.add_q_proj"}
+
+
+def test_snapshots_start_as_the_policy_and_follow_it():
+    policy = make_policy(snapshots=["old"])
+    start = [p.clone() for p in policy.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(start, policy.parameters("old"), strict=True))
+    stir(policy)
+    policy.follow("old", 0.75)
+    for before, now, old in zip(start, policy.parameters(), policy.parameters("old"), strict=True):
+        assert_close(old, 0.75 * before + 0.25 * now)
+    policy.follow("old", 0.0)
+    assert torch.equal(velocity(policy.at("old")), velocity(policy))
+
+
+def test_a_decay_is_a_function_of_the_step():
+    assert [Decay(slope=0.001, end=0.5)(step) for step in (0, 100, 1000)] == [0.0, 0.1, 0.5]
+    late = Decay(start=75, slope=0.0075, end=0.999)
+    assert [late(step) for step in (0, 74, 75, 1_000_000)] == [1.0, 1.0, 0.0, 0.999]
+    assert late(100) == pytest.approx(0.1875)
+    assert [Decay(value=0.9, every=8)(step) for step in (7, 8, 9)] == [1.0, 0.9, 1.0]
+
+
+def test_targets_that_match_no_layer_are_answered_with_those_there_are():
+    config = sd3_config()
+    config.lora.targets = ["attn.to_qq"]
+    with pytest.raises(UserError, match=r"ends with 'attn.to_qq'.*attn.to_q\b|to_q"):
+        Policy(load_model(config), Sampler())
+
+
+def test_the_gradient_is_the_same_in_one_pass_and_in_many():
+    gradients = []
+    for images_per_pass in (6, 2):
+        policy = make_policy(Sampler(steps=4, dynamics=flow_sde))
+        stir(policy)
+        rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
+        rollout.advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+        compute_gradient(policy, FlowGRPO(kl_weight=0.1), rollout, images_per_pass, Meter())
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    one, many = gradients
+    assert (one - many).norm() <= 1e-5 * one.norm()
+
+
+def test_images_depend_on_their_keys_and_not_on_their_company():
+    policy = make_policy(Sampler(steps=3, dynamics=flow_sde))
+    batch = two_groups(policy)
+    whole, part = collect(policy.at("policy"), batch, 6), collect(policy.at("policy"), batch[2:4], 2)
+    assert_close(whole.path[2:4], part.path, atol=1e-5, rtol=1e-5)
+    assert (whole.path[0] - whole.path[1]).abs().max() > 0.1
+
+
+def test_the_evaluation_samples_by_the_ode(tmp_path):
+    config = load_config("configs/tiny/flow_grpo.yaml", ["evaluation.sampler.steps=20"])
+    assert config.evaluation_sampler.steps == 20
+    assert list(config.evaluation_sampler.stochastic_steps(0)) == []
+    assert config.sampler.steps == 10

@@ -1,0 +1,112 @@
+"""Fresh processes: two that compute one gradient, the documented commands, and diffusers alone with our adapter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowalign.checkpoint import checkpoints
+from flowalign.tracking import read_metrics
+from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+GRADIENT = """
+import sys
+import torch
+from safetensors.torch import save_file
+from flowalign import processes, trainer
+from flowalign.trainer import compute_gradient, Meter
+from tests.tiny import small_config, stir
+
+torch.set_num_threads(1)
+folder, expected = sys.argv[1], int(sys.argv[2])
+processes.state()
+assert processes.count() == expected, f"{processes.count()} processes, not {expected}"
+config = small_config(folder, "train.prompts_per_step=4", "train.images_per_pass=3", "objective.kl_weight=0.1")
+run = trainer.prepare(config)
+stir(run.policy)
+batch, metrics = run.source(0)
+compute_gradient(run.policy, config.objective, batch, 3, Meter())
+if processes.is_main():
+    gradient = torch.cat([p.grad.flatten() for p in run.policy.parameters()])
+    save_file({"gradient": gradient, "reward": torch.tensor(metrics["reward/combined"])}, f"{folder}/gradient.safetensors")
+"""
+
+
+def run_process(command: list[str], folder: Path = ROOT) -> str:
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_processes_compute_the_gradient_of_one(tmp_path):
+    (tmp_path / "gradient.py").write_text(GRADIENT)
+    results = []
+    for launcher, count in (([sys.executable], 1), (TORCHRUN, 2)):
+        folder = tmp_path / str(count)
+        run_process([*launcher, str(tmp_path / "gradient.py"), str(folder), str(count)])
+        results.append(load_file(folder / "gradient.safetensors"))
+    one, two = results
+    assert (one["gradient"] - two["gradient"]).norm() <= 1e-5 * one["gradient"].norm()
+    assert one["reward"] == pytest.approx(two["reward"].item(), abs=1e-6)
+    assert one["gradient"].norm() > 0
+
+
+def test_train_runs_under_torchrun_and_accelerate_launch(tmp_path):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for name, launcher in (("torchrun", TORCHRUN), ("accelerate", accelerate)):
+        out = run_process([*launcher, "train.py", str(TINY), *SMALL, "train.images_per_pass=3", f"output={tmp_path / name}"])
+        assert "2 process(es) on cpu" in out
+        assert [line["images"] for line in read_metrics(tmp_path / name)] == [6, 12]
+        assert json.loads((tmp_path / name / "environment.json").read_text())["processes"] == 2
+    one, other = (
+        load_file(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors") for name in ("torchrun", "accelerate")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+DIFFUSERS_ALONE = """
+import sys
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+
+pipe = StableDiffusion3Pipeline.from_pretrained("assets/tiny-sd3", text_encoder_3=None, tokenizer_3=None)
+pipe.load_lora_weights(sys.argv[1])
+given = load_file(sys.argv[2])
+settings = dict(num_inference_steps=4, guidance_scale=1.0, height=64, width=64, max_sequence_length=0, output_type="pt")
+save_file({"images": pipe(sys.argv[4:], latents=given["noise"], **settings).images}, sys.argv[3])
+assert "flowalign" not in sys.modules
+"""
+
+
+def test_diffusers_alone_makes_our_pictures_from_the_adapter(tmp_path):
+    from flowalign.checkpoint import save_adapter
+
+    policy = make_policy()
+    stir(policy)
+    save_adapter(policy, tmp_path / "adapter")
+    batch = two_groups(policy, 1)
+    path = policy.at("policy").generate(batch).x
+    save_file({"noise": path[:, 0].clone()}, tmp_path / "noise.safetensors")
+    files = [str(tmp_path / name) for name in ("adapter", "noise.safetensors", "images.safetensors")]
+    run_process([sys.executable, "-c", DIFFUSERS_ALONE, *files, *batch.prompts])
+    theirs = load_file(tmp_path / "images.safetensors")["images"]
+    assert (policy.decode(path[:, -1]) - theirs).abs().max() <= 1e-4
+
+
+def test_the_lines_of_the_adapter_s_readme_run(tmp_path):
+    from flowalign import trainer
+
+    trainer.train(small_config(tmp_path / "run", "train.steps=1"))
+    readme = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    run_process([sys.executable, "-c", code.replace("picture.png", str(tmp_path / "picture.png"))])
+    assert (tmp_path / "picture.png").exists()

@@ -1,0 +1,291 @@
+"""A run from start to end: its folder, its metrics, going on, and what it answers when it fails."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from flowalign import trainer
+from flowalign.checkpoint import checkpoints, load_adapter, read_tensors
+from flowalign.cli import main
+from flowalign.errors import RunError, UserError
+from flowalign.evaluation import paired_difference, Scores
+from flowalign.policy import Policy, Sampler
+from flowalign.tracking import read_metrics
+from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished small run with EMA and KL: its folder."""
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    overrides = ["train.ema.decay=0.5", "objective.kl_weight=0.1", "train.evaluate_every=1", "train.learning_rate=1e-2"]
+    trainer.train(small_config(folder, *overrides))
+    return folder
+
+
+def test_a_run_folder_holds_what_was_promised(run):
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "tensorboard"):
+        assert (run / name).exists(), name
+    assert (run / "pictures" / "before-after.png").exists()
+    assert (run / "adapter" / "README.md").exists()
+    (saved,) = checkpoints(run)
+    assert saved.name == "step-000002"
+    assert {"state.json", "optimizer.safetensors", "snapshots", "pytorch_lora_weights.safetensors"} <= {
+        p.name for p in saved.iterdir()
+    }
+
+
+def test_metrics_and_summary_keep_the_contract(run):
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    wanted = {"step", "images", "seconds", "loss", "grad_norm", "ratio/mean", "ratio/max_log_error", "kl"}
+    assert wanted | {"reward/scene_match", "reward/scene_match_graded"} <= set(lines[0])
+    assert "eval/scene_match" in lines[0]
+    assert lines[-1]["images"] == 12
+    assert lines[0]["ratio/max_log_error"] <= 1e-6
+    assert lines[0]["kl"] == 0
+    assert lines[1]["kl"] > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["before"]) == set(summary["after"]) == {"scene_match", "scene_match_graded"}
+    low, mean, high = summary["difference"]["scene_match_graded"]
+    assert low <= mean <= high
+    assert summary["images"] == 12
+    assert summary["stopped"] == "finished"
+    assert summary["peak_memory_bytes"] > 1e8
+
+
+def test_the_resolved_configuration_is_the_same_configuration(run, tmp_path):
+    from flowalign.config import load_config
+
+    again = load_config(run / "config.yaml")
+    assert trainer.resolve(again)["train"]["learning_rate"] == 1e-2
+    assert trainer.resolve(load_config(run / "config.yaml")) == trainer.resolve(again)
+
+
+def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
+    """Alpha is not the rank here, so a lost alpha would show."""
+    config = small_config(run, "train.ema.decay=0.5")
+    policy = make_policy(config.evaluation_sampler, lora=config.model.lora)
+    load_adapter(policy, run / "adapter")
+    snapshot = load_file(checkpoints(run)[0] / "snapshots" / "ema" / "pytorch_lora_weights.safetensors")
+    adapter = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(snapshot[key], adapter[key]) for key in adapter)
+    path = policy.at("policy").generate(two_groups(policy, 1))
+    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "assets" / "tiny-sd3", text_encoder_3=None, tokenizer_3=None)
+    pipe.load_lora_weights(str(run / "adapter"))
+    settings = {"num_inference_steps": config.sampler.steps, "guidance_scale": 1.0, "max_sequence_length": 0, "output_type": "pt"}
+    prompts = two_groups(policy, 1).prompts
+    theirs = pipe(prompts, latents=path.x[:, 0].clone(), height=64, width=64, **settings).images
+    bare = policy.decode(policy.at("reference").generate(two_groups(policy, 1)).x[:, -1])
+    assert_close(policy.decode(path.x[:, -1]), theirs, atol=1e-4, rtol=0)
+    assert (bare - theirs).abs().max() > 1e-3
+
+
+def test_stopping_and_going_on_equals_never_stopping(tmp_path):
+    overrides = ["train.ema.decay=0.5", "train.warmup=3", "train.updates_per_step=2", "train.images_per_pass=3"]
+    trainer.train(small_config(tmp_path / "whole", *overrides, "train.steps=3"))
+    trainer.train(small_config(tmp_path / "parts", *overrides, "train.steps=2"))
+    trainer.train(small_config(tmp_path / "parts", *overrides, "train.steps=3"))
+    whole, parts = (
+        read_tensors(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]
+
+
+def test_another_experiment_in_the_same_folder_is_refused(run):
+    with pytest.raises(UserError, match=r"another .*train\.prompts_per_step"):
+        trainer.train(small_config(run, "train.prompts_per_step=4"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
+    config = small_config(tmp_path / "run", "train.steps=50")
+    run = trainer.prepare(config)
+    source = run.source
+
+    def interrupted(step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return source(step)
+
+    run.source = interrupted
+    summary = run.go()
+    assert summary["stopped"] == "interrupted"
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
+    assert "the same command goes on from there" in capsys.readouterr().out
+
+
+def test_a_group_of_equal_rewards_is_reported_and_teaches_nothing(tmp_path):
+    (tmp_path / "flat.py").write_text("def flat(images, prompts, metadata):\n    return [1.0] * len(images)\n")
+    overrides = [f'rewards={{"{tmp_path}/flat.py:flat": 1.0}}', "train.steps=1", "evaluation.rewards={brightness: 1.0}"]
+    trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["reward/groups_without_spread"] == 1
+    assert line["grad_norm"] == 0
+
+
+def test_two_updates_a_step_are_off_policy_from_the_second_on(tmp_path):
+    overrides = ["train.updates_per_step=2", "train.images_per_pass=3", "train.steps=1", "train.learning_rate=1e-2"]
+    trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["ratio/max_log_error"] <= 1e-6
+    assert line["ratio/mean"] != 1
+
+
+USER_REWARDS = """
+calls = 0
+
+
+def wrong_shape(images, prompts, metadata):
+    return images.mean((2, 3))
+
+
+def raises(images, prompts, metadata):
+    return 1 / 0
+
+
+def fails_later(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls > 5:
+        raise ConnectionError("the scorer is gone")
+    return images.mean((1, 2, 3))
+
+
+def not_finite(images, prompts, metadata):
+    return [float("nan")] * len(images)
+
+
+def redness(images, prompts, metadata):
+    red, green, blue = images.unbind(1)
+    return (red - (green + blue) / 2).mean((1, 2))
+"""
+
+
+@pytest.fixture
+def user_rewards(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(USER_REWARDS)
+    return tmp_path / "my_rewards.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong_shape", r"returned shape \(4, 3\).*expected 4 numbers"),
+        ("raises", "ZeroDivisionError.*line 10"),
+        ("not_finite", "nan"),
+    ],
+)
+def test_a_reward_that_is_wrong_is_refused_before_training(name, message, user_rewards, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer.train(small_config(tmp_path / "run", f'rewards={{"{user_rewards}:{name}": 1.0}}'))
+
+
+def test_a_reward_that_fails_while_running_leaves_the_steps_done(user_rewards, tmp_path):
+    overrides = [f'rewards={{"{user_rewards}:fails_later": 1.0}}', "train.steps=9", "evaluation.rewards={brightness: 1.0}"]
+    with pytest.raises(RunError, match=r"fails_later raised ConnectionError: the scorer is gone[\s\S]*step-00000"):
+        trainer.train(small_config(tmp_path / "run", *overrides))
+    assert checkpoints(tmp_path / "run")
+
+
+def test_a_users_reward_trains_and_is_logged_by_name(user_rewards, tmp_path):
+    overrides = [f'rewards={{"{user_rewards}:redness": 1.0, "brightness": 0.5}}', "evaluation.rewards={}", "train.steps=1"]
+    summary = trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["reward/combined"] == pytest.approx(line["reward/redness"] + 0.5 * line["reward/brightness"], abs=1e-6)
+    assert set(summary["after"]) == {"redness", "brightness"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], "Did you mean 'steps'"),
+        (["trian.steps=3"], "Did you mean 'train'"),
+        (["rewards={scene_mach: 1.0}"], "Did you mean 'scene_match"),
+        (["train.images_per_prompt=1"], "use 2 or more"),
+        (["data.prompts=nowhere.txt"], "there is no file nowhere.txt"),
+        (["model.path=assets/prompts"], "no model_index.json"),
+        (["sampler.dynamics={name: ode}"], "stochastic steps"),
+        (["train.images_per_pass=4"], "nearest that divide: 3 or 6"),
+        (["train.prompts_per_step=3", "train.updates_per_step=2"], "nearest that can: 2 or 4"),
+        (['rewards={"nowhere.py:f": 1.0}'], "there is no file nowhere.py"),
+        (["nonsense"], "write section.key=value"),
+    ],
+)
+def test_what_users_get_wrong_ends_with_one_message_and_status_2(overrides, message, tmp_path, capsys):
+    assert main(["train", str(TINY), *SMALL, f"output={tmp_path}/run", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_file_is_answered_with_the_nearest(capsys):
+    assert main(["train", "configs/tiny/flow_grp.yaml"]) == 2
+    assert "Did you mean 'flow_grpo.yaml'" in capsys.readouterr().err
+
+
+def test_a_failing_reward_ends_with_status_1(user_rewards, tmp_path, capsys):
+    overrides = [f'rewards={{"{user_rewards}:fails_later": 1.0}}', "train.steps=9", "evaluation.rewards={brightness: 1.0}"]
+    assert main(["train", str(TINY), *SMALL, f"output={tmp_path}/run", *overrides]) == 1
+    assert "goes on from there" in capsys.readouterr().err
+
+
+def test_sampling_a_run_writes_the_grid_and_the_figures(run, capsys):
+    assert main(["sample", str(run), "a red circle", "two blue squares"]) == 0
+    assert "Pictures:" in capsys.readouterr().out
+    figures = json.loads((run / "samples" / "rewards.json").read_text())
+    assert set(figures) == {"before", "after", "difference", "adapter"}
+    assert (run / "samples" / "before-after.png").exists()
+
+
+def test_sampling_a_model_writes_pictures(tmp_path):
+    assert main(["sample", "assets/tiny-sd3", "a red circle", "--steps", "2", "--images", "2", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "pictures.png").exists()
+
+
+@pytest.mark.parametrize("source", ["assets/prompts", "nowhere/at/all"])
+def test_sampling_something_else_is_answered(source, capsys):
+    assert main(["sample", source, "a red circle"]) == 2
+    assert source in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path):
+    policy = make_policy(Sampler(), lora=small_config(run).model.lora)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(UserError, match="is damaged"):
+        load_adapter(policy, tmp_path)
+
+
+def test_an_adapter_of_another_rank_is_refused(run):
+    policy: Policy = make_policy(lora=small_config(run, "model.lora.targets=[attn.to_q]").model.lora)
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(policy, run / "adapter")
+
+
+def test_the_interval_is_student_s_over_prompts():
+    prompt = torch.tensor([0, 0, 1, 1, 2, 2])
+    before = Scores(prompt, {"r": torch.zeros(6)}, torch.zeros(0), torch.zeros(0))
+    after = Scores(prompt, {"r": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])}, torch.zeros(0), torch.zeros(0))
+    low, mean, high = paired_difference(before, after)["r"]
+    assert mean == pytest.approx(0.5)
+    assert high - mean == pytest.approx(4.302653 * 0.5 / 3**0.5, rel=1e-5)
+    assert mean - low == pytest.approx(high - mean)
+
+
+def test_stirring_an_adapter_moves_the_pictures():
+    policy = make_policy()
+    stir(policy)
+    batch = two_groups(policy, 1)
+    assert not torch.equal(policy.at("policy").generate(batch).x[:, -1], policy.at("reference").generate(batch).x[:, -1])

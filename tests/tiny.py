@@ -1,0 +1,90 @@
+"""Small real models and policies for the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from flowalign.config import load_config
+from flowalign.data import Prompt
+from flowalign.experience import make_prompts
+from flowalign.models import load_model
+from flowalign.models.base import FlowModel, Lora, ModelConfig
+from flowalign.policy import Policy, Sampler
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny" / "flow_grpo.yaml"
+TEXTS = ["a red circle", "a circle and a square"]
+SMALL = [
+    *("train.steps=2", "train.prompts_per_step=2", "train.images_per_prompt=3", "train.images_per_pass=6"),
+    *("sampler.steps=4", "sampler.window.range=[0, 2]", "evaluation.images_per_prompt=1", "train.evaluate_every=0"),
+]
+"""Overrides under which the quick start takes seconds."""
+
+
+def sd3_config(**changes: Any) -> ModelConfig:
+    settings = {"path": str(ROOT / "assets" / "tiny-sd3"), "height": 64, "width": 64, "max_sequence_length": 0}
+    return ModelConfig("sd3", **{**settings, "lora": Lora(rank=4, alpha=12), **changes})
+
+
+def make_policy(sampler: Sampler | None = None, snapshots: list[str] | None = None, **changes: Any) -> Policy:
+    """A policy on the bundled SD3, from a fixed seed."""
+    torch.manual_seed(0)
+    return Policy(load_model(sd3_config(**changes)), sampler or Sampler(steps=4), snapshots)
+
+
+def stir(policy: Policy, name: str = "policy", size: float = 0.05) -> None:
+    """Move an adapter away from its start, where it changes nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters(name):
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def two_groups(policy: Policy, images: int = 3) -> Any:
+    """Prompts of two groups."""
+    members = [(slot, image) for slot in range(2) for image in range(images)]
+    return make_prompts(policy, [Prompt(TEXTS[slot]) for slot, _ in members], [(0, 0, slot, image) for slot, image in members])
+
+
+def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
+    """A Flux of the real classes with random weights, dev-like or schnell-like, saved to a folder and loaded again."""
+    torch.manual_seed(0)
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = {
+        piece: i for i, piece in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
+    }
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=12, **sizes, **special))
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{c}", -1.0) for c in letters), *((c, -2.0) for c in letters)]
+    t5_config = T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        AutoencoderKL.from_pretrained(ROOT / "assets" / "tiny-sd3" / "vae"),
+        clip.eval(),
+        tokenizer,
+        T5EncoderModel(t5_config).eval(),
+        T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16),
+        FluxTransformer2DModel(
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+        ),
+    )
+    pipe.save_pretrained(folder)
+    return load_model(ModelConfig("flux", str(folder), height=64, width=64, max_sequence_length=16, lora=Lora(rank=2, alpha=6)))
+
+
+def small_config(output: Path, *overrides: str) -> Any:
+    """The quick start's configuration, made small."""
+    return load_config(TINY, [*SMALL, f"output={output}", *overrides])
