@@ -11,10 +11,11 @@ from flowalign.flow import PerImage
 def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImage]:
     """Mean and population deviation of each image's group, per image. `group` holds integers."""
     _, index = group.unique(return_inverse=True)
-    count = torch.bincount(index).to(reward.dtype)
-    mean = (torch.zeros_like(count).index_add_(0, index, reward) / count)[index]
-    variance = (torch.zeros_like(count).index_add_(0, index, (reward - mean) ** 2) / count)[index]
-    return mean, variance.sqrt()
+    exact = reward.double()  # so that equal rewards deviate by exactly 0
+    count = torch.bincount(index).double()
+    mean = (torch.zeros_like(count).index_add_(0, index, exact) / count)[index]
+    variance = (torch.zeros_like(count).index_add_(0, index, (exact - mean) ** 2) / count)[index]
+    return mean.to(reward.dtype), variance.sqrt().to(reward.dtype)
 
 
 def group_advantage(

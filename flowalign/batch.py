@@ -69,9 +69,13 @@ class Batch:
         """Consecutive pieces of `size` images."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
-    def noise(self, purpose: str, draw: int, shape: tuple[int, ...]) -> Latent:
-        """Standard normal (B, *shape), the same for the same keys, purpose and draw. On the CPU, in float32."""
-        return draw_noise(self.keys, f"{purpose}/{draw}", shape)
+    def noise(self, purpose: str, draw: int, shape: tuple[int, ...], shared: bool = False) -> Latent:
+        """Standard normal (B, *shape), the same for the same keys, purpose and draw. On the CPU, in float32.
+
+        `shared` leaves the image out of the key: the images of a group get the same noise.
+        """
+        keys = torch.cat([self.keys[:, :3], torch.zeros_like(self.keys[:, 3:])], 1) if shared else self.keys
+        return draw_noise(keys, f"{purpose}/{draw}", shape)
 
 
 def draw_noise(keys: Tensor, purpose: str, shape: tuple[int, ...]) -> Latent:

@@ -29,6 +29,12 @@ from flowalign.rewards import REWARDS
 from flowalign.rewards.base import COMBINE, Reward
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+DEFAULTS: dict[str, Any] = {
+    "sampler": {"dynamics": {"name": "ode"}},
+    "objective": {"name": "flow_grpo"},
+    "advantage": {"name": "group"},
+    "combine": {"name": "weighted_sum"},
+}
 REPLACED = ("rewards",)
 """Maps that a child YAML or an override replaces as a whole."""
 
@@ -76,10 +82,21 @@ class Train:
     """Updates with a loss or gradient that is not finite, which are not applied, before the run stops."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "prompts_per_step", "images_per_prompt", "updates_per_step", "images_per_pass", "save_every", "keep")
+        counts = (
+            "steps",
+            "prompts_per_step",
+            "images_per_prompt",
+            "updates_per_step",
+            "images_per_pass",
+            "save_every",
+            "keep",
+            "max_bad_steps",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.evaluate_every < 0:
+            raise UserError(f"train.evaluate_every is {self.evaluate_every}; write 0 for never, or a number of steps.")
         if self.images_per_prompt < 2:
             raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
         if not 0 < self.learning_rate < 1:
@@ -123,7 +140,7 @@ class Config:
 
     @property
     def evaluation_sampler(self) -> Sampler:
-        return dataclasses.replace(self.sampler, dynamics=ode, **self.evaluation.sampler)
+        return dataclasses.replace(self.sampler, dynamics=ode, same_noise=False, **self.evaluation.sampler)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -139,7 +156,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file merged over what it extends."""
-    if path in children:
+    if path.resolve() in [child.resolve() for child in children]:
         raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, children))}.")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -207,6 +224,7 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
             raise UserError(
                 f"Key {key!r} is not a section.{_did_you_mean(key, sections)} The sections are {', '.join(sections)}."
             )
+    raw = merge(DEFAULTS, raw)
     for key in ("model", "data", "rewards"):
         if key not in raw:
             raise UserError(f"the section {key!r} is missing.")
@@ -216,19 +234,25 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
         raise UserError(f"model.name is {name!r}; the models are {', '.join(MODELS)}.{_did_you_mean(name, MODELS)}")
     config = Config(
         model=build(ModelConfig, model, "model"),
-        sampler=build_sampler(raw.get("sampler", {})),
-        objective=build_named(OBJECTIVES, raw.get("objective", {"name": "flow_grpo"}), "objective"),
-        advantage=build_named(ADVANTAGES, raw.get("advantage", {"name": "group"}), "advantage"),
-        combine=build_named(COMBINE, raw.get("combine", {"name": "weighted_sum"}), "combine"),
+        sampler=build_sampler(raw["sampler"]),
+        objective=build_named(OBJECTIVES, raw["objective"], "objective"),
+        advantage=build_named(ADVANTAGES, raw["advantage"], "advantage"),
+        combine=build_named(COMBINE, raw["combine"], "combine"),
         rewards=checked_rewards(raw["rewards"], "rewards"),
         data=build(Data, raw["data"], "data"),
         train=build(Train, raw.get("train", {}), "train"),
         evaluation=build(Evaluation, raw.get("evaluation", {}), "evaluation"),
-        output=str(raw.get("output") or Path("outputs") / path.stem),
+        output=checked_output(raw.get("output") or str(Path("outputs") / path.stem)),
         raw=raw,
     )
     check_evaluation(config)
     return config
+
+
+def checked_output(output: Any) -> str:
+    if not isinstance(output, str) or "${" in output:
+        raise UserError(f"output is {output!r}; write a folder, such as outputs/first.")
+    return output
 
 
 def check_evaluation(config: Config) -> None:
@@ -246,7 +270,7 @@ def check_evaluation(config: Config) -> None:
 
 def build_sampler(section: Any) -> Sampler:
     section = _mapping(section, "sampler")
-    dynamics = build_named(DYNAMICS, section.get("dynamics", {"name": "ode"}), "sampler.dynamics")
+    dynamics = build_named(DYNAMICS, section["dynamics"], "sampler.dynamics")
     settings = build(Sampler, {k: v for k, v in section.items() if k != "dynamics"}, "sampler")
     return dataclasses.replace(settings, dynamics=dynamics)
 
@@ -267,8 +291,6 @@ def build(cls: Any, section: Any, key: str) -> Any:
 
 def build_named(table: dict[str, Any], section: Any, key: str) -> Any:
     """The entry of the table that `name` asks for, with the section's other fields as its settings."""
-    if isinstance(section, str):
-        section = {"name": section}
     section = _mapping(section, key)
     name = section.get("name")
     if not isinstance(name, str):
@@ -281,15 +303,14 @@ def configure(entry: Any, settings: dict[str, Any], key: str) -> Any:
     """An instance of a dataclass, or a function with its keyword settings bound."""
     if dataclasses.is_dataclass(entry):
         return build(entry, settings, key)
-    if inspect.isclass(entry):
-        return entry(**settings)
     keywords = [
         (p.name, p.annotation, field(default=p.default))
         for p in inspect.signature(entry).parameters.values()
         if p.default is not p.empty
     ]
     shape = dataclasses.make_dataclass(entry.__name__, keywords)
-    return partial(entry, **dataclasses.asdict(build(shape, settings, key))) if keywords or settings else entry
+    settings = dataclasses.asdict(build(shape, settings, key))
+    return entry(**settings) if inspect.isclass(entry) else partial(entry, **settings) if settings else entry
 
 
 def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
@@ -307,7 +328,7 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
     except Exception as error:
         raise UserError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     if name not in vars(module):
-        public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        public = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         raise UserError(
             f"{key}: {place} has no {name!r}; it has {', '.join(public) or 'no functions'}.{_did_you_mean(name, public)}"
         )
@@ -352,6 +373,9 @@ def load_rewards(section: dict[str, Any], key: str = "rewards") -> list[Reward]:
         weight = float(settings.pop("weight", 1.0))
         function = configure(imported(REWARDS.get(name, name), f"{key}.{name}", REWARDS), settings, f"{key}.{name}")
         rewards.append(Reward(name.rpartition(":")[2], function, weight))
+    names = [reward.name for reward in rewards]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{key}: two rewards are called {twice.pop()!r}; they are logged by name, so rename one.")
     return rewards
 
 
@@ -367,6 +391,8 @@ def _mapping(section: Any, key: str) -> dict[str, Any]:
 def _check_keys(section: dict[str, Any], cls: Any, key: str) -> None:
     """Unknown keys, here and in nested dataclasses, answered with the nearest."""
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    if section and not known:
+        raise UserError(f"{key} has no settings, but {', '.join(section)} is given.")
     for name, value in section.items():
         if name not in known:
             raise UserError(f"Key {key}.{name} is not known.{_did_you_mean(name, known)} {key} has {', '.join(known)}.")

@@ -23,7 +23,7 @@ def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {path} is neither a .txt nor a .jsonl file.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{key}: there is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -61,13 +61,15 @@ class Evaluator:
         mine = members[processes.rank() :: processes.count()]
         pieces = [mine[start : start + self.images_per_pass] for start in range(0, len(mine), self.images_per_pass)]
         scored = [self._score(policy, piece) for piece in pieces]
-        rows = torch.cat([torch.stack(list(scores.values()), 1) for scores, _ in scored])
-        keys = torch.tensor(mine)
-        images = torch.cat([images for _, images in scored])
+        names = [reward.name for reward in self.judge.rewards]
+        rows = torch.cat([torch.zeros(0, len(names)), *(torch.stack(list(scores.values()), 1) for scores, _ in scored)])
+        keys = torch.tensor(mine).view(-1, 2)
+        images = torch.cat(
+            [torch.zeros(0, 3, policy.model.config.height, policy.model.config.width).byte(), *(i for _, i in scored)]
+        )
         stride = max(1, len(mine) // SHOWN)
         table = processes.gather(torch.cat([keys, rows], 1))
         order = sorted(range(len(table)), key=lambda row: table[row, :2].tolist())
-        names = [reward.name for reward in self.judge.rewards]
         scores = dict(zip(names, table[order, 2:].T, strict=True))
         return Scores(table[order, 0].long(), scores, images[::stride][:SHOWN].clone(), keys[::stride, 0][:SHOWN].clone())
 

@@ -107,8 +107,9 @@ def concatenate_rollouts(pieces: list[Rollout]) -> Rollout:
         for name in ("keys", "path", "log_prob", "images", "reward", "advantage")
     }
     conds = [piece.cond for piece in pieces]
-    tensors = ("embeds", "pooled", "null_embeds", "null_pooled")
-    cond = replace(conds[0], **{name: concatenate(getattr(c, name) for c in conds) for name in tensors})
+    embeds, pooled = concatenate(c.embeds for c in conds), concatenate(c.pooled for c in conds)
+    null_embeds, null_pooled = conds[0].null_embeds[:1].expand_as(embeds), conds[0].null_pooled[:1].expand_as(pooled)
+    cond = replace(conds[0], embeds=embeds, pooled=pooled, null_embeds=null_embeds, null_pooled=null_pooled)
     texts = [text for piece in pieces for text in piece.prompts]
     metadata = [entry for piece in pieces for entry in piece.metadata]
     return replace(pieces[0], prompts=texts, metadata=metadata, cond=cond, **joined)

@@ -1,6 +1,7 @@
 """The policy: a model, named LoRA adapters, and the sampler that makes images with them."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ class Sampler:
     embedded_guidance: float = 3.5
     """What Flux-dev is told."""
     window: Window = field(default_factory=Window)
+    same_noise: bool = False
+    """Whether the rollouts of a group start from one noise and differ by their stochastic steps alone (DanceGRPO)."""
 
     def __post_init__(self) -> None:
         self.dynamics = self.dynamics or ode
@@ -137,6 +140,12 @@ class Policy:
             for layer in self._layers:
                 layer._disable_adapters, layer._active_adapter = False, ["policy"]
 
+    def loss_scale(self, passes: int) -> float:
+        """What a loss is multiplied with before `backward`, so that float16 does not round its gradients to 0: a power of two."""
+        if self.model.transformer.dtype != torch.float16:
+            return 1.0
+        return 2.0 ** round(math.log2(math.prod(self.model.latent_shape) * passes))
+
     def encode(self, prompts: list[str]) -> Cond:
         """Embeddings of the prompts, with the sampler's guidance."""
         cond = self.model.encode(prompts).guided(self.sampler.guidance)
@@ -157,7 +166,7 @@ class Policy:
     def generate(self, batch: Batch, purpose: str = "rollout", steps: range = range(0)) -> Path:
         """Sample from noise to x0; the noise of every step comes from the batch's keys."""
         shape, device = self.model.latent_shape, self.model.device
-        x = batch.noise(purpose, 0, shape).to(device)
+        x = batch.noise(purpose, 0, shape, shared=self.sampler.same_noise).to(device)
         path, log_probs = [x], []
         for k in range(self.sampler.steps):
             gaussian = self.step(x, k, batch.cond, k in steps)

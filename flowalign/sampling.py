@@ -35,14 +35,9 @@ def sample(options: Namespace) -> None:
 def sample_run(run: Path, options: Namespace) -> None:
     """Before and after as one labelled grid, the rewards of both, and their paired difference."""
     config = load_config(run / "config.yaml")
-    adapter = run / "adapter"
-    if not adapter.is_dir():
-        saved = checkpoints(run)
-        if not saved:
-            raise UserError(f"{run} has no adapter and no checkpoint yet; let python train.py make one first.")
-        adapter = saved[-1]
+    adapter = adapter_of(run)
     device = processes.device()
-    settings = {"steps": options.steps, "guidance": options.guidance}
+    settings = {"steps": options.steps, guidance_key(config.model.name): options.guidance}
     sampler = replace(config.evaluation_sampler, **{name: value for name, value in settings.items() if value is not None})
     policy = Policy(load_model(config.model, str(device)), sampler)
     load_adapter(policy, adapter)
@@ -60,13 +55,29 @@ def sample_run(run: Path, options: Namespace) -> None:
     print(f"Pictures: {folder / 'before-after.png'}")
 
 
+def adapter_of(run: Path) -> Path:
+    """The adapter that the run handed over, or what its last checkpoint would."""
+    if (run / "adapter").is_dir():
+        return run / "adapter"
+    saved = checkpoints(run)
+    if not saved:
+        raise UserError(f"{run} has no adapter and no checkpoint yet; let python train.py make one first.")
+    average = saved[-1] / "snapshots" / "ema"
+    return average if average.is_dir() else saved[-1]
+
+
+def guidance_key(model: str) -> str:
+    """The sampler's field that a pipeline's `guidance_scale` stands for."""
+    return "embedded_guidance" if model == "flux" else "guidance"
+
+
 def sample_model(options: Namespace) -> None:
     """One labelled grid of a model's pictures."""
     config = describe(options.source)
     device = processes.device()
     guidance = options.guidance or (4.5 if config.name == "sd3" else 3.5)
     sampler = Sampler(steps=options.steps or 28)
-    sampler = replace(sampler, **{"guidance" if config.name == "sd3" else "embedded_guidance": guidance})
+    sampler = replace(sampler, **{guidance_key(config.name): guidance})
     policy = Policy(load_model(config, str(device)), sampler)
     prompts = asked(options)
     if not prompts:

@@ -128,8 +128,9 @@ def parse(text: str) -> Caption:
     """The caption behind a prompt such as "a red circle left of a square". Raises ValueError for any other text."""
     colour, shape = "|".join(COLOURS), "|".join(SHAPES)
     phrase = rf"({'|'.join(COUNTS)})(?: ({colour}))? ({shape})s?"
-    found = re.fullmatch(rf"{phrase}(?: (and|{'|'.join(RELATIONS)}) {phrase})?", text.strip().lower().rstrip("."))
-    if not found:
+    text = text.strip().lower().rstrip(".")
+    found = re.fullmatch(rf"{phrase}(?: (and|{'|'.join(RELATIONS)}) {phrase})?", text)
+    if not found or found[3] == found[7]:
         raise ValueError(
             f"{text!r} is not a caption of the bundled world; write for example 'two red circles', "
             "'a circle and a square', or 'a red circle left of a blue square'."
@@ -171,17 +172,16 @@ def misquote(caption: Caption, rng: Generator) -> Caption:
 def draw_scene(caption: Caption, rng: Generator) -> list[Thing]:
     """A scene in which the caption holds: whatever it leaves open is drawn at random."""
     colours: list[Colour] = list(COLOURS)
-    things = [
-        (phrase.colour or chosen, phrase.shape)
-        for phrase in caption.phrases
-        for chosen in [colours[rng.integers(len(colours))]]
-        for _ in range(phrase.count)
-    ]
+    things: list[tuple[Colour, Shape]] = []
+    for phrase in caption.phrases:
+        chosen = colours[rng.integers(len(colours))]
+        colour: Colour = phrase.colour or chosen
+        things += itertools.repeat((colour, phrase.shape), phrase.count)
     places = _places(len(things), caption.relation, rng)
     jitter = rng.uniform(-0.025, 0.025, (len(things), 2))
     sizes = rng.uniform(0.175, 0.2, len(things))
     return [
-        Thing(cast(Colour, colour), shape, x + dx, y + dy, size)
+        Thing(colour, shape, x + dx, y + dy, size)
         for (colour, shape), (x, y), (dx, dy), size in zip(things, places, jitter, sizes, strict=True)
     ]
 

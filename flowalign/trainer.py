@@ -73,17 +73,19 @@ def compute_gradient(
 ) -> None:
     """Fill the policy's gradients with those of the mean loss over the batch's images and draws, over all processes."""
     passes = batch.pieces(images_per_pass)
+    scale = policy.loss_scale(len(passes))
     for piece in passes:
         draws = list(objective.draws(piece))
         for t in draws:
             loss = objective.loss(policy, piece, t)
-            (loss.total / (len(passes) * len(draws))).backward()
+            (loss.total * (scale / (len(passes) * len(draws)))).backward()
             meter.add({"loss": loss.total, **loss.stats}, update)
-    if processes.count() > 1:
-        parameters = policy.parameters()
-        joined = processes.mean(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]))
-        for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+    parameters = [parameter for parameter in policy.parameters() if parameter.grad is not None]
+    joined = (
+        processes.mean(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])) / scale
+    )
+    for parameter, part in zip(parameters, joined.split([parameter.numel() for parameter in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 @dataclass
@@ -106,11 +108,17 @@ class Run:
         return "ema" if self.config.train.ema.decay else "policy"
 
     def go(self) -> dict[str, Any]:
+        with self.interruptible():
+            before = self.evaluate_before()
+            self.loop()
+            return self.finish(before)
+
+    def loop(self) -> None:
+        """Steps until the last, or until asked to stop."""
         train = self.config.train
-        before = self.evaluate_before()
         tracker = Tracker(self.folder, self.state.step) if processes.is_main() else None
         bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not processes.is_main())
-        with bar, self.interruptible():
+        with bar:
             while self.state.step < train.steps and not self.stopping:
                 metrics = self.step()
                 if train.evaluate_every and self.state.step % train.evaluate_every == 0 and self.state.step < train.steps:
@@ -124,7 +132,6 @@ class Run:
                     self.save()
         if tracker:
             tracker.close()
-        return self.finish(before)
 
     def step(self) -> dict[str, float]:
         """One step of training and its metrics."""
@@ -194,19 +201,10 @@ class Run:
         if self.stopping and self.state.step < self.config.train.steps:
             if processes.is_main():
                 print(f"Stopped after step {self.state.step}; the same command goes on from there.")
-            summary = {"stopped": "interrupted", "images": self.state.images, "seconds": self.state.seconds}
-            return self._write_summary(summary)
+            return self._write_summary(self._summary(before, "interrupted"))
         after = self.evaluator(self.view(self.best_weights))
-        summary = {
-            "before": before.means,
-            "after": after.means,
-            "difference": paired_difference(before, after),
-            "images": self.state.images,
-            "seconds": round(self.state.seconds, 1),
-            "peak_memory_bytes": peak_memory(self.policy.model.device),
-            "stopped": "finished",
-            "weights": self.best_weights,
-        }
+        summary = self._summary(before, "finished")
+        summary |= {"after": after.means, "difference": paired_difference(before, after)}
         if processes.is_main():
             hand_over(self.policy, self.folder / "adapter", self.best_weights, self.config)
             labels = [self.evaluator.prompts[i].text for i in after.shown.tolist()]
@@ -217,6 +215,19 @@ class Run:
             for what, place in (("Pictures", "pictures/before-after.png"), ("Report", "report.html"), ("Adapter", "adapter")):
                 print(f"{what + ':':10}{self.folder / place}")
         return summary
+
+    def _summary(self, before: Scores, stopped: str) -> dict[str, Any]:
+        """What summary.json holds, without an evaluation after."""
+        return {
+            "before": before.means,
+            "after": {},
+            "difference": {},
+            "images": self.state.images,
+            "seconds": round(self.state.seconds, 1),
+            "peak_memory_bytes": peak_memory(self.policy.model.device),
+            "stopped": stopped,
+            "weights": self.best_weights,
+        }
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         if processes.is_main():
@@ -323,17 +334,16 @@ def resolve(config: Config) -> dict[str, Any]:
     """The configuration with every default written out, as a YAML that loads again."""
 
     def named(section: str, value: Any) -> dict[str, Any]:
-        name = config.raw.get(section, {}).get("name")
         settings = (
-            asdict(value)
-            if is_dataclass(value) and not isinstance(value, type)
-            else value.keywords
+            value.keywords
             if isinstance(value, partial)
+            else asdict(value)
+            if is_dataclass(value) and not isinstance(value, type)
             else {}
         )
-        return {"name": name or {"objective": "flow_grpo", "advantage": "group", "combine": "weighted_sum"}[section], **settings}
+        return {"name": config.raw[section]["name"], **settings}
 
-    sampler = {**asdict(config.sampler), "dynamics": config.raw.get("sampler", {}).get("dynamics", {"name": "ode"})}
+    sampler = {**asdict(config.sampler), "dynamics": config.raw["sampler"]["dynamics"]}
     sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
     return {
         "model": asdict(config.model),
@@ -367,6 +377,7 @@ def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> Non
     extra = "".join(f", {name}=None" for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.model.pipe, name, 0) is None)
     guidance = sampler.guidance if config.model.name == "sd3" else sampler.embedded_guidance
     pipeline = policy.model.pipeline_class.__name__
+    dtype, move = ("", "") if config.model.dtype == "float32" else (f", dtype=torch.{config.model.dtype}", '.to("cuda")')
     call = (
         f"num_inference_steps={sampler.steps}, guidance_scale={guidance}, height={config.model.height}, "
         f"width={config.model.width}, max_sequence_length={config.model.max_sequence_length}"
@@ -374,9 +385,9 @@ def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> Non
     readme = f"""# A LoRA adapter for {config.model.path}
 
 ```python
-from diffusers import {pipeline}
+{"import torch" + chr(10) if dtype else ""}from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("{config.model.path}"{extra})
+pipe = {pipeline}.from_pretrained("{config.model.path}"{extra}{dtype}){move}
 pipe.load_lora_weights("{folder}")
 pipe("{policy_prompt(config)}", {call}).images[0].save("picture.png")
 ```

@@ -41,7 +41,12 @@ def refusal(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_file_loads(path):
-    assert load_config(path).output == f"outputs/{path.stem}"
+    assert Path(load_config(path).output).parent == Path("outputs")
+
+
+def test_no_two_shipped_files_write_to_the_same_folder():
+    outputs = [load_config(path).output for path in SHIPPED]
+    assert len(set(outputs)) == len(outputs)
 
 
 def test_a_file_becomes_typed_sections(small):

@@ -3,10 +3,10 @@
 import math
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from pytest import approx
 from torch.distributions import kl_divergence, Normal
 
 from flowalign.dynamics import cps, dance_sde, flow_sde, Gaussian, is_stochastic, ode, Window
@@ -36,7 +36,7 @@ def marginals(dynamics, steps: int, variance: float = VARIANCE) -> list[tuple[fl
     """Mean and variance after every step, from N(0, 1): each step is x' = a x + b + std z."""
     times, found = shifted_times(steps), [(0.0, 1.0)]
     probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         step = dynamics(probe, velocity(probe, t, variance), t, s)
         b, end = step.mean.flatten().tolist()
         mean, spread = found[-1]
@@ -55,31 +55,31 @@ def marginals(dynamics, steps: int, variance: float = VARIANCE) -> list[tuple[fl
 )
 def test_every_dynamics_ends_with_the_known_mean_and_variance(dynamics, variances):
     for steps, variance in zip([10, 40, 200, 1000], variances, strict=True):
-        assert marginals(dynamics, steps)[-1] == (approx(MEAN, abs=1e-9), approx(variance, abs=1e-4))
+        assert marginals(dynamics, steps)[-1] == (pytest.approx(MEAN, abs=1e-9), pytest.approx(variance, abs=1e-4))
 
 
 def test_flow_sde_with_an_ode_step_at_the_end_is_a_little_narrower():
     def last_step_ode(x, v, t, s):
         return (flow_sde if s else ode)(x, v, t, s)
 
-    assert marginals(last_step_ode, 10)[-1] == (approx(MEAN), approx(0.1754, abs=1e-4))
+    assert marginals(last_step_ode, 10)[-1] == (pytest.approx(MEAN), pytest.approx(0.1754, abs=1e-4))
 
 
 @pytest.mark.parametrize("dynamics", MARGINAL_PRESERVING)
 def test_the_error_of_a_marginal_preserving_dynamics_falls_as_one_over_the_steps(dynamics):
     for steps in (10, 40, 200, 1000, 4000):
-        assert marginals(dynamics, steps)[-1] == (approx(MEAN), approx(VARIANCE, abs=1.5 / steps))
+        assert marginals(dynamics, steps)[-1] == (pytest.approx(MEAN), pytest.approx(VARIANCE, abs=1.5 / steps))
 
 
 def test_cps_converges_to_another_variance():
     fine, finer = (marginals(cps, steps)[-1][1] for steps in (1000, 4000))
-    assert finer == approx(fine, abs=2e-3)
+    assert finer == pytest.approx(fine, abs=2e-3)
     assert finer < 0.75 * VARIANCE
 
 
 def test_cps_keeps_the_noise_of_the_schedule_when_the_data_is_one_point():
     for t, (mean, variance) in zip(shifted_times(10), marginals(cps, 10, variance=0.0), strict=True):
-        assert (mean, variance) == (approx((1 - t) * MEAN), approx(t**2))
+        assert (mean, variance) == (pytest.approx((1 - t) * MEAN), pytest.approx(t**2))
 
 
 @pytest.mark.parametrize("dynamics", [flow_sde, dance_sde])
@@ -89,7 +89,7 @@ def test_sde_and_ode_end_in_the_same_distribution(dynamics):
     ends, times = [], shifted_times(400)
     for step in (ode, dynamics):
         x = noise
-        for t, s in zip(times, times[1:], strict=False):
+        for t, s in pairwise(times):
             x = step(x, velocity(x, t), t, s).sample(torch.randn(x.shape, generator=generator))
         ends.append(x.flatten())
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
@@ -133,7 +133,7 @@ def test_flow_sde_adds_half_the_squared_diffusion_times_the_score(t):
     variance = eta**2 * t / (1 - t)
     step = flow_sde(x, velocity(x, t), t, s, eta)
     torch.testing.assert_close(step.mean, x + (velocity(x, t) - variance / 2 * score(x, t)) * (s - t))
-    assert step.std == approx(math.sqrt(variance * (t - s)))
+    assert step.std == pytest.approx(math.sqrt(variance * (t - s)))
 
 
 @pytest.mark.parametrize("t", [1.0, 0.5, 0.05])
@@ -141,7 +141,7 @@ def test_dance_sde_adds_half_the_squared_diffusion_times_the_score(t):
     x, eta, s = torch.linspace(-3, 3, 7, dtype=torch.float64).unsqueeze(1), 0.3, t - 0.04
     step = dance_sde(x, velocity(x, t), t, s, eta)
     torch.testing.assert_close(step.mean, x + (velocity(x, t) - eta**2 / 2 * score(x, t)) * (s - t))
-    assert step.std == approx(eta * math.sqrt(t - s))
+    assert step.std == pytest.approx(eta * math.sqrt(t - s))
 
 
 @pytest.mark.parametrize("dynamics", STOCHASTIC)
@@ -159,7 +159,7 @@ def test_flow_sde_at_pure_noise_takes_the_denominator_of_the_next_time():
     variance = eta**2 / (1 - s)
     step = flow_sde(x, v, t, s, eta)
     torch.testing.assert_close(step.mean, x + (v + variance / 2 * x) * (s - t))
-    assert step.std == approx(eta)
+    assert step.std == pytest.approx(eta)
 
 
 @pytest.mark.parametrize("dynamics", STOCHASTIC)
@@ -174,8 +174,8 @@ def test_the_first_and_the_last_step_are_finite(dynamics):
 def test_flow_sde_has_the_published_standard_deviations_on_the_schedule_of_sd3():
     times = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]
     x = torch.zeros(1, 1)
-    found = [flow_sde(x, x, t, s).std for t, s in zip(times, times[1:], strict=False)]
-    assert found == approx([0.70, 0.74, 0.54, 0.45, 0.39, 0.35, 0.32, 0.28, 0.225, 0.0063], abs=6e-3)
+    found = [flow_sde(x, x, t, s).std for t, s in pairwise(times)]
+    assert found == pytest.approx([0.70, 0.74, 0.54, 0.45, 0.39, 0.35, 0.32, 0.28, 0.225, 0.0063], abs=6e-3)
 
 
 def test_a_dynamics_without_noise_is_not_stochastic():
@@ -203,7 +203,7 @@ def test_the_starts_of_a_window_are_evenly_distributed():
     assert all(len(window) == 2 for window in windows)
     starts = Counter(window[0] for window in windows)
     assert sorted(starts) == [1, 2, 3, 4]
-    assert list(starts.values()) == [approx(2000, abs=160)] * 4
+    assert list(starts.values()) == [pytest.approx(2000, abs=160)] * 4
 
 
 def test_the_same_key_gives_the_same_window():

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from pytest import approx
 from torch import Tensor
 
 from flowalign.batch import Cond, Rollout
@@ -121,7 +120,7 @@ def test_the_loss_takes_the_worse_of_the_ratio_and_its_clipped_value():
     rollout.advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
     rollout.log_prob[:, k] -= torch.tensor([1.5, 0.5, 1.5, 0.5]).log()
     loss = FlowGRPO(clip_range=0.2).loss(policy, rollout, k)
-    assert loss.total.item() == approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4, rel=1e-5)
+    assert loss.total.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4, rel=1e-5)
     assert loss.stats["ratio/clipped"].tolist() == [1, 1, 1, 1]
 
 
@@ -166,7 +165,7 @@ def test_training_ends_at_the_optimum_of_reward_and_path_kl():
     found = torch.stack(late).mean(0)
 
     torch.testing.assert_close(found, optimum, rtol=0.05, atol=1e-3)
-    assert (g @ found).item() == approx(0.2049, rel=0.02)
+    assert (g @ found).item() == pytest.approx(0.2049, rel=0.02)
 
 
 def affine_steps(policy: BiasedPolicy) -> tuple[list[float], list[float]]:

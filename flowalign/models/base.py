@@ -69,9 +69,9 @@ class FlowModel(ABC):
     lora_targets: ClassVar[list[str]]
     text_encoders: ClassVar[list[str]]
 
-    def __init__(self, config: ModelConfig, device: str = "cpu"):
+    def __init__(self, config: ModelConfig, device: str = "cpu", pipe: Any = None):
         self.config, self.device = config, torch.device(device)
-        self.pipe = load_pipeline(self.pipeline_class, config, self.optional_components(config))
+        self.pipe = pipe or load_pipeline(self.pipeline_class, config, self.optional_components(config))
         self.transformer = self.pipe.transformer.requires_grad_(False).eval().to(self.device)
         self.vae = self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         for name in self.text_encoders:
@@ -197,7 +197,7 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
     elif folder.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
         raise UserError(f"model.path: there is no folder {config.path}.")
     try:
-        return pipeline_class.from_pretrained(config.path, revision=config.revision, torch_dtype=dtype, **absent)
+        return pipeline_class.from_pretrained(config.path, revision=config.revision, dtype=dtype, **absent)
     except (OSError, ValueError) as error:
         raise UserError(explain_loading(config.path, error)) from error
 

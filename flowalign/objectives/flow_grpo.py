@@ -33,7 +33,7 @@ class FlowGRPO:
     rollout_with: ClassVar[str] = "policy"
 
     def __post_init__(self) -> None:
-        if self.clip_range <= 0 or self.kl_weight < 0:
+        if not self.clip_range > 0 or not self.kl_weight >= 0:
             found = f"clip_range is {self.clip_range} and kl_weight {self.kl_weight}"
             raise UserError(f"objective: {found}; write a range above 0 and a weight of 0 or more.")
 
