@@ -1,6 +1,7 @@
 """Models against diffusers' own pipelines, and what is answered when one cannot be opened."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.models.base import explain_loading, ModelConfig
 from flowalign.policy import Policy, Sampler
-from tests.tiny import make_policy, random_flux, ROOT, sd3_config, TEXTS, two_groups
+from tests.tiny import make_policy, random_flux, random_sd35, ROOT, sd3_config, TEXTS, two_groups
 
 
 def pictures_of(policy: Policy, images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +30,21 @@ def test_the_ode_sampler_is_the_sd3_pipeline(guidance):
     settings = {"num_inference_steps": 6, "guidance_scale": guidance, "max_sequence_length": 0, "output_type": "pt"}
     theirs = pipe(TEXTS, latents=noise.clone(), height=64, width=64, **settings).images
     assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_ode_sampler_is_the_sd35_pipeline_with_t5_and_shifted_times(tmp_path):
+    model = random_sd35(tmp_path)
+    noise, ours = pictures_of(Policy(model, Sampler(steps=5, guidance=4.5)))
+    settings = {"num_inference_steps": 5, "guidance_scale": 4.5, "max_sequence_length": 16, "output_type": "pt"}
+    theirs = model.pipe(TEXTS, latents=noise.clone(), height=64, width=64, **settings).images
+    assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_t5_may_be_left_out_of_a_model_that_has_it(tmp_path):
+    with_t5 = random_sd35(tmp_path)
+    without = load_model(replace(with_t5.config, max_sequence_length=0))
+    assert without.pipe.text_encoder_3 is None
+    assert with_t5.encode(TEXTS).embeds.shape[1] == without.encode(TEXTS).embeds.shape[1] + 16
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False], ids=["dev", "schnell"])

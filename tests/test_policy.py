@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from flowalign.config import load_config
-from flowalign.dynamics import cps, dance_sde, flow_sde
+from flowalign.dynamics import cps, dance_sde, flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.experience import collect
 from flowalign.models import load_model
@@ -150,3 +150,36 @@ def test_the_evaluation_samples_by_the_ode(tmp_path):
     assert config.evaluation_sampler.steps == 20
     assert list(config.evaluation_sampler.stochastic_steps(0)) == []
     assert config.sampler.steps == 10
+
+
+def test_the_same_noise_within_a_group_leaves_only_the_stochastic_steps():
+    policy = make_policy(Sampler(steps=3, dynamics=flow_sde, same_noise=True))
+    path = collect(policy.at("policy"), two_groups(policy), images_per_pass=6).path
+    assert torch.equal(path[0, 0], path[2, 0])
+    assert not torch.equal(path[0, 0], path[3, 0])
+    assert not torch.equal(path[0, 1], path[2, 1])
+
+
+def test_only_the_window_is_stochastic():
+    policy = make_policy(Sampler(steps=5, dynamics=flow_sde, window=Window(size=2, range=(1, 4))))
+    rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
+    assert len(rollout.steps) == 2
+    assert set(rollout.steps) <= {1, 2, 3}
+    for k in range(5):
+        deterministic = policy.step(rollout.path[:, k], k, rollout.cond, stochastic=False).mean
+        assert torch.equal(rollout.path[:, k + 1], deterministic) == (k not in rollout.steps)
+
+
+def test_float16_gradients_are_scaled_back():
+    policy = make_policy(Sampler(steps=4, dynamics=flow_sde))
+    half = make_policy(Sampler(steps=4, dynamics=flow_sde), dtype="float16")
+    assert policy.loss_scale(4) == 1
+    assert half.loss_scale(4) == 512 * 4
+    gradients = []
+    for one in (policy, half):
+        stir(one)
+        rollout = collect(one.at("policy"), two_groups(one), images_per_pass=6)
+        rollout.advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+        compute_gradient(one, FlowGRPO(), rollout, 6, Meter())
+        gradients.append(torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99

@@ -4,8 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from flowalign.config import load_config
 from flowalign.data import Prompt
@@ -49,26 +64,68 @@ def two_groups(policy: Policy, images: int = 3) -> Any:
     return make_prompts(policy, [Prompt(TEXTS[slot]) for slot, _ in members], [(0, 0, slot, image) for slot, image in members])
 
 
-def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
-    """A Flux of the real classes with random weights, dev-like or schnell-like, saved to a folder and loaded again."""
-    torch.manual_seed(0)
-    letters = [chr(c) for c in range(97, 123)]
+LETTERS = [chr(c) for c in range(97, 123)]
+
+
+def random_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
+    """A tokenizer of letters, and the configuration of a CLIP text encoder that fits it."""
+    letters = LETTERS
     vocabulary = {
         piece: i for i, piece in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
     }
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=12, **sizes, **special))
+    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=12, projection_dim=16, **sizes, **special)
+    return tokenizer, config
+
+
+def random_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    letters = LETTERS
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{c}", -1.0) for c in letters), *((c, -2.0) for c in letters)]
-    t5_config = T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16), t5
+
+
+def random_sd35(folder: Path) -> FlowModel:
+    """SD3.5-medium's architecture made small: T5, dual attention in some layers, query-key norm, shift 3; random weights."""
+    torch.manual_seed(0)
+    tokenizer, config = random_clip()
+    t5_tokenizer, t5 = random_t5()
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=40,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL.from_pretrained(ROOT / "assets" / "tiny-sd3" / "vae")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = (transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], tokenizer, t5, t5_tokenizer)
+    StableDiffusion3Pipeline(*parts).save_pretrained(folder)
+    return load_model(ModelConfig("sd3", str(folder), height=64, width=64, max_sequence_length=16, lora=Lora(rank=2, alpha=6)))
+
+
+def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
+    """A Flux of the real classes with random weights, dev-like or schnell-like, saved to a folder and loaded again."""
+    torch.manual_seed(0)
+    tokenizer, config = random_clip()
+    t5_tokenizer, t5 = random_t5()
     pipe = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         AutoencoderKL.from_pretrained(ROOT / "assets" / "tiny-sd3" / "vae"),
-        clip.eval(),
+        CLIPTextModel(config).eval(),
         tokenizer,
-        T5EncoderModel(t5_config).eval(),
-        T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16),
+        t5,
+        t5_tokenizer,
         FluxTransformer2DModel(
             in_channels=32,
             num_layers=1,
@@ -76,7 +133,7 @@ def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
             num_attention_heads=2,
             attention_head_dim=16,
             axes_dims_rope=(4, 6, 6),
-            joint_attention_dim=24,
+            joint_attention_dim=40,
             pooled_projection_dim=16,
             guidance_embeds=guidance_embeds,
         ),
