@@ -83,7 +83,7 @@ class RandomFluxDevPipeline(FluxPipeline):
 def _building(settings: dict[str, Any]) -> Iterator[None]:
     """Modules appear in the dtype asked for, and on the GPU, where random weights are quick."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(settings.get("dtype") or settings["torch_dtype"])
+    torch.set_default_dtype(settings["dtype"])
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             yield

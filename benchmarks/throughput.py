@@ -27,11 +27,12 @@ from flowalign.data import Prompt
 from flowalign.errors import UserError
 from flowalign.evaluation import Evaluator
 from flowalign.experience import collect, Counts, Judge, PromptSource, rollout_source
+from flowalign.folder import peak_memory
 from flowalign.models import load_model
 from flowalign.models.base import describe
 from flowalign.policy import Policy
 from flowalign.tracking import environment
-from flowalign.trainer import peak_memory, Run
+from flowalign.trainer import Run
 
 PROMPTS = [
     Prompt(f"a {color} {shape}") for color in ("red", "green", "blue", "yellow") for shape in ("circle", "square", "triangle")

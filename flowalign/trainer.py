@@ -2,18 +2,15 @@
 
 import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn, Tensor
 from tqdm import tqdm
 
@@ -24,15 +21,13 @@ from flowalign.data import read_prompts
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import Evaluator, paired_difference, Scores
 from flowalign.experience import Counts, Judge, PromptSource, rollout_source, Source
+from flowalign.folder import BEFORE, hand_over, open_folder, peak_memory
 from flowalign.models import load_model
 from flowalign.objectives.base import Objective, PathSteps
 from flowalign.policy import Policy
 from flowalign.report import write_report
 from flowalign.rewards.base import Reward
-from flowalign.tracking import before_after, environment, print_differences, save_grid, Tracker
-
-MAY_CHANGE = ("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep")
-"""Keys that may differ when a run goes on."""
+from flowalign.tracking import before_after, print_differences, save_grid, Tracker
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -80,12 +75,10 @@ def compute_gradient(
             loss = objective.loss(policy, piece, t)
             (loss.total * (scale / (len(passes) * len(draws)))).backward()
             meter.add({"loss": loss.total, **loss.stats}, update)
-    parameters = [parameter for parameter in policy.parameters() if parameter.grad is not None]
-    joined = (
-        processes.mean(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])) / scale
-    )
-    for parameter, part in zip(parameters, joined.split([parameter.numel() for parameter in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    joined = processes.mean(torch.cat([gradient.flatten() for gradient in gradients])) / scale
+    for gradient, part in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 @dataclass
@@ -100,7 +93,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     counts: Counts
     state: checkpoint.State
-    stopping: bool = False
+    interrupted: bool = False
+    """Whether this process was asked to stop; the loop ends when all know."""
 
     @property
     def best_weights(self) -> str:
@@ -111,15 +105,16 @@ class Run:
         with self.interruptible():
             before = self.evaluate_before()
             self.loop()
-            return self.finish(before)
+        return self.finish(before)
 
     def loop(self) -> None:
         """Steps until the last, or until asked to stop."""
         train = self.config.train
         tracker = Tracker(self.folder, self.state.step) if processes.is_main() else None
         bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not processes.is_main())
+        stopping = False
         with bar:
-            while self.state.step < train.steps and not self.stopping:
+            while self.state.step < train.steps and not stopping:
                 metrics = self.step()
                 if train.evaluate_every and self.state.step % train.evaluate_every == 0 and self.state.step < train.steps:
                     metrics |= self.evaluate()
@@ -127,8 +122,8 @@ class Run:
                     tracker.log(metrics)
                 bar.set_postfix(reward=f"{metrics['reward/combined']:.3f}", images_per_s=f"{metrics['images_per_second']:.0f}")
                 bar.update()
-                self.stopping = bool(processes.maximum(torch.tensor(float(self.stopping))).item())
-                if self.state.step % train.save_every == 0 or self.state.step == train.steps or self.stopping:
+                stopping = bool(processes.maximum(torch.tensor(float(self.interrupted))).item())
+                if self.state.step % train.save_every == 0 or self.state.step == train.steps or stopping:
                     self.save()
         if tracker:
             tracker.close()
@@ -150,6 +145,11 @@ class Run:
         self.state.images += self.counts.images_per_step
         elapsed = time.monotonic() - began
         self.state.seconds += elapsed
+        if self.state.bad_steps >= train.max_bad_steps:
+            raise RunError(
+                f"the gradient was not finite {self.state.bad_steps} times (train.max_bad_steps); try a lower "
+                "train.learning_rate, or model.dtype: float32."
+            )
         progress = {"step": self.state.step, "images": self.state.images, "seconds": self.state.seconds}
         figures = {"grad_norm": sum(norms) / len(norms), "images_per_second": self.counts.images_per_step / elapsed}
         return {**progress, **meter.values(), **figures, **metrics}
@@ -159,11 +159,6 @@ class Run:
         train = self.config.train
         if not math.isfinite(norm):
             self.state.bad_steps += 1
-            if self.state.bad_steps >= train.max_bad_steps:
-                raise RunError(
-                    f"the gradient was not finite {self.state.bad_steps} times (train.max_bad_steps); try a lower "
-                    "train.learning_rate, or model.dtype: float32."
-                )
             return
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * min(1.0, (self.state.updates + 1) / max(1, train.warmup))
@@ -174,7 +169,7 @@ class Run:
 
     def evaluate_before(self) -> Scores:
         """The model without the adapter, once a run."""
-        file = self.folder / "evaluation" / "before.safetensors"
+        file = self.folder / BEFORE
         if not file.exists():
             scores = self.evaluator(self.view("reference"))
             if processes.is_main():
@@ -198,7 +193,7 @@ class Run:
 
     def finish(self, before: Scores) -> dict[str, Any]:
         """Evaluate, hand over the adapter, and write summary, pictures and report."""
-        if self.stopping and self.state.step < self.config.train.steps:
+        if self.state.step < self.config.train.steps:
             if processes.is_main():
                 print(f"Stopped after step {self.state.step}; the same command goes on from there.")
             return self._write_summary(self._summary(before, "interrupted"))
@@ -239,9 +234,9 @@ class Run:
         """The first Ctrl-C ends the run after its step, the second at once."""
 
         def stop(*_: Any) -> None:
-            if self.stopping:
+            if self.interrupted:
                 raise KeyboardInterrupt
-            self.stopping = True
+            self.interrupted = True
             if processes.is_main():
                 tqdm.write("Finishing this step, then saving. Press Ctrl-C again to stop at once.")
 
@@ -306,105 +301,3 @@ def probe(rewards: list[Reward], prompts: list[Any]) -> None:
             reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
         except RunError as error:
             raise UserError(str(error)) from error
-
-
-def open_folder(folder: Path, config: Config, policy: Policy, optimizer: torch.optim.Optimizer) -> checkpoint.State:
-    """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
-    resolved = resolve(config)
-    if saved := checkpoint.checkpoints(folder):
-        before = yaml.safe_load((folder / "config.yaml").read_text())
-        if changed := sorted(key for key in differing(before, resolved) if key not in MAY_CHANGE):
-            another = f"{folder} holds a run with another {', '.join(changed)}"
-            raise UserError(f"{another}. Choose another folder, output=outputs/NAME, or remove it.")
-        state = checkpoint.load_checkpoint(policy, optimizer, saved[-1])
-        if processes.is_main():
-            print(f"Going on from {saved[-1]}.")
-    else:
-        state = checkpoint.State()
-    if processes.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        found = environment(processes.device(), processes.count())
-        (folder / "environment.json").write_text(json.dumps(found, indent=2))
-    processes.wait()
-    return state
-
-
-def resolve(config: Config) -> dict[str, Any]:
-    """The configuration with every default written out, as a YAML that loads again."""
-
-    def named(section: str, value: Any) -> dict[str, Any]:
-        settings = (
-            value.keywords
-            if isinstance(value, partial)
-            else asdict(value)
-            if is_dataclass(value) and not isinstance(value, type)
-            else {}
-        )
-        return {"name": config.raw[section]["name"], **settings}
-
-    sampler = {**asdict(config.sampler), "dynamics": config.raw["sampler"]["dynamics"]}
-    sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
-    return {
-        "model": asdict(config.model),
-        "sampler": sampler,
-        "objective": named("objective", config.objective),
-        "advantage": named("advantage", config.advantage),
-        "combine": named("combine", config.combine),
-        "rewards": config.rewards,
-        "data": asdict(config.data),
-        "train": asdict(config.train),
-        "evaluation": asdict(config.evaluation),
-        "output": config.output,
-    }
-
-
-def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys under which two configurations differ."""
-    keys = []
-    for key in {*a, *b}:
-        one, other = a.get(key), b.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            keys += differing(one, other, f"{prefix}{key}.")
-        elif one != other:
-            keys.append(prefix + key)
-    return keys
-
-
-def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> None:
-    """The adapter folder, with a README that loads it in diffusers."""
-    sampler = config.evaluation_sampler
-    extra = "".join(f", {name}=None" for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.model.pipe, name, 0) is None)
-    guidance = sampler.guidance if config.model.name == "sd3" else sampler.embedded_guidance
-    pipeline = policy.model.pipeline_class.__name__
-    dtype, move = ("", "") if config.model.dtype == "float32" else (f", dtype=torch.{config.model.dtype}", '.to("cuda")')
-    call = (
-        f"num_inference_steps={sampler.steps}, guidance_scale={guidance}, height={config.model.height}, "
-        f"width={config.model.width}, max_sequence_length={config.model.max_sequence_length}"
-    )
-    readme = f"""# A LoRA adapter for {config.model.path}
-
-```python
-{"import torch" + chr(10) if dtype else ""}from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained("{config.model.path}"{extra}{dtype}){move}
-pipe.load_lora_weights("{folder}")
-pipe("{policy_prompt(config)}", {call}).images[0].save("picture.png")
-```
-"""
-
-    def write(beside: Path) -> None:
-        checkpoint.save_adapter(policy, beside, weights)
-        (beside / "README.md").write_text(readme)
-
-    checkpoint.write_whole(folder, write)
-
-
-def policy_prompt(config: Config) -> str:
-    return read_prompts(config.evaluation.prompts or config.data.prompts)[0].text
-
-
-def peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

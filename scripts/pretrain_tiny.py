@@ -55,7 +55,7 @@ LATENT_CHANNELS = 8
 TOKENS = 10
 """The longest caption has eight words."""
 BATCH = 64
-SD3_STEPS, FLUX_STEPS = 10_000, 5_000
+SD3_STEPS, FLUX_STEPS = 10_000, 4_000
 
 
 def main() -> None:
@@ -245,6 +245,8 @@ def score(pipe: DiffusionPipeline, guidance: float, sequence: int = 0, count: in
         [caption.text for caption in captions],
         num_inference_steps=10,
         guidance_scale=guidance,
+        height=scenes.SIZE,
+        width=scenes.SIZE,
         max_sequence_length=sequence,
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",

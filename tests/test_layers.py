@@ -15,7 +15,7 @@ LAYERS = [
     "models rewards data",
     "policy",
     "experience search objectives",
-    "config trainer checkpoint tracking evaluation report sampling",
+    "config trainer folder checkpoint tracking evaluation report sampling",
     "cli train sample",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

@@ -15,6 +15,7 @@ from flowalign.checkpoint import checkpoints, load_adapter, read_tensors
 from flowalign.cli import main
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import paired_difference, Scores
+from flowalign.folder import resolve
 from flowalign.policy import Policy, Sampler
 from flowalign.tracking import read_metrics
 from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
@@ -70,8 +71,8 @@ def test_the_resolved_configuration_is_the_same_configuration(run, tmp_path):
     from flowalign.config import load_config
 
     again = load_config(run / "config.yaml")
-    assert trainer.resolve(again)["train"]["learning_rate"] == 1e-2
-    assert trainer.resolve(load_config(run / "config.yaml")) == trainer.resolve(again)
+    assert resolve(again)["train"]["learning_rate"] == 1e-2
+    assert resolve(load_config(run / "config.yaml")) == resolve(again)
 
 
 def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
@@ -85,7 +86,12 @@ def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
     path = policy.at("policy").generate(two_groups(policy, 1))
     pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "assets" / "tiny-sd3", text_encoder_3=None, tokenizer_3=None)
     pipe.load_lora_weights(str(run / "adapter"))
-    settings = {"num_inference_steps": config.sampler.steps, "guidance_scale": 1.0, "max_sequence_length": 0, "output_type": "pt"}
+    settings = {
+        "num_inference_steps": config.evaluation_sampler.steps,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 0,
+        "output_type": "pt",
+    }
     prompts = two_groups(policy, 1).prompts
     theirs = pipe(prompts, latents=path.x[:, 0].clone(), height=64, width=64, **settings).images
     bare = policy.decode(policy.at("reference").generate(two_groups(policy, 1)).x[:, -1])

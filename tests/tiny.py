@@ -34,7 +34,13 @@ TINY = ROOT / "configs" / "tiny" / "flow_grpo.yaml"
 TEXTS = ["a red circle", "a circle and a square"]
 SMALL = [
     *("train.steps=2", "train.prompts_per_step=2", "train.images_per_prompt=3", "train.images_per_pass=6"),
-    *("sampler.steps=4", "sampler.window.range=[0, 2]", "evaluation.images_per_prompt=1", "train.evaluate_every=0"),
+    *(
+        "sampler.steps=4",
+        "sampler.window.range=[0, 2]",
+        "evaluation.sampler.steps=4",
+        "evaluation.images_per_prompt=1",
+        "train.evaluate_every=0",
+    ),
 ]
 """Overrides under which the quick start takes seconds."""
 

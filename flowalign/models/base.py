@@ -69,9 +69,9 @@ class FlowModel(ABC):
     lora_targets: ClassVar[list[str]]
     text_encoders: ClassVar[list[str]]
 
-    def __init__(self, config: ModelConfig, device: str = "cpu", pipe: Any = None):
+    def __init__(self, config: ModelConfig, device: str = "cpu"):
         self.config, self.device = config, torch.device(device)
-        self.pipe = pipe or load_pipeline(self.pipeline_class, config, self.optional_components(config))
+        self.pipe = load_pipeline(self.pipeline_class, config, self.optional_components(config))
         self.transformer = self.pipe.transformer.requires_grad_(False).eval().to(self.device)
         self.vae = self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         for name in self.text_encoders:

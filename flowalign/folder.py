@@ -1,0 +1,127 @@
+"""The run folder: which run may go on in it, its resolved configuration, and what it hands over."""
+
+import json
+import resource
+from dataclasses import asdict, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from flowalign import checkpoint, processes
+from flowalign.config import Config
+from flowalign.data import read_prompts
+from flowalign.errors import UserError
+from flowalign.policy import Policy
+from flowalign.tracking import environment
+
+BEFORE = Path("evaluation") / "before.safetensors"
+MAY_CHANGE = ("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep")
+"""Keys that may differ when a run goes on."""
+
+
+def open_folder(folder: Path, config: Config, policy: Policy, optimizer: torch.optim.Optimizer) -> checkpoint.State:
+    """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
+    resolved = resolve(config)
+    if saved := checkpoint.checkpoints(folder):
+        before = yaml.safe_load((folder / "config.yaml").read_text())
+        if changed := sorted(key for key in differing(before, resolved) if key not in MAY_CHANGE):
+            another = f"{folder} holds a run with another {', '.join(changed)}"
+            raise UserError(f"{another}. Choose another folder, output=outputs/NAME, or remove it.")
+        state = checkpoint.load_checkpoint(policy, optimizer, saved[-1])
+        if processes.is_main():
+            print(f"Going on from {saved[-1]}.")
+    else:
+        state = checkpoint.State()
+        (folder / BEFORE).unlink(missing_ok=True)
+    if processes.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        found = environment(processes.device(), processes.count())
+        (folder / "environment.json").write_text(json.dumps(found, indent=2))
+    processes.wait()
+    return state
+
+
+def resolve(config: Config) -> dict[str, Any]:
+    """The configuration with every default written out, as a YAML that loads again."""
+
+    def named(section: str, value: Any) -> dict[str, Any]:
+        return {"name": config.raw[section]["name"], **settings_of(value)}
+
+    sampler = {**asdict(config.sampler), "dynamics": config.raw["sampler"]["dynamics"]}
+    sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
+    return {
+        "model": asdict(config.model),
+        "sampler": sampler,
+        "objective": named("objective", config.objective),
+        "advantage": named("advantage", config.advantage),
+        "combine": named("combine", config.combine),
+        "rewards": config.rewards,
+        "data": asdict(config.data),
+        "train": asdict(config.train),
+        "evaluation": asdict(config.evaluation),
+        "output": config.output,
+    }
+
+
+def settings_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, or the arguments bound to a function."""
+    if isinstance(value, partial):
+        return value.keywords
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else {}
+
+
+def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys under which two configurations differ."""
+    keys = []
+    for key in {*a, *b}:
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys += differing(one, other, f"{prefix}{key}.")
+        elif one != other:
+            keys.append(prefix + key)
+    return keys
+
+
+def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> None:
+    """The adapter folder, with a README that loads it in diffusers."""
+    sampler = config.evaluation_sampler
+    extra = "".join(f", {name}=None" for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.model.pipe, name, 0) is None)
+    guidance = sampler.guidance if config.model.name == "sd3" else sampler.embedded_guidance
+    pipeline = policy.model.pipeline_class.__name__
+    dtype, move = ("", "") if config.model.dtype == "float32" else (f", dtype=torch.{config.model.dtype}", '.to("cuda")')
+    call = (
+        f"num_inference_steps={sampler.steps}, guidance_scale={guidance}, height={config.model.height}, "
+        f"width={config.model.width}, max_sequence_length={config.model.max_sequence_length}"
+    )
+    readme = f"""# A LoRA adapter for {config.model.path}
+
+```python
+{"import torch" + chr(10) if dtype else ""}from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{config.model.path}"{extra}{dtype}){move}
+pipe.load_lora_weights("{folder}")
+pipe("{first_prompt(config)}", {call}).images[0].save("picture.png")
+```
+"""
+
+    def write(beside: Path) -> None:
+        checkpoint.save_adapter(policy, beside, weights)
+        (beside / "README.md").write_text(readme)
+
+    checkpoint.write_whole(folder, write)
+
+
+def first_prompt(config: Config) -> str:
+    """A prompt for the README."""
+    return read_prompts(config.evaluation.prompts or config.data.prompts)[0].text
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
