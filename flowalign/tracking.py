@@ -73,7 +73,7 @@ def labelled(rows: dict[str, Tensor], prompts: list[str], path: Path) -> None:
     size = width * scale, height * scale
     font = ImageFont.load_default(size=12)
     titles = [_wrapped(prompt, size[0], font) for prompt in prompts]
-    margin, gap, text = 56 if any(rows) else 8, 8, 16 * max(map(len, titles))
+    margin, gap, text = 56 if any(rows) else 8, 8, 16 * max(map(len, titles)) + 4
     columns = min(6, len(prompts))
     block = text + len(rows) * (size[1] + 4) + 2 * gap
     sheet = Image.new("RGB", (margin + columns * (size[0] + gap), -(-len(prompts) // columns) * block), "white")

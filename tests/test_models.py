@@ -162,3 +162,11 @@ def test_a_folder_of_another_pipeline_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(UserError, match="KandinskyPipeline"):
         load_model(sd3_config(path=str(tmp_path)))
+
+
+def test_large_pictures_are_decoded_in_slices():
+    small, large = load_model(sd3_config()), load_model(sd3_config(height=512, width=512))
+    assert not small.vae.use_slicing
+    assert large.vae.use_slicing
+    x0 = torch.randn(3, *small.latent_shape)
+    assert_close(small.decode(x0), large.decode(x0), atol=1e-5, rtol=0)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 
 import pytest
@@ -295,3 +297,21 @@ def test_stirring_an_adapter_moves_the_pictures():
     stir(policy)
     batch = two_groups(policy, 1)
     assert not torch.equal(policy.at("policy").generate(batch).x[:, -1], policy.at("reference").generate(batch).x[:, -1])
+
+
+def test_the_readme_s_reward_trains_as_printed_there(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (code,) = [block.split("```")[0] for block in text.split("```python\n")[1:] if block.startswith("def redness")]
+    (tmp_path / "my_rewards.py").write_text(code)
+    (command,) = [line for line in text.splitlines() if line.startswith("python train.py configs/tiny/flow_grpo.yaml rewards=")]
+    arguments = [word.replace("my_rewards.py", str(tmp_path / "my_rewards.py")) for word in shlex.split(command)[2:]]
+    assert arguments[-1] == "output=outputs/redness"
+    assert main(["train", *arguments[:-1], *SMALL, f"output={tmp_path / 'run'}", "train.steps=1"]) == 0
+    assert "reward/redness" in read_metrics(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/running.md", "docs/rewards.md"])
+def test_every_file_that_the_pages_name_exists(name):
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"\b(?:configs|docs|assets|scripts|benchmarks|flowalign)/[\w/.-]*\w", text):
+        assert (ROOT / path).exists() or any(ROOT.glob(path + "*")), f"{name} names {path}"
