@@ -24,7 +24,7 @@ def write_report(run: Path, summary: dict[str, Any]) -> None:
         f"<p>{summary['stopped']} after {summary['images']} images in {summary['seconds'] / 60:.1f} minutes.</p>",
         _table(summary),
         f"<h2>Before and after</h2>{_image((run / 'pictures' / 'before-after.png').read_bytes())}",
-        f"<h2>Training</h2>{_image(_curves(lines))}",
+        f"<h2>Training</h2>{_image(_curves(lines, summary))}",
         f"<h2>Configuration</h2><pre>{html.escape((run / 'config.yaml').read_text())}</pre>",
         f"<h2>Environment</h2><pre>{html.escape(json.dumps(json.loads((run / 'environment.json').read_text()), indent=2))}</pre>",
     ]
@@ -41,7 +41,10 @@ def _table(summary: dict[str, Any]) -> str:
     return f"<table><tr><th>reward</th><th>before</th><th>after</th><th>difference</th><th>95 % interval</th></tr>{rows}</table>"
 
 
-def _curves(lines: list[dict[str, Any]]) -> bytes:
+def _curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> bytes:
+    ends = {"before": 0, "after": summary["images"]}
+    lines = [*lines, *({"images": x, **{f"eval/{name}": y for name, y in summary[end].items()}} for end, x in ends.items())]
+    lines.sort(key=lambda line: line["images"])
     names = sorted(
         {name for line in lines for name in line if name.startswith(("reward/", "eval/"))} - {"reward/groups_without_spread"}
     )
@@ -49,12 +52,14 @@ def _curves(lines: list[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(9, 2.4 * -(-len(names) // 3)), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(-(-len(names) // 3), 3, place)
+        axes.locator_params(nbins=5)
         points = [(line["images"], line[name]) for line in lines if name in line]
         axes.plot(
             *zip(*points, strict=True), color="#2d52d6", linewidth=1.2, marker="o" if len(points) < 20 else None, markersize=3
         )
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("images", fontsize=8)
+        axes.set_xlim(0, summary["images"])
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()

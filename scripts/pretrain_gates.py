@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from pretrain_tiny import MISQUOTED
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from transformers import AutoTokenizer, CLIPModel
@@ -177,9 +178,6 @@ def write_page(gates: list[Gate], columns: dict[str, dict[str, float]]) -> None:
     kinds = [*scenes.KINDS, "overall"]
     table = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     table += [f"| {kind} | {' | '.join(f'{column[kind]:.2f}' for column in columns.values())} |" for kind in kinds]
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from pretrain_tiny import MISQUOTED
-
     page = TEXT.format(
         misquoted=MISQUOTED, gates="\n".join(lines), count=COUNT // 6, scores="\n".join(table), kinds=", ".join(scenes.KINDS)
     )
