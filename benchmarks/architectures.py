@@ -59,8 +59,9 @@ class RandomSD35MediumPipeline(StableDiffusion3Pipeline):
 
     @classmethod
     def from_pretrained(cls, *_: Any, **settings: Any) -> Any:
-        with _building(settings):
+        with _building(settings["dtype"]["default"]):
             transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+        with _building(settings["dtype"]["vae"]):
             vae = AutoencoderKL(**AUTOENCODER, scaling_factor=1.5305, shift_factor=0.0609)
         texts: Any = [None] * 6
         return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *texts)
@@ -71,8 +72,9 @@ class RandomFluxDevPipeline(FluxPipeline):
 
     @classmethod
     def from_pretrained(cls, *_: Any, **settings: Any) -> Any:
-        with _building(settings):
+        with _building(settings["dtype"]["default"]):
             transformer = FluxTransformer2DModel(**FLUX_DEV)
+        with _building(settings["dtype"]["vae"]):
             vae = AutoencoderKL(**AUTOENCODER, scaling_factor=0.3611, shift_factor=0.1159)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         texts: Any = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -80,10 +82,10 @@ class RandomFluxDevPipeline(FluxPipeline):
 
 
 @contextmanager
-def _building(settings: dict[str, Any]) -> Iterator[None]:
+def _building(dtype: torch.dtype) -> Iterator[None]:
     """Modules appear in the dtype asked for, and on the GPU, where random weights are quick."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(settings["dtype"])
+    torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             yield

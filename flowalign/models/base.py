@@ -73,7 +73,7 @@ class FlowModel(ABC):
         self.config, self.device = config, torch.device(device)
         self.pipe = load_pipeline(self.pipeline_class, config, self.optional_components(config))
         self.transformer = self.pipe.transformer.requires_grad_(False).eval().to(self.device)
-        self.vae = self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
+        self.vae = self.pipe.vae.requires_grad_(False).eval().to(self.device)
         for name in self.text_encoders:
             if (encoder := getattr(self.pipe, name)) is not None:
                 encoder.requires_grad_(False).eval()
@@ -182,7 +182,7 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     folder = Path(config.path)
-    dtype = getattr(torch, config.dtype)
+    dtype = {"default": getattr(torch, config.dtype), "vae": torch.float32}
     absent = dict.fromkeys(optional)
     if folder.is_dir():
         index = folder / "model_index.json"
