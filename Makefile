@@ -1,7 +1,7 @@
 # Two commands: `make train` and `make test`. Each makes .venv when it is missing.
 PYTHON ?= python3
 # A model this small keeps one core busy, not two: two processes of one thread each are the quicker way to use two cores.
-PROCESSES ?= 2
+PROCESSES ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 2)
 BIN := .venv/bin
 
 .PHONY: train test check

@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped at once; the last checkpoint is in place.", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -34,12 +37,20 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run folder such as outputs/flow_grpo, or a model folder")
     parser.add_argument("prompts", nargs="*", help="prompts, or one .txt or .jsonl file; a run's evaluation prompts by default")
-    parser.add_argument("--images", type=int, default=None, metavar="N", help="pictures a prompt")
-    parser.add_argument("--steps", type=int, default=None, help="sampler steps")
+    parser.add_argument("--images", type=positive, default=1, metavar="N", help="pictures a prompt")
+    parser.add_argument("--steps", type=positive, default=None, help="sampler steps")
     parser.add_argument("--guidance", type=float, default=None, help="classifier-free guidance (Flux: embedded guidance)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=None, metavar="FOLDER", help="where to write; beside the run, or outputs/samples")
     parser.set_defaults(action=_sample)
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
 
 
 def _quiet() -> None:

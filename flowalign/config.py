@@ -1,10 +1,12 @@
 """From YAML to dataclasses: `extends`, overrides, and errors that name the file, the key and what to type."""
 
+import copy
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -99,6 +101,11 @@ class Train:
             raise UserError(f"train.evaluate_every is {self.evaluate_every}; write 0 for never, or a number of steps.")
         if self.images_per_prompt < 2:
             raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"train.max_grad_norm is {self.max_grad_norm}; it must be above 0.")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"train.learning_rate is {self.learning_rate}; write a number above 0 and below 1, such as 3e-4.")
 
@@ -230,7 +237,7 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
             raise UserError(f"the section {key!r} is missing.")
     model = raw["model"]
     name = model.get("name") if isinstance(model, dict) else model
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise UserError(f"model.name is {name!r}; the models are {', '.join(MODELS)}.{_did_you_mean(name, MODELS)}")
     config = Config(
         model=build(ModelConfig, model, "model"),
@@ -265,12 +272,16 @@ def check_evaluation(config: Config) -> None:
     for key in evaluation.sampler:
         if key not in allowed:
             raise UserError(f"Key {key!r} is not one of evaluation.sampler: {', '.join(allowed)}.{_did_you_mean(key, allowed)}")
-    build(Sampler, dict(evaluation.sampler), "evaluation.sampler")
+    checked = build(Sampler, dict(evaluation.sampler), "evaluation.sampler")
+    evaluation.sampler = {key: getattr(checked, key) for key in evaluation.sampler}
 
 
 def build_sampler(section: Any) -> Sampler:
     section = _mapping(section, "sampler")
     dynamics = build_named(DYNAMICS, section["dynamics"], "sampler.dynamics")
+    eta = dynamics.keywords["eta"] if isinstance(dynamics, partial) else 0
+    if not 0 <= eta < math.inf or (section["dynamics"]["name"] == "cps" and eta > 1):
+        raise UserError(f"sampler.dynamics.eta is {eta}; write a number of 0 or more, for cps at most 1.")
     settings = build(Sampler, {k: v for k, v in section.items() if k != "dynamics"}, "sampler")
     return dataclasses.replace(settings, dynamics=dynamics)
 
@@ -300,17 +311,28 @@ def build_named(table: dict[str, Any], section: Any, key: str) -> Any:
 
 
 def configure(entry: Any, settings: dict[str, Any], key: str) -> Any:
-    """An instance of a dataclass, or a function with its keyword settings bound."""
-    if dataclasses.is_dataclass(entry):
-        return build(entry, settings, key)
-    keywords = [
-        (p.name, p.annotation, field(default=p.default))
+    """An instance of a class, or a function with its keyword settings bound. UserError when that cannot be."""
+    if not callable(entry):
+        raise UserError(f"{key}: {entry!r} is neither a function nor a class.")
+    try:
+        if dataclasses.is_dataclass(entry):
+            return build(entry, settings, key)
+        arguments = dataclasses.asdict(build(settings_class(entry), settings, key))
+        return entry(**arguments) if inspect.isclass(entry) else partial(entry, **arguments) if arguments else entry
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key} cannot be made: {type(error).__name__}: {error}") from error
+
+
+def settings_class(entry: Callable[..., Any]) -> type:
+    """A dataclass of a function's arguments that have defaults."""
+    fields = [
+        (p.name, Any if p.annotation is p.empty else p.annotation, field(default_factory=partial(copy.deepcopy, p.default)))
         for p in inspect.signature(entry).parameters.values()
         if p.default is not p.empty
     ]
-    shape = dataclasses.make_dataclass(entry.__name__, keywords)
-    settings = dataclasses.asdict(build(shape, settings, key))
-    return entry(**settings) if inspect.isclass(entry) else partial(entry, **settings) if settings else entry
+    return dataclasses.make_dataclass("Settings", fields)
 
 
 def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
@@ -338,13 +360,19 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)
-    name = f"flowalign_user_{path.stem}"
+    name = f"flowalign_user_{path.resolve()}"
+    if name in sys.modules:
+        return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -360,7 +388,7 @@ def checked_rewards(section: Any, key: str) -> dict[str, Any]:
                 f'or name your own: "my_rewards.py:{name}".{_did_you_mean(name, REWARDS)}'
             )
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise UserError(f"{key}.{name} is {value!r}; write a weight, or {{weight: 1.0, ...}} with the reward's own settings.")
     return section
 

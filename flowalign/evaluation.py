@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from flowalign import processes
+from flowalign.batch import Rollout
 from flowalign.data import Prompt
 from flowalign.experience import collect, Judge, make_prompts
 from flowalign.flow import PerImage
@@ -55,29 +56,46 @@ class Evaluator:
     judge: Judge
     images_per_pass: int
     seed: int
+    shown: int = SHOWN
+    """How many pictures are kept to look at, spread over the prompts."""
 
     def __call__(self, policy: Policy) -> Scores:
+        return self.judged(*self.collect(policy))
+
+    def judged(self, rollouts: list[Rollout], keys: Tensor) -> Scores:
+        """The scores of pictures that `collect` made."""
+        names = [reward.name for reward in self.judge.rewards]
+        scores = self.judge.score(rollouts)
+        table = processes.gather(torch.cat([keys, torch.stack(list(scores.values()), 1)], 1))
+        table = table[sorted(range(len(table)), key=lambda row: table[row, :2].tolist())]
+        images, shown = self.pictures(rollouts, keys)
+        return Scores(table[:, 0].long(), dict(zip(names, table[:, 2:].T, strict=True)), images, shown)
+
+    def collect(self, policy: Policy) -> tuple[list[Rollout], Tensor]:
+        """This process's pictures in passes, without their paths, and their (prompt, image)."""
         members = [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
         mine = members[processes.rank() :: processes.count()]
+        policy.model.remember([self.prompts[prompt].text for prompt, _ in mine])
         pieces = [mine[start : start + self.images_per_pass] for start in range(0, len(mine), self.images_per_pass)]
-        scored = [self._score(policy, piece) for piece in pieces]
-        names = [reward.name for reward in self.judge.rewards]
-        rows = torch.cat([torch.zeros(0, len(names)), *(torch.stack(list(scores.values()), 1) for scores, _ in scored)])
-        keys = torch.tensor(mine).view(-1, 2)
-        images = torch.cat(
-            [torch.zeros(0, 3, policy.model.config.height, policy.model.config.width).byte(), *(i for _, i in scored)]
-        )
-        stride = max(1, len(mine) // SHOWN)
-        table = processes.gather(torch.cat([keys, rows], 1))
-        order = sorted(range(len(table)), key=lambda row: table[row, :2].tolist())
-        scores = dict(zip(names, table[order, 2:].T, strict=True))
-        return Scores(table[order, 0].long(), scores, images[::stride][:SHOWN].clone(), keys[::stride, 0][:SHOWN].clone())
+        return [self._collect(policy, piece) for piece in pieces], torch.tensor(mine).view(-1, 2)
 
-    def _score(self, policy: Policy, piece: list[tuple[int, int]]) -> tuple[dict[str, PerImage], Tensor]:
+    def _collect(self, policy: Policy, piece: list[tuple[int, int]]) -> Rollout:
         keys = [(self.seed, EVALUATION_STEP, prompt, image) for prompt, image in piece]
         batch = make_prompts(policy, [self.prompts[prompt] for prompt, _ in piece], keys)
         rollout = collect(policy, batch, self.images_per_pass, "evaluation")
-        return self.judge.score(rollout), rollout.images
+        return replace(rollout, path=rollout.path[:, -1:])
+
+    def pictures(self, rollouts: list[Rollout], keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The pictures to look at, of all processes, as bytes, and the index of their prompts."""
+        count = len(self.prompts) * self.images_per_prompt
+        chosen = set(range(0, count, max(1, count // self.shown)))
+        place = keys[:, 0] * self.images_per_prompt + keys[:, 1]
+        kept = torch.tensor([int(p) in chosen for p in place], dtype=torch.bool)
+        shape = rollouts[0].images.shape[1:] if rollouts else (3, 1, 1)
+        images = torch.cat([torch.zeros(0, *shape).byte(), *(rollout.images for rollout in rollouts)])
+        rows = processes.gather(torch.cat([place[kept, None], images[kept].flatten(1)], 1))
+        rows = rows[rows[:, 0].argsort()][: self.shown]
+        return rows[:, 1:].byte().view(-1, *shape), rows[:, 0].long() // self.images_per_prompt
 
 
 def paired_difference(before: Scores, after: Scores) -> dict[str, tuple[float, float, float]]:

@@ -10,7 +10,7 @@ from flowalign import processes
 from flowalign.advantage import group_statistics
 from flowalign.batch import Prompts, Rollout
 from flowalign.data import Prompt, prompts_of_step
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.flow import concatenate, PerImage
 from flowalign.policy import Policy
 from flowalign.rewards.base import Reward, score_all
@@ -125,18 +125,25 @@ class Judge:
     images_per_pass: int
     device: torch.device
 
-    def score(self, rollout: Rollout) -> dict[str, PerImage]:
-        """Every reward of this process's images, on the CPU."""
-        scored = [
-            score_all(self.rewards, piece.images.to(self.device).float() / 255, piece.prompts, piece.metadata)
-            for piece in rollout.pieces(self.images_per_pass)
-        ]
-        return {reward.name: concatenate(scores[reward.name] for scores in scored) for reward in self.rewards}
+    def score(self, rollouts: list[Rollout]) -> dict[str, PerImage]:
+        """Every reward of this process's images, on the CPU. RunError on all processes when a reward fails on one."""
+        pieces = [piece for rollout in rollouts for piece in rollout.pieces(self.images_per_pass)]
+        try:
+            scored = [
+                score_all(self.rewards, piece.images.to(self.device).float() / 255, piece.prompts, piece.metadata)
+                for piece in pieces
+            ]
+        except RunError as error:
+            processes.fail_together(error)
+            raise
+        processes.fail_together(None)
+        empty = torch.zeros(0)
+        return {reward.name: concatenate([empty, *(scores[reward.name] for scores in scored)]) for reward in self.rewards}
 
     def __call__(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
         """The rollout with rewards and advantages, and what to log of them."""
         names = [reward.name for reward in self.rewards]
-        local = torch.stack([*self.score(rollout).values(), rollout.group.float()], 1)
+        local = torch.stack([*self.score([rollout]).values(), rollout.group.float()], 1)
         everyone = processes.gather(local)
         scores = dict(zip(names, everyone.T, strict=False))
         group = everyone[:, -1].long()

@@ -18,7 +18,10 @@ from flowalign.policy import Policy
 from flowalign.tracking import environment
 
 BEFORE = Path("evaluation") / "before.safetensors"
-MAY_CHANGE = ("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep")
+MAY_CHANGE = (
+    *("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep"),
+    *("train.learning_rate", "train.images_per_pass", "model.gradient_checkpointing", "model.attention"),
+)
 """Keys that may differ when a run goes on."""
 
 
@@ -51,7 +54,7 @@ def resolve(config: Config) -> dict[str, Any]:
     def named(section: str, value: Any) -> dict[str, Any]:
         return {"name": config.raw[section]["name"], **settings_of(value)}
 
-    sampler = {**asdict(config.sampler), "dynamics": config.raw["sampler"]["dynamics"]}
+    sampler = {**asdict(config.sampler), "dynamics": named_dynamics(config)}
     sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
     return {
         "model": asdict(config.model),
@@ -65,6 +68,11 @@ def resolve(config: Config) -> dict[str, Any]:
         "evaluation": asdict(config.evaluation),
         "output": config.output,
     }
+
+
+def named_dynamics(config: Config) -> dict[str, Any]:
+    """The dynamics with its settings."""
+    return {"name": config.raw["sampler"]["dynamics"]["name"], **settings_of(config.sampler.dynamics)}
 
 
 def settings_of(value: Any) -> dict[str, Any]:
@@ -89,7 +97,9 @@ def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[st
 def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> None:
     """The adapter folder, with a README that loads it in diffusers."""
     sampler = config.evaluation_sampler
-    extra = "".join(f", {name}=None" for name in ("text_encoder_3", "tokenizer_3") if getattr(policy.model.pipe, name, 0) is None)
+    extra = "".join(
+        f", {name}=None" for name in ("text_encoder_3", "tokenizer_3") if policy.model.pipe.components.get(name, name) is None
+    )
     guidance = sampler.guidance if config.model.name == "sd3" else sampler.embedded_guidance
     pipeline = policy.model.pipeline_class.__name__
     dtype, move = ("", "") if config.model.dtype == "float32" else (f", dtype=torch.{config.model.dtype}", '.to("cuda")')
@@ -102,9 +112,9 @@ def hand_over(policy: Policy, folder: Path, weights: str, config: Config) -> Non
 ```python
 {"import torch" + chr(10) if dtype else ""}from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("{config.model.path}"{extra}{dtype}){move}
+pipe = {pipeline}.from_pretrained({config.model.path!r}{extra}{dtype}){move}
 pipe.load_lora_weights("{folder}")
-pipe("{first_prompt(config)}", {call}).images[0].save("picture.png")
+pipe({first_prompt(config)!r}, {call}).images[0].save("picture.png")
 ```
 """
 

@@ -39,7 +39,7 @@ class Sampler:
         self.dynamics = self.dynamics or ode
         if self.steps < 1:
             raise UserError(f"sampler.steps is {self.steps}; it must be 1 or more.")
-        if self.guidance < 1:
+        if not 1 <= self.guidance < math.inf:
             raise UserError(f"sampler.guidance is {self.guidance}; it must be 1 (none) or more.")
 
     def stochastic_steps(self, key: int) -> range:
@@ -123,6 +123,8 @@ class Policy:
 
     def follow(self, name: str, decay: float) -> None:
         """name ← decay · name + (1 - decay) · policy."""
+        if decay == 1:
+            return
         with torch.no_grad():
             for snapshot, parameter in zip(self.parameters(name), self.parameters(), strict=True):
                 snapshot.lerp_(parameter, 1 - decay) if decay else snapshot.copy_(parameter)

@@ -1,5 +1,6 @@
 """Which process this is, of how many, and what they tell each other; accelerate starts them."""
 
+import os
 from typing import cast
 
 import torch
@@ -9,12 +10,18 @@ from accelerate.utils import pad_across_processes
 from accelerate.utils import reduce as accelerate_reduce
 from torch import Tensor
 
+from flowalign.errors import RunError, UserError
+
 
 def state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def device() -> torch.device:
+    """This process's. UserError when there are more processes than GPUs."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise UserError(f"{here} processes were started, but there are {torch.cuda.device_count()} GPUs; start one for each.")
     return cast(torch.device, state().device)
 
 
@@ -46,6 +53,12 @@ def gather(rows: Tensor) -> Tensor:
 def mean(values: Tensor) -> Tensor:
     """Element by element over processes."""
     return cast(Tensor, accelerate_reduce(values, "mean")) if count() > 1 else values
+
+
+def fail_together(error: RunError | None) -> None:
+    """Raise on every process when one failed, so that none waits for it."""
+    if maximum(torch.tensor(float(error is not None))).item():
+        raise error or RunError("another process failed; its message says why.")
 
 
 def maximum(values: Tensor) -> Tensor:

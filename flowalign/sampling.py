@@ -42,17 +42,21 @@ def sample_run(run: Path, options: Namespace) -> None:
     policy = Policy(load_model(config.model, str(device)), sampler)
     load_adapter(policy, adapter)
     prompts = asked(options) or spread(read_prompts(config.evaluation.prompts or config.data.prompts), PROMPTS)
+    at_once, count = config.train.images_per_pass, len(prompts) * options.images
     rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
-    judge = Judge(rewards, config.combine, config.advantage, AT_ONCE, device)
-    evaluator = Evaluator(prompts, options.images or 1, judge, AT_ONCE, options.seed)
-    before, after = evaluator(policy.at("reference")), evaluator(policy.at("policy"))
-    difference = paired_difference(before, after)
+    judge = Judge(rewards, config.combine, config.advantage, at_once, device)
+    evaluator = Evaluator(prompts, options.images, judge, at_once, options.seed, shown=count)
+    (made, keys), (remade, _) = evaluator.collect(policy.at("reference")), evaluator.collect(policy.at("policy"))
+    images, shown = evaluator.pictures(made, keys)
     folder = Path(options.output or run / "samples")
-    before_after(before.images, after.images, [prompts[i].text for i in after.shown.tolist()], folder / "before-after.png")
+    labels = [prompts[i].text for i in shown.tolist()]
+    before_after(images, evaluator.pictures(remade, keys)[0], labels, folder / "before-after.png")
+    print(f"Pictures: {folder / 'before-after.png'}")
+    before, after = evaluator.judged(made, keys), evaluator.judged(remade, keys)
+    difference = paired_difference(before, after)
     figures = {"before": before.means, "after": after.means, "difference": difference, "adapter": str(adapter)}
     (folder / "rewards.json").write_text(json.dumps(figures, indent=2))
     print_differences(before.means, after.means, difference)
-    print(f"Pictures: {folder / 'before-after.png'}")
 
 
 def adapter_of(run: Path) -> Path:
@@ -75,14 +79,14 @@ def sample_model(options: Namespace) -> None:
     """One labelled grid of a model's pictures."""
     config = describe(options.source)
     device = processes.device()
-    guidance = options.guidance or (4.5 if config.name == "sd3" else 3.5)
+    guidance = (4.5 if config.name == "sd3" else 3.5) if options.guidance is None else options.guidance
     sampler = Sampler(steps=options.steps or 28)
     sampler = replace(sampler, **{guidance_key(config.name): guidance})
     policy = Policy(load_model(config, str(device)), sampler)
     prompts = asked(options)
     if not prompts:
         raise UserError('give prompts or a prompt file: python sample.py MODEL "a red circle left of a blue square".')
-    members = [(p, i) for p in range(len(prompts)) for i in range(options.images or 1)]
+    members = [(p, i) for p in range(len(prompts)) for i in range(options.images)]
     keys = [(options.seed, -1, prompt, image) for prompt, image in members]
     batch = make_prompts(policy, [prompts[p] for p, _ in members], keys)
     images = collect(policy.at("reference"), batch, AT_ONCE).images

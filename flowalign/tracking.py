@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
+
+import flowalign
 
 
 class Tracker:
@@ -48,16 +51,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """Versions, machine and git state, for environment.json."""
-    packages = ("flowalign", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    packages = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")
+    git = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "versions": {package: version(package) for package in packages},
+        "versions": {"flowalign": flowalign.__version__} | {package: version(package) for package in packages},
         "python": platform.python_version(),
         "device": f"{device} ({name})",
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "git": git.stdout.strip() or None,
+        "git": git or None,
     }
 
 

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from flowalign import checkpoint, processes
 from flowalign.batch import Batch
 from flowalign.config import Config, load_rewards
-from flowalign.data import read_prompts
+from flowalign.data import Prompt, read_prompts
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import Evaluator, paired_difference, Scores
 from flowalign.experience import Counts, Judge, PromptSource, rollout_source, Source
 from flowalign.folder import BEFORE, hand_over, open_folder, peak_memory
 from flowalign.models import load_model
-from flowalign.objectives.base import Objective, PathSteps
+from flowalign.models.base import ModelConfig
+from flowalign.objectives.base import Objective
 from flowalign.policy import Policy
 from flowalign.report import write_report
 from flowalign.rewards.base import Reward
@@ -147,8 +148,8 @@ class Run:
         self.state.seconds += elapsed
         if self.state.bad_steps >= train.max_bad_steps:
             raise RunError(
-                f"the gradient was not finite {self.state.bad_steps} times (train.max_bad_steps); try a lower "
-                "train.learning_rate, or model.dtype: float32."
+                f"the gradient was not finite {self.state.bad_steps} times in a row (train.max_bad_steps); try a lower "
+                "train.learning_rate, or in a new output folder model.dtype: float32."
             )
         progress = {"step": self.state.step, "images": self.state.images, "seconds": self.state.seconds}
         figures = {"grad_norm": sum(norms) / len(norms), "images_per_second": self.counts.images_per_step / elapsed}
@@ -160,6 +161,7 @@ class Run:
         if not math.isfinite(norm):
             self.state.bad_steps += 1
             return
+        self.state.bad_steps = 0
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * min(1.0, (self.state.updates + 1) / max(1, train.warmup))
         self.optimizer.step()
@@ -254,6 +256,7 @@ class Run:
         except RunError as error:
             if self.state.step and processes.is_main():
                 checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
+            processes.wait()
             saved = checkpoint.checkpoints(self.folder)
             where = f"The steps done are in {saved[-1]}; the same command goes on from there." if saved else "No step was done."
             raise RunError(f"{error}\n{where}") from error
@@ -265,15 +268,18 @@ def prepare(config: Config) -> Run:
     counts = Counts(
         train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass, processes.count()
     )
-    if isinstance(config.objective.draws, PathSteps) and not config.sampler.stochastic_steps(0):
+    if config.objective.needs_stochastic_steps and not config.sampler.stochastic_steps(0):
         raise UserError(
             "the objective learns from stochastic steps, but sampler.dynamics has none; "
             "write for example sampler: {dynamics: {name: flow_sde}}."
         )
     prompts = read_prompts(config.data.prompts)
     evaluation_prompts = read_prompts(config.evaluation.prompts, "evaluation.prompts") if config.evaluation.prompts else prompts
-    rewards, evaluation_rewards = load_rewards(config.rewards), load_rewards(config.evaluation.rewards, "evaluation.rewards")
-    probe([*rewards, *evaluation_rewards], prompts[:2] * 2)
+    rewards = evaluation_rewards = load_rewards(config.rewards)
+    if config.evaluation.rewards != config.rewards:
+        evaluation_rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
+    probe(rewards, prompts[:2] * 2, config.model)
+    probe(evaluation_rewards, evaluation_prompts[:2] * 2, config.model)
     if processes.is_main():
         where = f"{processes.count()} process(es) on {processes.device()}, {torch.get_num_threads()} threads each"
         print(f"{where}; {counts.images_per_step} images a step")
@@ -281,6 +287,7 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(train.seed)
     snapshots = [*config.objective.snapshots, *(["ema"] if train.ema.decay else [])]
     policy = Policy(model, config.sampler, snapshots)
+    model.remember([prompt.text for prompt in prompts])
     judge = Judge(rewards, config.combine, config.advantage, train.images_per_pass, processes.device())
     evaluation_judge = Judge(evaluation_rewards, config.combine, config.advantage, train.images_per_pass, processes.device())
     source = rollout_source(policy, PromptSource(policy, prompts, counts, train.seed), judge, config.objective.rollout_with)
@@ -293,9 +300,9 @@ def prepare(config: Config) -> Run:
     return Run(config, folder, policy, source, evaluator, optimizer, counts, state)
 
 
-def probe(rewards: list[Reward], prompts: list[Any]) -> None:
-    """Ask every reward for grey pictures of the first prompts, so that what is wrong with it shows before the model loads."""
-    images = torch.full((len(prompts), 3, 64, 64), 0.5)
+def probe(rewards: list[Reward], prompts: list[Prompt], model: ModelConfig) -> None:
+    """Ask every reward about grey pictures of the first prompts, so that what is wrong with it shows before the model loads."""
+    images = torch.full((len(prompts), 3, model.height, model.width), 0.5, device=processes.device())
     for reward in rewards:
         try:
             reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])

@@ -149,7 +149,7 @@ def test_the_evaluation_samples_by_the_ode(tmp_path):
     config = load_config("configs/tiny/flow_grpo.yaml", ["evaluation.sampler.steps=20"])
     assert config.evaluation_sampler.steps == 20
     assert list(config.evaluation_sampler.stochastic_steps(0)) == []
-    assert config.sampler.steps == 10
+    assert config.sampler.steps == 8
 
 
 def test_the_same_noise_within_a_group_leaves_only_the_stochastic_steps():

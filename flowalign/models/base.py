@@ -14,6 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -86,7 +87,7 @@ class FlowModel(ABC):
         self.use_attention(config.attention)
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         step = 2 * self.pipe.vae_scale_factor
-        if config.height % step or config.width % step:
+        if config.height % step or config.width % step or min(config.height, config.width) < step:
             near = [max(step, round(side / step) * step) for side in (config.height, config.width)]
             raise UserError(f"model.height and model.width must be multiples of {step}; nearest: {near[0]} and {near[1]}.")
 
@@ -125,9 +126,23 @@ class FlowModel(ABC):
         """Components of the pipeline that may be missing."""
         return []
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
         """Embeddings of the prompts, on the model's device. Equal prompts are encoded once and remembered."""
+        rows = self._rows(prompts)
+        embeds, pooled = (torch.stack([rows[p][i] for p in prompts]).to(self.device) for i in (0, 1))
+        null_embeds, null_pooled = (rows[""][i].to(self.device).expand_as(e) for i, e in enumerate((embeds, pooled)))
+        return Cond(embeds, pooled, null_embeds, null_pooled)
+
+    def remember(self, prompts: list[str]) -> None:
+        """Encode prompts ahead, in one visit of the text encoders to the device, as many as the cache holds."""
+        self._rows(list(dict.fromkeys(prompts))[: self._room() - 1])
+
+    def _room(self) -> int:
+        return max(2, CACHE_BYTES // sum(tensor.nbytes for tensor in self._rows([])[""]))
+
+    @torch.no_grad()
+    def _rows(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Embeddings and pooled embeddings of every prompt and of the empty one, on the CPU."""
         wanted = list(dict.fromkeys(["", *prompts]))
         rows = {text: self._cache[text] for text in wanted if text in self._cache}
         if missing := [text for text in wanted if text not in rows]:
@@ -135,18 +150,13 @@ class FlowModel(ABC):
                 for start in range(0, len(missing), ENCODE_AT_ONCE):
                     texts = missing[start : start + ENCODE_AT_ONCE]
                     rows |= zip(texts, zip(*(e.cpu() for e in self.encode_texts(texts)), strict=True), strict=True)
-        self._remember(rows)
-        embeds, pooled = (torch.stack([rows[p][i] for p in prompts]).to(self.device) for i in (0, 1))
-        null_embeds, null_pooled = (rows[""][i].to(self.device).expand_as(e) for i, e in enumerate((embeds, pooled)))
-        return Cond(embeds, pooled, null_embeds, null_pooled)
-
-    def _remember(self, rows: dict[str, tuple[Tensor, Tensor]]) -> None:
         for text, row in rows.items():
             self._cache[text] = row
             self._cache.move_to_end(text)
-        size = sum(tensor.nbytes for tensor in rows[""])
-        while len(self._cache) * size > CACHE_BYTES:
+        room = max(2, CACHE_BYTES // sum(tensor.nbytes for tensor in rows[""]))
+        while len(self._cache) > room:
             self._cache.popitem(last=False)
+        return rows
 
     @contextlib.contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
@@ -154,10 +164,12 @@ class FlowModel(ABC):
         encoders = [encoder for name in self.text_encoders if (encoder := getattr(self.pipe, name)) is not None]
         for encoder in encoders:
             encoder.to(self.device)
-        yield
-        if self.device.type != "cpu":
-            for encoder in encoders:
-                encoder.to("cpu")
+        try:
+            yield
+        finally:
+            if self.device.type != "cpu":
+                for encoder in encoders:
+                    encoder.to("cpu")
 
     def decode(self, x0: Latent) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1]; differentiable."""
@@ -194,12 +206,17 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
             needed = f"model.name {config.name!r} needs a {pipeline_class.__name__}"
             raise UserError(f"model.path: {folder} holds a {found['_class_name']}, but {needed}.")
         absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if found.get(name) == [None, None]}
-    elif folder.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
+    elif is_local(config.path):
         raise UserError(f"model.path: there is no folder {config.path}.")
     try:
         return pipeline_class.from_pretrained(config.path, revision=config.revision, dtype=dtype, **absent)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(explain_loading(config.path, error)) from error
+
+
+def is_local(path: str) -> bool:
+    """Whether a path can only mean a folder: a repository on the hub is owner/name."""
+    return path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).parent.is_dir()
 
 
 def explain_loading(path: str, error: BaseException) -> str:
@@ -209,6 +226,8 @@ def explain_loading(path: str, error: BaseException) -> str:
         causes.append(f"{type(cause).__name__} {cause}")
         cause = cause.__cause__ or cause.__context__
     story = "\n".join(causes)
+    if Path(path).is_dir():
+        return f"model.path: {path} cannot be opened as a model: {error}"
     if any(word in story for word in ("GatedRepoError", "401", "403", "gated")):
         return (
             f"model.path: {path} is gated or private. Accept its licence at https://huggingface.co/{path}, then run "
@@ -229,6 +248,8 @@ def explain_loading(path: str, error: BaseException) -> str:
 
 def describe(path: str) -> ModelConfig:
     """The configuration of a model folder or repository, read from its own files, for making pictures with it."""
+    if not Path(path).is_dir() and is_local(path):
+        raise UserError(f"there is no folder {path}.")
     try:
         index: Any = DiffusionPipeline.load_config(path)
         vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
@@ -241,4 +262,5 @@ def describe(path: str) -> ModelConfig:
     tokens = 256 if index.get("text_encoder_3", [None, None]) != [None, None] else 0
     if family == "flux":
         tokens = AutoTokenizer.from_pretrained(path, subfolder="tokenizer_2").model_max_length
-    return ModelConfig(family, path, height=side, width=side, max_sequence_length=tokens)
+    dtype: Any = {"sd3": "float16", "flux": "bfloat16"}[family] if torch.cuda.is_available() else "float32"
+    return ModelConfig(family, path, dtype=dtype, height=side, width=side, max_sequence_length=tokens)

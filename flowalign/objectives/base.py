@@ -22,6 +22,8 @@ class Objective(Protocol):
     """The loop reads, for every objective: experience, the loss at each draw, an update, then the snapshots follow."""
 
     learns_from: ClassVar[type[Prompts] | type[Rollout]]
+    needs_stochastic_steps: ClassVar[bool]
+    """Whether the path it learns from must have steps with a log-probability."""
     rollout_with: ClassVar[str]
     """The weights that sample: "policy", or a snapshot."""
     snapshots: dict[str, Decay]

@@ -28,8 +28,9 @@ class FlowGRPO:
     """β. 0 never asks the reference."""
     kl: Literal["exact", "per_time"] = "exact"
     draws: PathSteps = field(default_factory=PathSteps)
-    snapshots: dict[str, Decay] = field(default_factory=dict)
+    snapshots: ClassVar[dict[str, Decay]] = {}
     learns_from: ClassVar = Rollout
+    needs_stochastic_steps: ClassVar[bool] = True
     rollout_with: ClassVar[str] = "policy"
 
     def __post_init__(self) -> None:
