@@ -55,7 +55,7 @@ LATENT_CHANNELS = 8
 TOKENS = 10
 """The longest caption has eight words."""
 BATCH = 64
-SD3_STEPS, FLUX_STEPS = 10_000, 4_000
+SD3_STEPS, FLUX_STEPS = 10_000, 10_000
 
 
 def main() -> None:

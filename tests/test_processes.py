@@ -110,3 +110,30 @@ def test_the_lines_of_the_adapter_s_readme_run(tmp_path):
     code = readme.split("```python\n")[1].split("```")[0]
     run_process([sys.executable, "-c", code.replace("picture.png", str(tmp_path / "picture.png"))])
     assert (tmp_path / "picture.png").exists()
+
+
+FAILS_ON_ONE = """
+import os
+
+calls = 0
+
+
+def fails(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls > 3 and os.environ.get("RANK") == "1":
+        raise ConnectionError("the scorer is gone")
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_a_reward_that_fails_on_one_process_leaves_the_steps_done(tmp_path):
+    (tmp_path / "mine.py").write_text(FAILS_ON_ONE)
+    rewards = [f'rewards={{"{tmp_path}/mine.py:fails": 1.0}}', "evaluation.rewards={brightness: 1.0}"]
+    settings = ["train.images_per_pass=3", "train.steps=9", f"output={tmp_path / 'run'}", *rewards]
+    command = [*TORCHRUN, "train.py", str(TINY), *SMALL, *settings]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "fails raised ConnectionError: the scorer is gone" in done.stderr
+    (saved,) = checkpoints(tmp_path / "run")
+    assert f"The steps done are in {saved}" in done.stderr
