@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options.action(options)
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every process has read the same input
+            print(error, file=sys.stderr)
         return 2
     except RunError as error:
         print(error, file=sys.stderr)

@@ -368,6 +368,8 @@ def _import_file(path: Path) -> Any:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # so that it can import its neighbours
     try:
         found.loader.exec_module(module)
     except BaseException:

@@ -1,6 +1,5 @@
 """Pictures of a model, or of a run: the same prompts from the same noise with and without its adapter."""
 
-import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from flowalign.experience import collect, Judge, make_prompts
 from flowalign.models import load_model
 from flowalign.models.base import describe
 from flowalign.policy import Policy, Sampler
-from flowalign.tracking import before_after, labelled, print_differences
+from flowalign.tracking import before_after, labelled, print_differences, to_json
 
 AT_ONCE = 16
 PROMPTS = 18
@@ -55,7 +54,7 @@ def sample_run(run: Path, options: Namespace) -> None:
     before, after = evaluator.judged(made, keys), evaluator.judged(remade, keys)
     difference = paired_difference(before, after)
     figures = {"before": before.means, "after": after.means, "difference": difference, "adapter": str(adapter)}
-    (folder / "rewards.json").write_text(json.dumps(figures, indent=2))
+    (folder / "rewards.json").write_text(to_json(figures, indent=2))
     print_differences(before.means, after.means, difference)
 
 

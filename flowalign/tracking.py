@@ -1,12 +1,13 @@
 """What a run writes down while it goes: metrics.jsonl, TensorBoard, pictures and a progress bar."""
 
 import json
+import math
 import platform
 import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -28,13 +29,29 @@ class Tracker:
 
     def log(self, metrics: dict[str, Any]) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(to_json(metrics) + "\n")
         for name, value in metrics.items():
             if name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self.board.close()
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that any reader takes: a number that is not finite is null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(entry) for key, entry in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(entry) for entry in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """The loop: experience, the loss at each draw, an update, then the snapshots follow."""
 
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from flowalign.objectives.base import Objective
 from flowalign.policy import Policy
 from flowalign.report import write_report
 from flowalign.rewards.base import Reward
-from flowalign.tracking import before_after, print_differences, save_grid, Tracker
+from flowalign.tracking import before_after, print_differences, save_grid, to_json, Tracker
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -111,11 +110,10 @@ class Run:
     def loop(self) -> None:
         """Steps until the last, or until asked to stop."""
         train = self.config.train
-        tracker = Tracker(self.folder, self.state.step) if processes.is_main() else None
-        bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not processes.is_main())
-        stopping = False
-        with bar:
-            while self.state.step < train.steps and not stopping:
+        main = processes.is_main()
+        bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not main)
+        with bar, Tracker(self.folder, self.state.step) if main else nullcontext() as tracker:
+            while self.state.step < train.steps and not self.stopping():
                 metrics = self.step()
                 if train.evaluate_every and self.state.step % train.evaluate_every == 0 and self.state.step < train.steps:
                     metrics |= self.evaluate()
@@ -123,11 +121,14 @@ class Run:
                     tracker.log(metrics)
                 bar.set_postfix(reward=f"{metrics['reward/combined']:.3f}", images_per_s=f"{metrics['images_per_second']:.0f}")
                 bar.update()
-                stopping = bool(processes.maximum(torch.tensor(float(self.interrupted))).item())
-                if self.state.step % train.save_every == 0 or self.state.step == train.steps or stopping:
+                if self.state.step % train.save_every == 0 or self.state.step == train.steps:
                     self.save()
-        if tracker:
-            tracker.close()
+        if self.state.step < train.steps and self.state.step % train.save_every:
+            self.save()
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop."""
+        return bool(processes.maximum(torch.tensor(float(self.interrupted))).item())
 
     def step(self) -> dict[str, float]:
         """One step of training and its metrics."""
@@ -228,7 +229,7 @@ class Run:
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         if processes.is_main():
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+            (self.folder / "summary.json").write_text(to_json(summary, indent=2))
         return summary
 
     @contextmanager
@@ -257,9 +258,16 @@ class Run:
             if self.state.step and processes.is_main():
                 checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
             processes.wait()
-            saved = checkpoint.checkpoints(self.folder)
-            where = f"The steps done are in {saved[-1]}; the same command goes on from there." if saved else "No step was done."
-            raise RunError(f"{error}\n{where}") from error
+            raise RunError(f"{error}\n{self._where()}") from error
+        except torch.OutOfMemoryError as error:
+            advice = f"lower train.images_per_pass (now {self.config.train.images_per_pass}), which changes no result"
+            if not self.config.model.gradient_checkpointing:
+                advice += ", or set model.gradient_checkpointing: true"
+            raise RunError(f"the device is out of memory: {advice}.\n{self._where()}") from error
+
+    def _where(self) -> str:
+        saved = checkpoint.checkpoints(self.folder)
+        return f"The steps done are in {saved[-1]}; the same command goes on from there." if saved else "No step was done."
 
 
 def prepare(config: Config) -> Run:

@@ -1,6 +1,7 @@
 """A run from start to end: its folder, its metrics, going on, and what it answers when it fails."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -15,11 +16,12 @@ from torch.testing import assert_close
 from flowalign import trainer
 from flowalign.checkpoint import checkpoints, load_adapter, read_tensors
 from flowalign.cli import main
+from flowalign.config import load_config, load_rewards
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import paired_difference, Scores
 from flowalign.folder import resolve
 from flowalign.policy import Policy, Sampler
-from flowalign.tracking import read_metrics
+from flowalign.tracking import read_metrics, to_json
 from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
 
 
@@ -70,8 +72,6 @@ def test_metrics_and_summary_keep_the_contract(run):
 
 
 def test_the_resolved_configuration_is_the_same_configuration(run, tmp_path):
-    from flowalign.config import load_config
-
     again = load_config(run / "config.yaml")
     assert resolve(again)["train"]["learning_rate"] == 1e-2
     assert resolve(load_config(run / "config.yaml")) == resolve(again)
@@ -135,6 +135,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
     assert "the same command goes on from there" in capsys.readouterr().out
 
 
+def test_ctrl_c_before_the_first_step_trains_none(tmp_path):
+    run = trainer.prepare(small_config(tmp_path / "run"))
+    run.interrupted = True
+    assert run.go()["stopped"] == "interrupted"
+    assert not read_metrics(tmp_path / "run")
+
+
+def test_too_little_memory_ends_with_what_to_lower(tmp_path):
+    run = trainer.prepare(small_config(tmp_path / "run"))
+
+    def too_large(step):
+        raise torch.OutOfMemoryError("no room")
+
+    run.source = too_large
+    with pytest.raises(RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true"), run.writing():
+        run.go()
+
+
+def test_figures_that_are_not_finite_are_null_in_the_files():
+    assert json.loads(to_json({"a": [1.5, math.inf], "b": (math.nan, 2)})) == {"a": [1.5, None], "b": [None, 2]}
+
+
 def test_a_group_of_equal_rewards_is_reported_and_teaches_nothing(tmp_path):
     (tmp_path / "flat.py").write_text("def flat(images, prompts, metadata):\n    return [1.0] * len(images)\n")
     overrides = [f'rewards={{"{tmp_path}/flat.py:flat": 1.0}}', "train.steps=1", "evaluation.rewards={brightness: 1.0}"]
@@ -154,6 +176,11 @@ def test_two_updates_a_step_are_off_policy_from_the_second_on(tmp_path):
 
 USER_REWARDS = """
 calls = 0
+
+
+def library_fails(images, prompts, metadata):
+    from torch.nn import functional
+    return functional.interpolate(images, scale_factor="two")
 
 
 def wrong_shape(images, prompts, metadata):
@@ -192,7 +219,8 @@ def user_rewards(tmp_path):
     ("name", "message"),
     [
         ("wrong_shape", r"returned shape \(4, 3\).*expected 4 numbers"),
-        ("raises", "ZeroDivisionError.*line 10"),
+        ("raises", "ZeroDivisionError.*line 15"),
+        ("library_fails", r"my_rewards\.py, line 7"),
         ("not_finite", "nan"),
     ],
 )
@@ -206,6 +234,15 @@ def test_a_reward_that_fails_while_running_leaves_the_steps_done(user_rewards, t
     with pytest.raises(RunError, match=r"fails_later raised ConnectionError: the scorer is gone[\s\S]*step-00000"):
         trainer.train(small_config(tmp_path / "run", *overrides))
     assert checkpoints(tmp_path / "run")
+
+
+def test_a_users_file_imports_its_neighbours(tmp_path):
+    (tmp_path / "weights_of_mine.py").write_text("RED = 0.25")
+    (tmp_path / "neighbourly.py").write_text(
+        "import weights_of_mine\ndef red(i, p, m):\n    return i[:, 0, 0, 0] * weights_of_mine.RED\n"
+    )
+    (reward,) = load_rewards({f"{tmp_path}/neighbourly.py:red": 1.0})
+    assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [0.25, 0.25]
 
 
 def test_a_users_reward_trains_and_is_logged_by_name(user_rewards, tmp_path):

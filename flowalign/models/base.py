@@ -201,10 +201,13 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
         if not index.is_file():
             wanted = "Give the folder that a diffusers pipeline was saved to."
             raise UserError(f"model.path: {folder} is not a model: it has no model_index.json. {wanted}")
-        found = json.loads(index.read_text())
-        if found["_class_name"] != pipeline_class.__name__:
+        try:
+            found = json.loads(index.read_text())
+        except ValueError as error:
+            raise UserError(f"model.path: {index} is not JSON: {error}") from None
+        if (kind := found.get("_class_name")) != pipeline_class.__name__:
             needed = f"model.name {config.name!r} needs a {pipeline_class.__name__}"
-            raise UserError(f"model.path: {folder} holds a {found['_class_name']}, but {needed}.")
+            raise UserError(f"model.path: {folder} holds a {kind}, but {needed}.")
         absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if found.get(name) == [None, None]}
     elif is_local(config.path):
         raise UserError(f"model.path: there is no folder {config.path}.")
@@ -256,9 +259,9 @@ def describe(path: str) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise UserError(explain_loading(path, error)) from error
     families: dict[str, Literal["sd3", "flux"]] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-    if index["_class_name"] not in families:
-        raise UserError(f"{path} holds a {index['_class_name']}; pictures can be made with {' or '.join(families)}.")
-    family, side = families[index["_class_name"]], vae["sample_size"]
+    if (kind := index.get("_class_name")) not in families:
+        raise UserError(f"{path} holds a {kind}; pictures can be made with {' or '.join(families)}.")
+    family, side = families[kind], vae["sample_size"]
     tokens = 256 if index.get("text_encoder_3", [None, None]) != [None, None] else 0
     if family == "flux":
         tokens = AutoTokenizer.from_pretrained(path, subfolder="tokenizer_2").model_max_length

@@ -28,7 +28,8 @@ class Reward:
             with torch.no_grad():
                 scores = self.function(images, prompts, metadata)
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = [f for f in frames if "site-packages" not in f.filename][-1]
             raise RunError(
                 f"rewards.{self.name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
             ) from error
