@@ -27,14 +27,15 @@ TEXT = """# The bundled models
 
 `assets/tiny-sd3`, `assets/tiny-flux` and `assets/tiny-clip` are small models of the real classes of diffusers and
 transformers, trained from nothing on pictures of coloured shapes (`flowalign/scenes.py`): four colours, three shapes, up to
-three objects, captions of GenEval's six kinds. `python scripts/pretrain_tiny.py` makes them again, in about 100 minutes on
-two cores; `python scripts/pretrain_gates.py` made this page.
+three objects, captions of GenEval's six kinds. `python scripts/pretrain_tiny.py` makes them again, in two and a half hours on
+one core; `python scripts/pretrain_gates.py` made this page.
 
 - The autoencoder was trained with noise on its latents so that a sampler's last errors do not show in the pictures.
 - {misquoted:.0%} of the captions in pretraining were wrong in one fact, as captions on the web are. So the models can draw
   what is asked, and do not always prefer to: that is what alignment repairs.
 - A tenth of the prompts were empty, so guidance works; the saved weights are exponential averages.
-- tiny-flux is like Flux-schnell: no embedded guidance. It shares tiny-sd3's autoencoder.
+- tiny-flux is like Flux-schnell: no embedded guidance. It shares tiny-sd3's autoencoder. Which colour and which place
+  belong to which shape it has hardly learned.
 
 ## Gates
 
