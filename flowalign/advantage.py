@@ -1,11 +1,21 @@
 """From rewards to advantages: pure functions of the rewards and of which prompt each image belongs to."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowalign.flow import PerImage
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the images of a step were given."""
+
+    combined: PerImage  # (N,)
+    by_name: dict[str, PerImage]  # (N,) each
+    weights: dict[str, float]
 
 
 def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImage]:
@@ -18,17 +28,67 @@ def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImag
     return mean.to(reward.dtype), variance.sqrt().to(reward.dtype)
 
 
-def group_advantage(
-    reward: PerImage, group: Tensor, std: Literal["group", "global"] = "global", epsilon: float = 1e-4, clip: float = 5.0
-) -> PerImage:
-    """Flow-GRPO's: how far above the mean of its group an image stands, over the deviation of the group or of all rewards.
-
-    A group of equal rewards gets zeros. Advantages are cut to [-clip, clip].
-    """
+def normalised(reward: PerImage, group: Tensor, std: str, epsilon: float, clip: float) -> PerImage:
+    """How far above the mean of its group an image stands, over the deviation of the group or of all rewards."""
     mean, deviation = group_statistics(reward, group)
     if std == "global":
         deviation = reward.std(correction=0)
     return ((reward - mean) / (deviation + epsilon)).clamp(-clip, clip)
 
 
-ADVANTAGES = {"group": group_advantage}
+def group_advantage(
+    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "global", epsilon: float = 1e-4, clip: float = 5.0
+) -> PerImage:
+    """Flow-GRPO's (arXiv 2505.05470): the combined reward, normalised. A group of equal rewards gets zeros.
+
+    Advantages are cut to [-clip, clip].
+    """
+    return normalised(rewards.combined, group, std, epsilon, clip)
+
+
+def gdpo(rewards: Rewards, group: Tensor, epsilon: float = 1e-4, clip: float = 5.0) -> PerImage:
+    """GDPO (arXiv 2601.05242): every reward normalised by itself within its group, weighted, and the sum normalised over all.
+
+    So a reward with a wide scale does not drown the others.
+    """
+    total = torch.zeros_like(rewards.combined)
+    for name, reward in rewards.by_name.items():
+        mean, deviation = group_statistics(reward, group)
+        total = total + rewards.weights[name] * (reward - mean) / (deviation + epsilon)
+    return ((total - total.mean()) / (total.std(correction=0) + epsilon)).clamp(-clip, clip)
+
+
+def win_rate(
+    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "group", epsilon: float = 1e-4, clip: float = 5.0
+) -> PerImage:
+    """Pref-GRPO (arXiv 2508.20751): the share of its group that an image beats, ties a half, normalised.
+
+    Only the order of the combined rewards counts, so tiny differences are not blown up by their own deviation.
+    """
+    together = (group[:, None] == group[None]).double()
+    reward = rewards.combined
+    wins = (reward[:, None] > reward[None]).double() + 0.5 * (reward[:, None] == reward[None])
+    beaten = (together * wins).sum(1) - 0.5  # not against itself
+    share = beaten / (together.sum(1) - 1).clamp(min=1)
+    return normalised(share.to(reward.dtype), group, std, epsilon, clip)
+
+
+def log_tamed(
+    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "global", epsilon: float = 1e-4, clip: float = 5.0
+) -> PerImage:
+    """PaCo-GRPO (arXiv 2512.04784): rewards that vary more than the others, over their mean, enter as log(1 + reward).
+
+    For rewards of 0 or more. ValueError otherwise.
+    """
+    if any((reward < 0).any() for reward in rewards.by_name.values()):
+        raise ValueError("advantage log_tamed takes rewards of 0 or more; use another advantage, such as gdpo.")
+    spread = {name: (reward.std(correction=0) / (reward.mean() + 1e-6)).item() for name, reward in rewards.by_name.items()}
+    threshold = sum(spread.values()) / len(spread)
+    total = torch.zeros_like(rewards.combined)
+    for name, reward in rewards.by_name.items():
+        tamed = reward.log1p() if spread[name] > threshold else reward
+        total = total + rewards.weights[name] * tamed
+    return normalised(total, group, std, epsilon, clip)
+
+
+ADVANTAGES = {"group": group_advantage, "gdpo": gdpo, "win_rate": win_rate, "log_tamed": log_tamed}

@@ -5,8 +5,9 @@ never on processes, passes or history.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class Cond:
     def unguided(self) -> Self:
         return replace(self, guidance=1.0)
 
+    def twice(self) -> Self:
+        """For a batch laid behind itself."""
+        return self.map(lambda tensor: torch.cat([tensor, tensor]))
+
     def map(self, function: Any) -> Self:
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)[:4]})
 
@@ -47,6 +52,7 @@ class Cond:
 class Batch:
     """Images by prompt: a group is the images of one prompt and never crosses a process."""
 
+    images_per_row: ClassVar[int] = 1
     prompts: list[str]
     metadata: list[dict[str, Any]]
     keys: Tensor  # (B, 4)  seed, step, prompt, image
@@ -56,42 +62,122 @@ class Batch:
         return len(self.prompts)
 
     @property
+    def device(self) -> torch.device:
+        return self.cond.embeds.device
+
+    @property
     def group(self) -> Tensor:
         """(B,) which prompt each image belongs to."""
         return self.keys[:, 2]
 
-    def __getitem__(self, index: slice) -> Self:
-        """The images in the slice."""
-        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.metadata.get("per", "image") == "image"}
+    def keeps_groups_whole(self, images_per_pass: int | None) -> bool:
+        """Whether passes of that many images never part the images of a prompt."""
+        sizes = self.group.unique(return_counts=True)[1].tolist()
+        return images_per_pass is None or all(images_per_pass % (size * self.images_per_row) == 0 for size in sizes)
+
+    def __getitem__(self, index: slice | list[int]) -> Self:
+        """The rows of a slice, or of these numbers."""
+        chosen = {f.name: _take(getattr(self, f.name), index) for f in fields(self) if f.metadata.get("per", "image") == "image"}
         return replace(self, **chosen)
 
+    def taught(self) -> Self:
+        """The rows that something is learned from."""
+        return self
+
     def pieces(self, size: int) -> list[Self]:
-        """Consecutive pieces of `size` images."""
+        """Consecutive pieces of `size` rows."""
         return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def passes(self, images_per_pass: int) -> list[Self]:
+        """Consecutive pieces of at most `images_per_pass` images, one row at least."""
+        return self.pieces(max(1, images_per_pass // self.images_per_row))
 
     def noise(self, purpose: str, draw: int, shape: tuple[int, ...], shared: bool = False) -> Latent:
         """Standard normal (B, *shape), the same for the same keys, purpose and draw. On the CPU, in float32.
 
         `shared` leaves the image out of the key: the images of a group get the same noise.
         """
+        noise = torch.empty(len(self), *shape)
+        generator = torch.Generator()
+        for row, seed in zip(noise, self._seeds(f"{purpose}/{draw}", shared), strict=True):
+            generator.manual_seed(seed)
+            torch.randn(shape, generator=generator, out=row)
+        return noise
+
+    def uniform(self, purpose: str, draw: int, shared: bool = False) -> PerImage:
+        """Numbers in [0, 1), drawn like `noise`."""
+        return torch.tensor([seed / 2**63 for seed in self._seeds(f"{purpose}/{draw}", shared)], dtype=torch.float64).float()
+
+    def _seeds(self, purpose: str, shared: bool) -> list[int]:
+        """63 bits an image, of its key and the purpose."""
         keys = torch.cat([self.keys[:, :3], torch.zeros_like(self.keys[:, 3:])], 1) if shared else self.keys
-        return draw_noise(keys, f"{purpose}/{draw}", shape)
+        digests = (hashlib.blake2b(f"{purpose}/{key}".encode(), digest_size=8).digest() for key in keys.tolist())
+        return [int.from_bytes(digest, "big") >> 1 for digest in digests]
 
 
-def draw_noise(keys: Tensor, purpose: str, shape: tuple[int, ...]) -> Latent:
-    """One generator an image, seeded by its key."""
-    noise = torch.empty(len(keys), *shape)
-    generator = torch.Generator()
-    for row, key in zip(noise, keys.tolist(), strict=True):
-        digest = hashlib.blake2b(f"{purpose}/{key}".encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "big") >> 1)
-        torch.randn(shape, generator=generator, out=row)
-    return noise
+def _take(values: Any, index: slice | list[int]) -> Any:
+    if isinstance(index, list) and isinstance(values, list):
+        return [values[i] for i in index]
+    return values[index]
+
+
+Scored = tuple[PerImage, dict[str, PerImage]]
+"""A combined reward, and each by its name."""
+
+
+def unrewarded(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+    raise RuntimeError("these prompts came without a reward")
 
 
 @dataclass
 class Prompts(Batch):
     """Prompts, each repeated for its group, before anything is made from them."""
+
+    reward: Callable[[Tensor, list[str], list[dict[str, Any]]], Scored] = field(default=unrewarded, metadata={"per": "batch"})
+    """Images (B, 3, H, W) in [0, 1], prompts, metadata -> rewards that carry a gradient."""
+
+
+@dataclass
+class Examples(Batch):
+    """Pictures to imitate."""
+
+    x0: Latent  # (B, *latent)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return tuple(self.x0.shape[1:])
+
+
+@dataclass
+class Pairs(Batch):
+    """Of every prompt a better and a worse image. A row is a pair."""
+
+    images_per_row: ClassVar[int] = 2
+    chosen: Latent  # (B, K + 1, *latent)  from noise to x0; (B, 1, *latent) where only x0 is known
+    rejected: Latent  # likewise
+    chosen_log_prob: Tensor  # (B, K)  under the weights that sampled
+    rejected_log_prob: Tensor  # (B, K)
+    gap: PerImage  # (B,)  reward of the chosen less that of the rejected; 1 where only the order is known
+    weight: PerImage  # (B,)  how much the pair counts; 0 for a tie
+    steps: range = field(default=range(0), metadata={"per": "batch"})
+    """The stochastic steps of the paths."""
+    prepared: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (B, n)  what the objective's `prepare` found
+
+    def __post_init__(self) -> None:
+        if not self.prepared.numel():
+            self.prepared = torch.zeros(len(self), 0)
+
+    def taught(self) -> Self:
+        return self[self.weight.nonzero().flatten().tolist()]
+
+    @property
+    def x0(self) -> tuple[Latent, Latent]:
+        """Chosen and rejected."""
+        return self.chosen[:, -1], self.rejected[:, -1]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return tuple(self.chosen.shape[2:])
 
 
 @dataclass
@@ -105,7 +191,27 @@ class Rollout(Batch):
     advantage: PerImage  # (B,)
     steps: range = field(metadata={"per": "batch"})
     """The stochastic steps of the path."""
+    weight: PerImage = field(default_factory=lambda: torch.zeros(0))
+    """(B,) 0 for images that teach nothing, by default 1."""
+    prepared: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (B, n)  what the objective's `prepare` found
+
+    def __post_init__(self) -> None:
+        if not self.weight.numel():
+            self.weight = torch.ones(len(self))
+        if not self.prepared.numel():
+            self.prepared = torch.zeros(len(self), 0)
+
+    def taught(self) -> Self:
+        return self[self.weight.nonzero().flatten().tolist()]
 
     @property
     def x0(self) -> Latent:
         return self.path[:, -1]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return tuple(self.path.shape[2:])
+
+    def step_noise(self, k: int) -> Latent:
+        """What the sampler added in its stochastic step k, over the step's std."""
+        return self.noise("rollout", k + 1, self.latent_shape).to(self.device)

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowalign.advantage import ADVANTAGES
+from flowalign.batch import Examples, Pairs, Prompts
 from flowalign.dynamics import DYNAMICS, ode
 from flowalign.errors import UserError
 from flowalign.models import MODELS
@@ -29,6 +30,7 @@ from flowalign.objectives.base import Objective
 from flowalign.policy import Decay, Sampler
 from flowalign.rewards import REWARDS
 from flowalign.rewards.base import COMBINE, Reward
+from flowalign.sources import Ranking
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS: dict[str, Any] = {
@@ -80,6 +82,8 @@ class Train:
     """Steps; 0 for only before and after."""
     keep: int = 2
     """Checkpoints that stay."""
+    drop_equal_groups: bool = False
+    """Whether images of a prompt whose rewards are all equal are left out, instead of having advantage 0."""
     max_bad_steps: int = 3
     """Updates with a loss or gradient that is not finite, which are not applied, before the run stops."""
 
@@ -99,8 +103,6 @@ class Train:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.evaluate_every < 0:
             raise UserError(f"train.evaluate_every is {self.evaluate_every}; write 0 for never, or a number of steps.")
-        if self.images_per_prompt < 2:
-            raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
@@ -119,14 +121,22 @@ class Evaluation:
     images_per_prompt: int = 1
     rewards: dict[str, Any] = field(default_factory=dict)
     """As the training rewards; none for the training rewards themselves."""
+    pairs: str = ""
+    """As data.pairs: pictures that are not trained on, for reconstruction_error and, where they are pairs, chosen_preferred."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """What differs from the training sampler: steps, guidance."""
 
 
 @dataclass
 class Data:
-    prompts: str
+    """What there is to learn from: prompts to make images for, or given pictures."""
+
+    prompts: str = ""
     """A .txt file (a prompt a line) or a .jsonl file (objects with `prompt`; other fields are metadata)."""
+    pairs: str = ""
+    """A .jsonl file, a folder, or a dataset of better and worse pictures, or of single ones."""
+    ranking: Ranking = field(default_factory=Ranking)
+    """Which pairs are made of ranked images, for objectives that learn from pairs where none are given."""
 
 
 @dataclass
@@ -232,7 +242,7 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
                 f"Key {key!r} is not a section.{_did_you_mean(key, sections)} The sections are {', '.join(sections)}."
             )
     raw = merge(DEFAULTS, raw)
-    for key in ("model", "data", "rewards"):
+    for key in ("model", "data"):
         if key not in raw:
             raise UserError(f"the section {key!r} is missing.")
     model = raw["model"]
@@ -242,10 +252,10 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
     config = Config(
         model=build(ModelConfig, model, "model"),
         sampler=build_sampler(raw["sampler"]),
-        objective=build_named(OBJECTIVES, raw["objective"], "objective"),
+        objective=checked_objective(build_named(OBJECTIVES, raw["objective"], "objective")),
         advantage=build_named(ADVANTAGES, raw["advantage"], "advantage"),
         combine=build_named(COMBINE, raw["combine"], "combine"),
-        rewards=checked_rewards(raw["rewards"], "rewards"),
+        rewards=checked_rewards(raw.get("rewards", {}), "rewards"),
         data=build(Data, raw["data"], "data"),
         train=build(Train, raw.get("train", {}), "train"),
         evaluation=build(Evaluation, raw.get("evaluation", {}), "evaluation"),
@@ -253,7 +263,40 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
         raw=raw,
     )
     check_evaluation(config)
+    check_experience(config)
     return config
+
+
+def checked_objective(objective: Any) -> Objective:
+    if not isinstance(objective, Objective):
+        raise UserError(f"objective: {type(objective).__name__} must be a subclass of flowalign.objectives.base.Objective.")
+    return objective
+
+
+def check_experience(config: Config) -> None:
+    """Whether the objective is given what it learns from."""
+    objective, data, train = config.objective, config.data, config.train
+    name, kind = config.raw["objective"]["name"], objective.learns_from
+    may_be_given, must_be_given = kind in (Pairs, Examples), kind is Examples
+    if data.pairs and (not may_be_given or objective.needs_stochastic_steps):
+        raise UserError(f"data.pairs is given, but the objective {name} learns from images it makes itself; remove data.pairs.")
+    if must_be_given and not data.pairs:
+        raise UserError(f"data.pairs is missing: the objective {name} learns from given pictures.")
+    if data.pairs:
+        if train.images_per_prompt != 1:
+            raise UserError(
+                f"train.images_per_prompt is {train.images_per_prompt}, but a step takes train.prompts_per_step entries of "
+                "data.pairs as they are; write images_per_prompt: 1."
+            )
+        return
+    if not data.prompts:
+        raise UserError("data.prompts is missing.")
+    if not config.rewards:
+        found = "rewards is empty" if "rewards" in config.raw else "the section 'rewards' is missing"
+        raise UserError(f"{found}; name at least one, for example rewards: {{scene_match: 1.0}}.")
+    if kind is not Prompts and train.images_per_prompt < 2:
+        raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
+    objective.check(config.sampler)
 
 
 def checked_output(output: Any) -> str:
@@ -306,7 +349,8 @@ def build_named(table: dict[str, Any], section: Any, key: str) -> Any:
     name = section.get("name")
     if not isinstance(name, str):
         raise UserError(f"{key}.name is {'missing' if name is None else repr(name)}; choose from {', '.join(table)}.")
-    entry = table[name] if name in table else imported(name, key, table)
+    place = table.get(name, name)
+    entry = imported(place, key, table) if isinstance(place, str) else place
     return configure(entry, {k: v for k, v in section.items() if k != "name"}, key)
 
 
@@ -381,8 +425,6 @@ def _import_file(path: Path) -> Any:
 def checked_rewards(section: Any, key: str) -> dict[str, Any]:
     """A map of names to weights or settings, checked but not loaded."""
     section = _mapping(section, key)
-    if not section:
-        raise UserError(f"{key} is empty; name at least one, for example {key}: {{scene_match: 1.0}}.")
     for name, value in section.items():
         if name not in REWARDS and ":" not in str(name):
             raise UserError(

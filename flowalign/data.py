@@ -22,27 +22,41 @@ def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {path} is neither a .txt nor a .jsonl file.")
+    if path.suffix == ".txt":
+        prompts = [Prompt(line.strip()) for line, _ in _lines(path, key)]
+    else:
+        prompts = [_prompt_of(found, where) for found, where in read_objects(path, key)]
+    if not prompts:
+        raise UserError(f"{key}: {path} has no prompts.")
+    return prompts
+
+
+def read_objects(path: Path, key: str) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a `.jsonl` file, each with the words that name its line in an error."""
+    objects = []
+    for line, where in _lines(path, key):
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
+        objects.append((found if isinstance(found, dict) else {}, where))
+    return objects
+
+
+def _lines(path: Path, key: str) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{key}: there is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {path} cannot be read: {error}") from None
-    read = _read_object if path.suffix == ".jsonl" else lambda line, _: Prompt(line.strip())
-    prompts = [read(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise UserError(f"{key}: {path} has no prompts.")
-    return prompts
+    return [(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _read_object(line: str, where: str) -> Prompt:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+def _prompt_of(found: dict[str, Any], where: str) -> Prompt:
+    if not isinstance(found.get("prompt"), str):
         raise UserError(f'{where} has no "prompt"; write for example {{"prompt": "a red circle"}}.')
-    return Prompt(found.pop("prompt"), found)
+    return Prompt(found["prompt"], {name: value for name, value in found.items() if name != "prompt"})
 
 
 def prompts_of_step(count: int, step: int, size: int, seed: int) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
+from typing import Literal
 
 from torch import Tensor
 
@@ -85,18 +86,23 @@ class Window:
     size: int = 0
     """Consecutive stochastic steps; 0 for all in the range."""
     range: tuple[int, int] = (0, 0)
-    """First step and the one after the last that may be stochastic; (0, 0) for all but the last. Where `size` is smaller, the
-    window's start is drawn evenly, once a training step."""
+    """First step and the one after the last that may be stochastic; (0, 0) for all but the last."""
+    moves: Literal["random", "progressive"] = "random"
+    """Where `size` is smaller, whether the window's start is drawn evenly once a training step, or goes on from the noisiest
+    by one step after every `stay` training steps, and around (MixGRPO)."""
+    stay: int = 25
 
     def __post_init__(self) -> None:
         first, end = self.range
         if first < 0 or (end and end <= first):
             raise UserError(f"sampler.window.range is {[first, end]}; write [first, end] with 0 <= first < end.")
+        if self.stay < 1:
+            raise UserError(f"sampler.window.stay is {self.stay}; it must be 1 or more.")
         if self.size < 0 or (end and self.size > end - first):
             raise UserError(f"sampler.window.size is {self.size}, but range {[first, end]} has {end - first} steps.")
 
-    def steps(self, count: int, key: int) -> Steps:
-        """The stochastic steps of a path of `count` steps; `key` decides where the window stands."""
+    def steps(self, count: int, step: int, seed: int) -> Steps:
+        """The stochastic steps of a path of `count` steps, in this training step."""
         first, end = self.range
         end = min(end or count - 1, count - 1)
         if first + max(self.size, 1) > end:
@@ -104,5 +110,11 @@ class Window:
             raise UserError(f"sampler.window asks for {wanted}, but sampler.steps is {count} and the last step is an ODE step.")
         if not self.size:
             return range(first, end)
-        start = Random(key).randint(first, end - self.size)
+        start = first + WINDOW_STARTS[self.moves](end - self.size - first + 1, step // self.stay, step * 1_000_003 + seed)
         return range(start, start + self.size)
+
+
+WINDOW_STARTS: dict[str, Callable[[int, int, int], int]] = {
+    "random": lambda places, moved, key: Random(key).randrange(places),
+    "progressive": lambda places, moved, key: moved % places,
+}

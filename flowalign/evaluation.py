@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,11 @@ from scipy import stats
 from torch import Tensor
 
 from flowalign import processes
-from flowalign.batch import Rollout
+from flowalign.batch import Examples, Pairs, Rollout
 from flowalign.data import Prompt
 from flowalign.experience import collect, Judge, make_prompts
-from flowalign.flow import PerImage
+from flowalign.flow import add_noise, mean_square, PerImage
+from flowalign.objectives.base import ForwardTimes
 from flowalign.policy import Policy
 
 EVALUATION_STEP = -1
@@ -30,21 +31,26 @@ class Scores:
     rewards: dict[str, PerImage]
     images: Tensor  # (n, 3, H, W)  bytes, of prompts spread over all
     shown: Tensor  # (n,)  index of their prompts
+    held_out: dict[str, Tensor] = field(default_factory=dict)
+    """(M,) each: figures of every entry of evaluation.pairs."""
 
     @property
     def means(self) -> dict[str, float]:
-        return {name: score.mean().item() for name, score in self.rewards.items()}
+        return {name: score.mean().item() for name, score in (self.rewards | self.held_out).items()}
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        rewards = {f"reward/{name}": score.contiguous() for name, score in self.rewards.items()}
-        save_file({"prompt": self.prompt, "images": self.images, "shown": self.shown, **rewards}, path)
+        figures = {"reward": self.rewards, "held_out": self.held_out}
+        named = {f"{kind}/{name}": score.contiguous() for kind, scores in figures.items() for name, score in scores.items()}
+        save_file({"prompt": self.prompt, "images": self.images, "shown": self.shown, **named}, path)
 
     @classmethod
     def load(cls, path: Path) -> "Scores":
         found = load_file(path)
-        rewards = {name.removeprefix("reward/"): found[name] for name in found if name.startswith("reward/")}
-        return cls(found["prompt"], rewards, found["images"], found["shown"])
+        rewards, held_out = (
+            {name.removeprefix(kind): found[name] for name in found if name.startswith(kind)} for kind in ("reward/", "held_out/")
+        )
+        return cls(found["prompt"], rewards, found["images"], found["shown"], held_out)
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,17 @@ class Evaluator:
     seed: int
     shown: int = SHOWN
     """How many pictures are kept to look at, spread over the prompts."""
+    held_out: "HeldOut | None" = None
 
     def __call__(self, policy: Policy) -> Scores:
-        return self.judged(*self.collect(policy))
+        scores = self.judged(*self.collect(policy))
+        return replace(scores, held_out=self.held_out(policy)) if self.held_out else scores
 
     def judged(self, rollouts: list[Rollout], keys: Tensor) -> Scores:
         """The scores of pictures that `collect` made."""
         names = [reward.name for reward in self.judge.rewards]
         scores = self.judge.score(rollouts)
-        table = processes.gather(torch.cat([keys, torch.stack(list(scores.values()), 1)], 1))
+        table = processes.gather(torch.cat([keys, *(score[:, None] for score in scores.values())], 1))
         table = table[sorted(range(len(table)), key=lambda row: table[row, :2].tolist())]
         images, shown = self.pictures(rollouts, keys)
         return Scores(table[:, 0].long(), dict(zip(names, table[:, 2:].T, strict=True)), images, shown)
@@ -98,12 +106,43 @@ class Evaluator:
         return rows[:, 1:].byte().view(-1, *shape), rows[:, 0].long() // self.images_per_prompt
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Figures of pairs or pictures that were not trained on, at fixed times and noise.
+
+    `reconstruction_error`: ‖v - (noise - x0)‖² of the (better) picture, less is better. `chosen_preferred`, of pairs: 1 where
+    against the model without adapter the better picture's error has risen less than the worse one's; ½ where equally.
+    """
+
+    batch: Examples | Pairs
+    """This process's share: every entry whose number is its rank, modulo the number of processes."""
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=8))
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy) -> dict[str, Tensor]:
+        pictures = self.batch.x0 if isinstance(self.batch, Pairs) else (self.batch.x0,)
+        error, moved = torch.zeros(2, len(pictures), len(self.batch), device=self.batch.device)
+        for draw in self.times(self.batch):
+            for i, x0 in enumerate(pictures):
+                xt, target = add_noise(x0, draw.t, draw.noise)
+                found = mean_square(policy.velocity(xt, draw.t, self.batch.cond) - target)
+                error[i] += found / self.times.count
+                if len(pictures) == 2:
+                    moved[i] += found - mean_square(policy.at("reference").velocity(xt, draw.t, self.batch.cond) - target)
+        figures = {"reconstruction_error": error[0]}
+        if len(pictures) == 2:
+            figures["chosen_preferred"] = (moved[0] < moved[1]).float() + 0.5 * (moved[0] == moved[1])
+        number = self.batch.keys[:, 2].to(self.batch.device)
+        table = processes.gather(torch.stack([number, *figures.values()], 1))
+        return dict(zip(figures, table[table[:, 0].argsort()][:, 1:].T, strict=True))
+
+
 def paired_difference(before: Scores, after: Scores) -> dict[str, tuple[float, float, float]]:
     """{reward: (low, mean, high)}: the 95 % t-interval of the mean difference.
 
     Pictures of one prompt are not independent, so prompts are the units; pictures are where there is one prompt only.
     """
-    differences = {}
+    differences = {name: _interval((score - before.held_out[name]).double()) for name, score in after.held_out.items()}
     for name, score in after.rewards.items():
         difference = (score - before.rewards[name]).double()
         _, unit = before.prompt.unique(return_inverse=True)

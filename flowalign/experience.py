@@ -1,15 +1,14 @@
-"""From prompts to judged rollouts: collect, judge, and the source that makes a step's batch."""
+"""From prompts to judged rollouts: collect, and judge."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from flowalign import processes
-from flowalign.advantage import group_statistics
+from flowalign.advantage import group_statistics, Rewards
 from flowalign.batch import Prompts, Rollout
-from flowalign.data import Prompt, prompts_of_step
+from flowalign.data import Prompt
 from flowalign.errors import RunError, UserError
 from flowalign.flow import concatenate, PerImage
 from flowalign.policy import Policy
@@ -60,23 +59,6 @@ class Counts:
         return [slot for start in starts for slot in range(start, start + share)]
 
 
-@dataclass(frozen=True)
-class PromptSource:
-    """source(step) -> Prompts: this process's prompts of a step, each repeated for its group."""
-
-    policy: Policy
-    prompts: list[Prompt]
-    counts: Counts
-    seed: int
-
-    def __call__(self, step: int) -> Prompts:
-        chosen = prompts_of_step(len(self.prompts), step, self.counts.prompts_per_step, self.seed)
-        slots = self.counts.slots(processes.rank())
-        members = [(slot, image) for slot in slots for image in range(self.counts.images_per_prompt)]
-        keys = [(self.seed, step, slot, image) for slot, image in members]
-        return make_prompts(self.policy, [self.prompts[chosen[slot]] for slot, _ in members], keys)
-
-
 def make_prompts(policy: Policy, prompts: list[Prompt], keys: list[tuple[int, int, int, int]]) -> Prompts:
     """Prompts with their embeddings, one row an image."""
     texts = [prompt.text for prompt in prompts]
@@ -85,7 +67,8 @@ def make_prompts(policy: Policy, prompts: list[Prompt], keys: list[tuple[int, in
 
 def collect(policy: Policy, prompts: Prompts, images_per_pass: int, purpose: str = "rollout") -> Rollout:
     """Images for the prompts, made by a gradient-free view in passes of equal size; rewards are still 0."""
-    steps = policy.sampler.stochastic_steps(key=int(prompts.keys[0, 1]) * 1_000_003 + int(prompts.keys[0, 0]))
+    seed, step = prompts.keys[0, :2].tolist()
+    steps = policy.sampler.stochastic_steps(step, seed)
     return concatenate_rollouts([_collect(policy, piece, steps, purpose) for piece in prompts.pieces(images_per_pass)])
 
 
@@ -121,9 +104,15 @@ class Judge:
 
     rewards: list[Reward]
     combine: Callable[[dict[str, PerImage], dict[str, float]], PerImage]
-    advantage: Callable[[PerImage, torch.Tensor], PerImage]
+    advantage: Callable[[Rewards, torch.Tensor], PerImage]
     images_per_pass: int
     device: torch.device
+    drop_equal_groups: bool = False
+    """Whether images of a prompt whose rewards are all equal are left out of training."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {reward.name: reward.weight for reward in self.rewards}
 
     def score(self, rollouts: list[Rollout]) -> dict[str, PerImage]:
         """Every reward of this process's images, on the CPU. RunError on all processes when a reward fails on one."""
@@ -147,25 +136,17 @@ class Judge:
         everyone = processes.gather(local)
         scores = dict(zip(names, everyone.T, strict=False))
         group = everyone[:, -1].long()
-        reward = self.combine(scores, {reward.name: reward.weight for reward in self.rewards})
-        advantage = self.advantage(reward, group)
+        reward = self.combine(scores, self.weights)
+        try:
+            advantage = self.advantage(Rewards(reward, scores, self.weights), group)
+        except ValueError as error:
+            raise RunError(str(error)) from error
         _, deviation = group_statistics(reward, group)
         metrics = {f"reward/{name}": score.mean().item() for name, score in scores.items()}
         metrics |= {"reward/combined": reward.mean().item(), "reward/spread_in_group": deviation.mean().item()}
         metrics |= {"reward/groups_without_spread": (deviation == 0).float().mean().item()}
         start = processes.rank() * len(rollout)
         mine = slice(start, start + len(rollout))
-        judged = replace(rollout, reward=reward[mine].to(self.device), advantage=advantage[mine].to(self.device))
+        weight = (deviation[mine] > 0).float() if self.drop_equal_groups else torch.ones(len(rollout))
+        judged = replace(rollout, reward=reward[mine].to(self.device), advantage=advantage[mine].to(self.device), weight=weight)
         return judged, metrics
-
-
-Source = Callable[[int], tuple[Any, dict[str, float]]]
-
-
-def rollout_source(policy: Policy, prompts: PromptSource, judge: Judge, rollout_with: str) -> Source:
-    """source(step) -> judged rollout and its metrics, sampled under the weights named."""
-
-    def source(step: int) -> tuple[Rollout, dict[str, float]]:
-        return judge(collect(policy.at(rollout_with), prompts(step), prompts.counts.images_per_pass))
-
-    return source

@@ -27,7 +27,7 @@ def add_noise(x0: Latent, t: PerImage, noise: Latent) -> tuple[Latent, Latent]:
 
 def mean_square(x: Latent) -> PerImage:
     """Mean over latent elements; the one place that says losses are means, not sums."""
-    return x.float().square().flatten(1).mean(1)
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().flatten(1).mean(1)
 
 
 def concatenate(tensors: Iterable[Tensor]) -> Tensor:

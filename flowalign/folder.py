@@ -14,6 +14,7 @@ from flowalign import checkpoint, processes
 from flowalign.config import Config
 from flowalign.data import read_prompts
 from flowalign.errors import UserError
+from flowalign.pairs import read_examples
 from flowalign.policy import Policy
 from flowalign.tracking import environment
 
@@ -127,7 +128,8 @@ pipe({first_prompt(config)!r}, {call}).images[0].save("picture.png")
 
 def first_prompt(config: Config) -> str:
     """A prompt for the README."""
-    return read_prompts(config.evaluation.prompts or config.data.prompts)[0].text
+    path = config.evaluation.prompts or config.data.prompts
+    return read_prompts(path)[0].text if path else read_examples(config.data.pairs, "data.pairs", paired=False)[0].prompt.text
 
 
 def peak_memory(device: torch.device) -> int:

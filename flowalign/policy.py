@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, cast, Self
 
 import torch
 from peft import get_peft_model_state_dict, LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flowalign.batch import Batch, Cond
 from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
-from flowalign.flow import Latent, PerImage
+from flowalign.flow import concatenate, Latent, over_latent, PerImage
 from flowalign.models.base import FlowModel
 
 
@@ -42,15 +43,16 @@ class Sampler:
         if not 1 <= self.guidance < math.inf:
             raise UserError(f"sampler.guidance is {self.guidance}; it must be 1 (none) or more.")
 
-    def stochastic_steps(self, key: int) -> range:
-        return self.window.steps(self.steps, key) if is_stochastic(self.dynamics) else range(0)
+    def stochastic_steps(self, step: int, seed: int) -> range:
+        """Of a path, in this training step."""
+        return self.window.steps(self.steps, step, seed) if is_stochastic(self.dynamics) else range(0)
 
 
 @dataclass
 class Decay:
     """How a copy follows the policy: copy ← decay · copy + (1 - decay) · policy, `decay` a function of the step.
 
-    decay(step) = value + slope · (step - start), at most `end`; before `start` the copy stays as it is.
+    decay(step) = value + slope · (step - start), at most `end`; `value` before `start`. 0 copies, 1 never follows.
     """
 
     start: int = 0
@@ -60,9 +62,9 @@ class Decay:
     every: int = 1
 
     def __call__(self, step: int) -> float:
-        if step < self.start or step % self.every:
+        if step % self.every:
             return 1.0
-        return min(self.end, self.value + self.slope * (step - self.start))
+        return min(self.end, self.value + self.slope * max(0, step - self.start))
 
 
 @dataclass
@@ -82,8 +84,10 @@ class Policy:
     adapters always stand at "policy" between calls, so that a backward pass finds them there.
     """
 
-    def __init__(self, model: FlowModel, sampler: Sampler, snapshots: list[str] | None = None):
-        self.model, self.sampler = model, sampler
+    def __init__(
+        self, model: FlowModel, sampler: Sampler, snapshots: list[str] | None = None, images_per_pass: int | None = None
+    ):
+        self.model, self.sampler, self.images_per_pass = model, sampler, images_per_pass
         self.weights, self._gradient = "policy", True
         self.times = model.schedule(sampler.steps)
         self.lora = lora_config(model)
@@ -146,7 +150,7 @@ class Policy:
         """What a loss is multiplied with before `backward`, so that float16 does not round its gradients to 0: a power of two."""
         if self.model.transformer.dtype != torch.float16:
             return 1.0
-        return 2.0 ** round(math.log2(math.prod(self.model.latent_shape) * passes))
+        return 2.0 ** round(math.log2(math.prod(self.model.latent_shape) * max(1, passes)))
 
     def encode(self, prompts: list[str]) -> Cond:
         """Embeddings of the prompts, with the sampler's guidance."""
@@ -154,9 +158,13 @@ class Policy:
         return replace(cond, embedded_guidance=self.sampler.embedded_guidance)
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """v_θ(x, t), guided as `cond` says."""
+        """v_θ(x, t), guided as `cond` says. A gradient-free view makes it in passes of `images_per_pass`."""
+        if not len(x):
+            return x
+        size = len(x) if self._gradient else self.images_per_pass or len(x)
         with self._active():
-            return self.model.velocity(x, t, cond)
+            parts = zip(x.split(size), t.split(size), range(0, len(x), size), strict=True)
+            return concatenate(self.model.velocity(x, t, cond[start : start + size]) for x, t, start in parts)
 
     def step(self, x: Latent, k: int, cond: Cond, stochastic: bool = True) -> Gaussian:
         """π_θ(x_{k+1} | x_k, cond); a deterministic step of the ODE where `stochastic` is False."""
@@ -168,7 +176,7 @@ class Policy:
     def generate(self, batch: Batch, purpose: str = "rollout", steps: range = range(0)) -> Path:
         """Sample from noise to x0; the noise of every step comes from the batch's keys."""
         shape, device = self.model.latent_shape, self.model.device
-        x = batch.noise(purpose, 0, shape, shared=self.sampler.same_noise).to(device)
+        x = self.start(batch, purpose)
         path, log_probs = [x], []
         for k in range(self.sampler.steps):
             gaussian = self.step(x, k, batch.cond, k in steps)
@@ -181,9 +189,38 @@ class Policy:
             path.append(x)
         return Path(torch.stack(path, 1), torch.stack(log_probs, 1), steps)
 
+    def std(self, k: int) -> float:
+        """Of the noise that stochastic step k adds."""
+        nothing = torch.zeros(1, 1)
+        return self.sampler.dynamics(nothing, nothing, self.times[k], self.times[k + 1]).std
+
+    def start(self, batch: Batch, purpose: str = "rollout") -> Latent:
+        """The noise that the batch's images begin with."""
+        return batch.noise(purpose, 0, self.model.latent_shape, shared=self.sampler.same_noise).to(self.model.device)
+
+    def unroll(self, x: Latent, cond: Cond, steps: range) -> Latent:
+        """ODE steps that a gradient passes through; of each only its input is kept for the backward pass."""
+        for k in steps:
+            x = cast(Latent, checkpoint(self._ode_step, x, k, cond, use_reentrant=False))
+        return x
+
+    def denoise(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
+        """x0 straight from x at t; only x is kept for the backward pass."""
+        return cast(Latent, checkpoint(self._denoise, x, t, cond, use_reentrant=False))
+
+    def _denoise(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
+        return x - over_latent(t, x) * self.velocity(x, t, cond)
+
+    def _ode_step(self, x: Latent, k: int, cond: Cond) -> Latent:
+        return self.step(x, k, cond, stochastic=False).mean
+
     def decode(self, x0: Latent) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1]."""
         return self.model.decode(x0)
+
+    def decode_kept_small(self, x0: Latent) -> Tensor:
+        """As `decode`; only x0 is kept for the backward pass."""
+        return cast(Tensor, checkpoint(self.decode, x0, use_reentrant=False))
 
     def state(self, name: str = "policy") -> dict[str, Tensor]:
         """The adapter's matrices by the names PEFT gives them, without the adapter's name."""

@@ -1,11 +1,12 @@
 """Which process this is, of how many, and what they tell each other; accelerate starts them."""
 
 import os
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather as accelerate_gather
+from accelerate.utils import gather_object as accelerate_gather_object
 from accelerate.utils import pad_across_processes
 from accelerate.utils import reduce as accelerate_reduce
 from torch import Tensor
@@ -48,6 +49,11 @@ def gather(rows: Tensor) -> Tensor:
     padded = pad_across_processes(torch.cat([present, rows.float()], 1).to(device()))
     everyone = cast(Tensor, accelerate_gather(padded)).cpu()
     return everyone[everyone[:, 0] == 1, 1:]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """All processes' values, in the order of ranks."""
+    return cast(list[Any], accelerate_gather_object([value])) if count() > 1 else [value]
 
 
 def mean(values: Tensor) -> Tensor:

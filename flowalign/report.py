@@ -42,24 +42,26 @@ def _table(summary: dict[str, Any]) -> str:
 
 
 def _curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> bytes:
-    ends = {"before": 0, "after": summary["images"]}
-    lines = [*lines, *({"images": x, **{f"eval/{name}": y for name, y in summary[end].items()}} for end, x in ends.items())]
-    lines.sort(key=lambda line: line["images"])
+    axis = "images" if summary["images"] else "step"
+    last = max([line[axis] for line in lines], default=1)
+    ends = {"before": 0, "after": last}
+    lines = [*lines, *({axis: x, **{f"eval/{name}": y for name, y in summary[end].items()}} for end, x in ends.items())]
+    lines.sort(key=lambda line: line[axis])
     names = sorted(
         {name for line in lines for name in line if name.startswith(("reward/", "eval/"))} - {"reward/groups_without_spread"}
     )
-    names += [name for name in ("ratio/clipped", "kl", "grad_norm") if any(name in line for line in lines)]
+    names += [name for name in ("ratio/clipped", "kl", "loss", "grad_norm") if any(name in line for line in lines)]
     figure = Figure(figsize=(9, 2.4 * -(-len(names) // 3)), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(-(-len(names) // 3), 3, place)
         axes.locator_params(nbins=5)
-        points = [(line["images"], line[name]) for line in lines if name in line]
+        points = [(line[axis], line[name]) for line in lines if name in line]
         axes.plot(
             *zip(*points, strict=True), color="#2d52d6", linewidth=1.2, marker="o" if len(points) < 20 else None, markersize=3
         )
         axes.set_title(name, fontsize=9)
-        axes.set_xlabel("images", fontsize=8)
-        axes.set_xlim(0, summary["images"])
+        axes.set_xlabel(axis, fontsize=8)
+        axes.set_xlim(0, last)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()

@@ -14,19 +14,21 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 from flowalign import checkpoint, processes
-from flowalign.batch import Batch
+from flowalign.batch import Batch, Pairs, Prompts
 from flowalign.config import Config, load_rewards
 from flowalign.data import Prompt, read_prompts
 from flowalign.errors import RunError, UserError
-from flowalign.evaluation import Evaluator, paired_difference, Scores
-from flowalign.experience import Counts, Judge, PromptSource, rollout_source, Source
+from flowalign.evaluation import EVALUATION_STEP, Evaluator, HeldOut, paired_difference, Scores
+from flowalign.experience import Counts, Judge
 from flowalign.folder import BEFORE, hand_over, open_folder, peak_memory
 from flowalign.models import load_model
 from flowalign.models.base import ModelConfig
 from flowalign.objectives.base import Objective
+from flowalign.pairs import read_examples
 from flowalign.policy import Policy
 from flowalign.report import write_report
 from flowalign.rewards.base import Reward
+from flowalign.sources import make_examples, make_pairs, Source, source_of, Supplies
 from flowalign.tracking import before_after, print_differences, save_grid, to_json, Tracker
 
 
@@ -50,35 +52,43 @@ class Meter:
             if "max_" in name:
                 if update == 0:
                     self.sums[name] = torch.maximum(self.sums.get(name, value.max()), value.max())
+                    self.counts[name] = 1
                 continue
             self.sums[name] = self.sums.get(name, torch.zeros_like(value.sum())) + value.sum()
             self.counts[name] = self.counts.get(name, 0) + value.numel()
 
     def values(self) -> dict[str, float]:
-        """Over all processes."""
-        if not self.sums:
-            return {}
-        sums = torch.stack(list(self.sums.values()))
-        numbers = zip(self.sums, processes.mean(sums).tolist(), processes.maximum(sums).tolist(), strict=True)
-        return {name: top if "max_" in name else mean / self.counts[name] for name, mean, top in numbers}
+        """Over all processes, of which some may have had nothing to add."""
+        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        found: dict[str, list[tuple[float, int]]] = {}
+        for table in processes.gather_objects(dict(zip(self.sums, zip(sums, self.counts.values(), strict=True), strict=True))):
+            for name, entry in table.items():
+                found.setdefault(name, []).append(entry)
+        return {
+            name: max(sums)[0] if "max_" in name else sum(entry[0] for entry in sums) / sum(entry[1] for entry in sums)
+            for name, sums in found.items()
+        }
 
 
 def compute_gradient(
     policy: Policy, objective: Objective, batch: Batch, images_per_pass: int, meter: Meter, update: int = 0
 ) -> None:
-    """Fill the policy's gradients with those of the mean loss over the batch's images and draws, over all processes."""
-    passes = batch.pieces(images_per_pass)
+    """Fill the policy's gradients with those of the mean loss over the batch's rows and draws, over all processes."""
+    batch = objective.prepare(policy, batch)
+    passes = batch.passes(images_per_pass)
     scale = policy.loss_scale(len(passes))
+    rows = processes.mean(torch.tensor(float(len(batch)))).item()  # processes may hold different numbers of them
     for piece in passes:
         draws = list(objective.draws(piece))
         for t in draws:
             loss = objective.loss(policy, piece, t)
-            (loss.total * (scale / (len(passes) * len(draws)))).backward()
+            (loss.total * (scale * len(piece) / rows / len(draws))).backward()
             meter.add({"loss": loss.total, **loss.stats}, update)
-    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    parameters = policy.parameters()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     joined = processes.mean(torch.cat([gradient.flatten() for gradient in gradients])) / scale
-    for gradient, part in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 @dataclass
@@ -95,6 +105,11 @@ class Run:
     state: checkpoint.State
     interrupted: bool = False
     """Whether this process was asked to stop; the loop ends when all know."""
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether training makes pictures, or learns from given ones."""
+        return not self.config.data.pairs
 
     @property
     def best_weights(self) -> str:
@@ -119,7 +134,8 @@ class Run:
                     metrics |= self.evaluate()
                 if tracker:
                     tracker.log(metrics)
-                bar.set_postfix(reward=f"{metrics['reward/combined']:.3f}", images_per_s=f"{metrics['images_per_second']:.0f}")
+                shown = {"reward": metrics["reward/combined"]} if "reward/combined" in metrics else {"loss": metrics["loss"]}
+                bar.set_postfix({**shown, "images_per_s": metrics["images_per_second"]})
                 bar.update()
                 if self.state.step % train.save_every == 0 or self.state.step == train.steps:
                     self.save()
@@ -136,15 +152,15 @@ class Run:
         objective = self.config.objective
         batch, metrics = self.source(self.state.step)
         meter, norms = Meter(), []
-        for update, piece in enumerate(batch.pieces(self.counts.images_per_update)):
+        for update, piece in enumerate(batch.pieces(len(batch) // train.updates_per_step)):
             self.optimizer.zero_grad()
-            compute_gradient(policy, objective, piece, train.images_per_pass, meter, update)
+            compute_gradient(policy, objective, piece.taught(), train.images_per_pass, meter, update)
             norms.append(nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm).item())
             self.apply(norms[-1])
         for name, decay in objective.snapshots.items():
             policy.follow(name, decay(self.state.step))
         self.state.step += 1
-        self.state.images += self.counts.images_per_step
+        self.state.images += self.counts.images_per_step if self.makes_images else 0
         elapsed = time.monotonic() - began
         self.state.seconds += elapsed
         if self.state.bad_steps >= train.max_bad_steps:
@@ -154,7 +170,7 @@ class Run:
             )
         progress = {"step": self.state.step, "images": self.state.images, "seconds": self.state.seconds}
         figures = {"grad_norm": sum(norms) / len(norms), "images_per_second": self.counts.images_per_step / elapsed}
-        return {**progress, **meter.values(), **figures, **metrics}
+        return {**progress, "loss": math.nan, **meter.values(), **figures, **metrics}
 
     def apply(self, norm: float) -> None:
         """The optimiser's update, unless the gradient is not finite."""
@@ -272,47 +288,65 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Everything a run needs, checked in the order of what is cheap. Raises UserError."""
-    train = config.train
+    train, objective, data = config.train, config.objective, config.data
     counts = Counts(
         train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass, processes.count()
     )
-    if config.objective.needs_stochastic_steps and not config.sampler.stochastic_steps(0):
-        raise UserError(
-            "the objective learns from stochastic steps, but sampler.dynamics has none; "
-            "write for example sampler: {dynamics: {name: flow_sde}}."
-        )
-    prompts = read_prompts(config.data.prompts)
+    examples = read_examples(data.pairs, "data.pairs", objective.learns_from is Pairs) if data.pairs else []
+    prompts = (
+        read_prompts(data.prompts)
+        if data.prompts
+        else [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
+    )
     evaluation_prompts = read_prompts(config.evaluation.prompts, "evaluation.prompts") if config.evaluation.prompts else prompts
     rewards = evaluation_rewards = load_rewards(config.rewards)
     if config.evaluation.rewards != config.rewards:
         evaluation_rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
-    probe(rewards, prompts[:2] * 2, config.model)
+    probe(rewards, prompts[:2] * 2, config.model, with_gradient=objective.learns_from is Prompts)
     probe(evaluation_rewards, evaluation_prompts[:2] * 2, config.model)
     if processes.is_main():
         where = f"{processes.count()} process(es) on {processes.device()}, {torch.get_num_threads()} threads each"
         print(f"{where}; {counts.images_per_step} images a step")
     model = load_model(config.model, str(processes.device()))
     torch.manual_seed(train.seed)
-    snapshots = [*config.objective.snapshots, *(["ema"] if train.ema.decay else [])]
-    policy = Policy(model, config.sampler, snapshots)
+    snapshots = [*objective.snapshots, *(["ema"] if train.ema.decay else [])]
+    policy = Policy(model, config.sampler, snapshots, train.images_per_pass)
     model.remember([prompt.text for prompt in prompts])
-    judge = Judge(rewards, config.combine, config.advantage, train.images_per_pass, processes.device())
-    evaluation_judge = Judge(evaluation_rewards, config.combine, config.advantage, train.images_per_pass, processes.device())
-    source = rollout_source(policy, PromptSource(policy, prompts, counts, train.seed), judge, config.objective.rollout_with)
+    judging = config.combine, config.advantage, train.images_per_pass, processes.device()
+    judge = Judge(rewards, *judging, drop_equal_groups=train.drop_equal_groups)
+    supplies = Supplies(policy, judge, prompts, examples, counts, train.seed, objective.rollout_with, data.ranking)
     evaluator = Evaluator(
-        evaluation_prompts, config.evaluation.images_per_prompt, evaluation_judge, train.images_per_pass, train.seed
+        evaluation_prompts,
+        config.evaluation.images_per_prompt,
+        Judge(evaluation_rewards, *judging),
+        train.images_per_pass,
+        train.seed,
+        held_out=held_out(config, supplies),
     )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
     folder = Path(config.output)
     state = open_folder(folder, config, policy, optimizer)
-    return Run(config, folder, policy, source, evaluator, optimizer, counts, state)
+    return Run(config, folder, policy, source_of(objective.learns_from, supplies), evaluator, optimizer, counts, state)
 
 
-def probe(rewards: list[Reward], prompts: list[Prompt], model: ModelConfig) -> None:
+def held_out(config: Config, supplies: Supplies) -> HeldOut | None:
+    """This process's share of `evaluation.pairs`, where it is given."""
+    if not config.evaluation.pairs:
+        return None
+    paired = config.objective.learns_from is Pairs
+    examples = read_examples(config.evaluation.pairs, "evaluation.pairs", paired)
+    mine = {i: i for i in range(processes.rank(), len(examples), processes.count())}
+    return HeldOut((make_pairs if paired else make_examples)(supplies, examples, mine, EVALUATION_STEP))
+
+
+def probe(rewards: list[Reward], prompts: list[Prompt], model: ModelConfig, with_gradient: bool = False) -> None:
     """Ask every reward about grey pictures of the first prompts, so that what is wrong with it shows before the model loads."""
     images = torch.full((len(prompts), 3, model.height, model.width), 0.5, device=processes.device())
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
     for reward in rewards:
         try:
-            reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+            reward(images, texts, metadata)
+            if with_gradient:
+                reward.with_gradient(images.clone().requires_grad_(), texts, metadata)
         except RunError as error:
             raise UserError(str(error)) from error

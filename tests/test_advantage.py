@@ -3,11 +3,21 @@
 import pytest
 import torch
 
-from flowalign.advantage import group_advantage, group_statistics
+from flowalign import advantage
+from flowalign.advantage import group_statistics, Rewards
 
 GROUP = torch.tensor([7, 3, 7, 3, 7, 3])
 REWARD = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0, 6.0])
 SHIFTED = torch.where(GROUP == 3, REWARD + 100, REWARD)
+
+
+def rewards(**by_name: torch.Tensor) -> Rewards:
+    """All with weight 1."""
+    return Rewards(torch.stack(list(by_name.values())).sum(0), by_name, dict.fromkeys(by_name, 1.0))
+
+
+def group_advantage(reward: torch.Tensor, *arguments, **settings) -> torch.Tensor:
+    return advantage.group_advantage(rewards(reward=reward), *arguments, **settings)
 
 
 def test_statistics_are_those_of_each_images_own_group():
@@ -32,9 +42,9 @@ def test_adding_a_constant_to_a_group_changes_nothing():
 
 
 def test_adding_a_constant_to_a_group_keeps_the_order_and_signs_under_the_global_deviation():
-    shifted, advantage = group_advantage(SHIFTED, GROUP), group_advantage(REWARD, GROUP)
+    shifted, plain = group_advantage(SHIFTED, GROUP), group_advantage(REWARD, GROUP)
     scale = (SHIFTED.std(correction=0) + 1e-4) / (REWARD.std(correction=0) + 1e-4)
-    torch.testing.assert_close(shifted * scale, advantage)
+    torch.testing.assert_close(shifted * scale, plain)
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
@@ -44,8 +54,8 @@ def test_adding_a_constant_to_every_reward_changes_nothing(std):
 
 @pytest.mark.parametrize("std", ["group", "global"])
 def test_scaling_the_rewards_changes_nothing_but_through_epsilon(std):
-    scaled, advantage = group_advantage(50 * REWARD, GROUP, std), group_advantage(REWARD, GROUP, std)
-    torch.testing.assert_close(scaled, advantage, rtol=3e-4, atol=0)
+    scaled, plain = group_advantage(50 * REWARD, GROUP, std), group_advantage(REWARD, GROUP, std)
+    torch.testing.assert_close(scaled, plain, rtol=3e-4, atol=0)
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
@@ -75,3 +85,56 @@ def test_an_outlier_is_cut_at_the_clip():
 def test_the_order_of_images_does_not_matter():
     order = torch.tensor([5, 0, 3, 1, 4, 2])
     torch.testing.assert_close(group_advantage(REWARD[order], GROUP[order]), group_advantage(REWARD, GROUP)[order])
+
+
+# several rewards
+
+
+def test_gdpo_gives_every_reward_the_same_say_whatever_its_scale():
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    small, large = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.2, 0.1]), torch.tensor([300.0, 200.0, 100.0, 0.0, 0.0, 900.0])
+    one = advantage.gdpo(rewards(a=small, b=large), group, epsilon=0.0)
+    other = advantage.gdpo(rewards(a=1000 * small, b=large / 50), group, epsilon=0.0)
+    torch.testing.assert_close(one, other)
+    assert one[:3].abs().max() < 1e-5  # the two disagree exactly
+    assert one.mean().abs() < 1e-6
+    assert one.std(correction=0) == pytest.approx(1, abs=1e-6)
+
+
+def test_gdpo_with_one_reward_is_the_group_s_advantage_normalised_over_all():
+    plain = group_advantage(REWARD, GROUP, "group", epsilon=0.0)
+    torch.testing.assert_close(advantage.gdpo(rewards(r=REWARD), GROUP, epsilon=0.0), plain / plain.std(correction=0))
+
+
+def test_win_rates_see_only_the_order():
+    stretched = torch.where(REWARD > 1.5, REWARD**3, REWARD)
+    one, other = (advantage.win_rate(rewards(r=reward), GROUP) for reward in (REWARD, stretched))
+    torch.testing.assert_close(one, other)
+
+
+def test_win_rates_by_hand():
+    # group 7: rewards 1, 2, 3 win 0, 1/2, 1; group 3: 0, 0, 6 win 1/4, 1/4, 1. Both have mean 1/2.
+    share = torch.tensor([0.0, 0.25, 0.5, 0.25, 1.0, 1.0])
+    expected = (share - 0.5) / share.std(correction=0)
+    torch.testing.assert_close(advantage.win_rate(rewards(r=REWARD), GROUP, std="global", epsilon=0.0), expected)
+
+
+def test_log_tamed_leaves_a_steady_reward_and_tames_a_wild_one():
+    steady, wild = torch.tensor([1.0, 1.1, 0.9, 1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
+    found = advantage.log_tamed(rewards(a=steady, b=wild), GROUP, epsilon=0.0)
+    torch.testing.assert_close(found, group_advantage(steady + wild.log1p(), GROUP, epsilon=0.0))
+    torch.testing.assert_close(advantage.log_tamed(rewards(r=REWARD), GROUP), group_advantage(REWARD, GROUP))
+
+
+def test_log_tamed_refuses_rewards_below_zero():
+    with pytest.raises(ValueError, match="rewards of 0 or more"):
+        advantage.log_tamed(rewards(r=REWARD - 1), GROUP)
+
+
+@pytest.mark.parametrize("function", ["group_advantage", "gdpo", "win_rate", "log_tamed"])
+def test_every_advantage_gives_a_group_of_equal_rewards_zeros(function):
+    group, reward = torch.arange(3).repeat_interleave(4), torch.tensor([0.3] * 4 + [0.7] * 4 + [0.0, 1.0, 0.2, 0.5])
+    found = getattr(advantage, function)(rewards(r=reward), group)
+    assert found[:8].abs().max() < 1e-6 or function == "gdpo"
+    assert found[:4].std() < 1e-6
+    assert found[9] > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from flowalign.batch import Cond, draw_noise, Prompts, Rollout
+from flowalign.batch import Cond, Prompts, Rollout
 
 SHAPE = (2, 4, 4)
 
@@ -19,6 +19,10 @@ def cond(count: int) -> Cond:
 def prompts(count: int = 6) -> Prompts:
     keys = torch.tensor([(0, 5, i // 3, i % 3) for i in range(count)])
     return Prompts([f"prompt {i // 3}" for i in range(count)], [{"row": i} for i in range(count)], keys, cond(count))
+
+
+def of_keys(keys: torch.Tensor) -> Prompts:
+    return Prompts([""] * len(keys), [{}] * len(keys), keys, cond(len(keys)))
 
 
 def rollout(count: int = 6) -> Rollout:
@@ -55,7 +59,8 @@ def test_another_seed_step_prompt_or_image_gives_other_noise(column):
     key = torch.tensor([[1, 2, 3, 4]])
     other = key.clone()
     other[0, column] += 1
-    assert not torch.equal(draw_noise(key, "loss/0", SHAPE), draw_noise(other, "loss/0", SHAPE))
+    assert not torch.equal(of_keys(key).noise("loss", 0, SHAPE), of_keys(other).noise("loss", 0, SHAPE))
+    assert not torch.equal(of_keys(key).uniform("loss", 0), of_keys(other).uniform("loss", 0))
 
 
 def test_another_purpose_or_draw_gives_other_noise():
@@ -71,7 +76,7 @@ def test_images_of_a_batch_get_different_noise():
 
 def test_noise_is_standard_normal_within_and_across_images():
     keys = torch.tensor([(0, 0, prompt, image) for prompt in range(20) for image in range(20)])
-    noise = draw_noise(keys, "loss/0", (64,))
+    noise = of_keys(keys).noise("loss", 0, (64,))
     levels = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99])
     torch.testing.assert_close(noise.flatten().quantile(levels), Normal(0.0, 1.0).icdf(levels), atol=0.05, rtol=0)
     assert noise.std() == pytest.approx(1, abs=0.02)

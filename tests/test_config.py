@@ -7,7 +7,9 @@ import pytest
 from flowalign.config import CONFIGS, load_config, merge, parse_override, read_yaml
 from flowalign.dynamics import cps, flow_sde, ode
 from flowalign.errors import UserError
+from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.flow_grpo import FlowGRPO
+from flowalign.objectives.nft import NFT
 
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS / "base")
 SMALL = """
@@ -44,6 +46,12 @@ def test_every_shipped_file_loads(path):
     assert Path(load_config(path).output).parent == Path("outputs")
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_tiny_configuration_and_stands_in_the_readme(name):
+    assert load_config(CONFIGS / "tiny" / f"{name}.yaml").raw["objective"]["name"] == name
+    assert f"`{name}`" in (CONFIGS.parent / "README.md").read_text()
+
+
 def test_no_two_shipped_files_write_to_the_same_folder():
     outputs = [load_config(path).output for path in SHIPPED]
     assert len(set(outputs)) == len(outputs)
@@ -58,9 +66,11 @@ def test_a_file_becomes_typed_sections(small):
 
 
 def test_what_a_file_leaves_out_has_its_default(tmp_path):
-    path = written(tmp_path, "model: {name: sd3, path: p}\ndata: {prompts: p.txt}\nrewards: {brightness: 1}\n")
+    path = written(
+        tmp_path, "model: {name: sd3, path: p}\ndata: {prompts: p.txt}\nrewards: {brightness: 1}\nobjective: {name: nft}\n"
+    )
     config = load_config(path)
-    assert config.objective == FlowGRPO()
+    assert config.objective == NFT()
     assert config.sampler.dynamics is ode
     assert config.evaluation.rewards == config.rewards
 
@@ -104,11 +114,13 @@ def test_reward_maps_replace(tmp_path, small):
 def test_a_section_whose_name_changes_is_replaced(small):
     dynamics = load_config(small, ["sampler.dynamics={name: cps}"]).sampler.dynamics
     assert (dynamics.func, dynamics.keywords) == (cps, {"eta": 0.7})
-    assert load_config(small, ["sampler.dynamics.name=ode"]).sampler.dynamics is ode
+    assert load_config(small, ["sampler.dynamics.name=ode", "objective={name: nft}"]).sampler.dynamics is ode
 
 
 def test_a_section_whose_name_stays_merges(small):
-    assert load_config(small, ["objective={name: flow_grpo, kl_weight: 0.1}"]).objective == FlowGRPO(2e-3, 0.1)
+    assert load_config(small, ["objective={name: flow_grpo, kl_weight: 0.1}"]).objective == FlowGRPO(
+        clip_range=2e-3, kl_weight=0.1
+    )
     assert load_config(small, ["sampler.dynamics.eta=0.9"]).sampler.dynamics.keywords == {"eta": 0.9}
 
 
@@ -193,7 +205,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
         ("sampler.window.sise=2", "size"),
         ("sampler.dynamics.etaa=1", "eta"),
         ("objective.clip_rnge=1e-4", "clip_range"),
-        ("objective.draws.fracton=0.5", "fraction"),
+        ("objective.steps.fracton=0.5", "fraction"),
         ("advantage={name: group, epsilonn: 1}", "epsilon"),
         ("evaluation.sampler={stps: 4}", "steps"),
         ("rewards={scene_mach: 1}", "scene_match"),
@@ -280,7 +292,8 @@ def test_a_missing_setting_is_named(tmp_path, section, key):
 
 
 def test_an_objective_of_ones_own_is_named_by_its_path(tmp_path, small):
-    code = "from dataclasses import dataclass\n\n@dataclass\nclass Mine:\n    strength: float = 1.0\n"
+    head = "from dataclasses import dataclass\nfrom flowalign.objectives.base import Objective\n\n"
+    code = head + "@dataclass\nclass Mine(Objective):\n    strength: float = 1.0\n"
     mine = written(tmp_path, code, "mine.py")
     assert load_config(small, [f"objective={{name: '{mine}:Mine', strength: 2}}"]).objective.strength == 2
     assert "Did you mean 'Mine'?" in refusal(small, f"objective={{name: '{mine}:Mime'}}")

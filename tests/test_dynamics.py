@@ -186,20 +186,20 @@ def test_a_dynamics_without_noise_is_not_stochastic():
 
 
 def test_without_a_window_every_step_but_the_last_is_stochastic():
-    assert Window().steps(10, key=3) == range(9)
+    assert Window().steps(10, 0, 3) == range(9)
 
 
 def test_a_range_alone_is_taken_whole():
-    assert Window(range=(2, 5)).steps(10, key=3) == range(2, 5)
+    assert Window(range=(2, 5)).steps(10, 0, 3) == range(2, 5)
 
 
 def test_the_last_step_is_never_in_a_window():
-    assert Window(range=(2, 10)).steps(10, key=0) == range(2, 9)
-    assert max(Window(size=3).steps(10, key)[-1] for key in range(300)) == 8
+    assert Window(range=(2, 10)).steps(10, 0, 0) == range(2, 9)
+    assert max(Window(size=3).steps(10, key, 0)[-1] for key in range(300)) == 8
 
 
 def test_the_starts_of_a_window_are_evenly_distributed():
-    windows = [Window(size=2, range=(1, 6)).steps(10, key) for key in range(8000)]
+    windows = [Window(size=2, range=(1, 6)).steps(10, key, 0) for key in range(8000)]
     assert all(len(window) == 2 for window in windows)
     starts = Counter(window[0] for window in windows)
     assert sorted(starts) == [1, 2, 3, 4]
@@ -207,7 +207,7 @@ def test_the_starts_of_a_window_are_evenly_distributed():
 
 
 def test_the_same_key_gives_the_same_window():
-    assert len({Window(size=2).steps(20, key=7) for _ in range(3)}) == 1
+    assert len({Window(size=2).steps(20, 0, 7) for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -227,4 +227,16 @@ def test_a_window_that_cannot_be_is_refused(settings, message):
 @pytest.mark.parametrize(("window", "count"), [(Window(), 1), (Window(size=4), 4), (Window(range=(6, 8)), 6)])
 def test_a_window_that_does_not_fit_the_path_is_refused(window, count):
     with pytest.raises(UserError, match=f"sampler.steps is {count} and the last step is an ODE step"):
-        window.steps(count, key=0)
+        window.steps(count, 0, 0)
+
+
+def test_a_progressive_window_goes_on_by_a_step_after_it_has_stayed_and_around():
+    window = Window(size=2, range=(1, 5), moves="progressive", stay=10)
+    starts = [window.steps(10, step, seed=3).start for step in (0, 9, 10, 19, 20, 29, 30)]
+    assert starts == [1, 1, 2, 2, 3, 3, 1]
+    assert window.steps(10, 0, seed=3) == window.steps(10, 0, seed=4) == range(1, 3)
+
+
+def test_a_window_that_never_stays_is_refused():
+    with pytest.raises(UserError, match="stay is 0"):
+        Window(size=2, stay=0)

@@ -13,8 +13,9 @@ LAYERS = [
     "flow errors",
     "batch dynamics advantage scenes processes",
     "models rewards data",
-    "policy",
+    "policy pairs",
     "experience search objectives",
+    "sources",
     "config trainer folder checkpoint tracking evaluation report sampling",
     "cli train sample",
 ]

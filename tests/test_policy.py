@@ -112,7 +112,8 @@ def test_snapshots_start_as_the_policy_and_follow_it():
 def test_a_decay_is_a_function_of_the_step():
     assert [Decay(slope=0.001, end=0.5)(step) for step in (0, 100, 1000)] == [0.0, 0.1, 0.5]
     late = Decay(start=75, slope=0.0075, end=0.999)
-    assert [late(step) for step in (0, 74, 75, 1_000_000)] == [1.0, 1.0, 0.0, 0.999]
+    assert [late(step) for step in (0, 74, 75, 1_000_000)] == [0.0, 0.0, 0.0, 0.999]
+    assert [Decay(value=0.25, slope=0.005, end=0.999)(step) for step in (0, 100, 1000)] == [0.25, 0.75, 0.999]
     assert late(100) == pytest.approx(0.1875)
     assert [Decay(value=0.9, every=8)(step) for step in (7, 8, 9)] == [1.0, 0.9, 1.0]
 
@@ -148,7 +149,7 @@ def test_images_depend_on_their_keys_and_not_on_their_company():
 def test_the_evaluation_samples_by_the_ode(tmp_path):
     config = load_config("configs/tiny/flow_grpo.yaml", ["evaluation.sampler.steps=20"])
     assert config.evaluation_sampler.steps == 20
-    assert list(config.evaluation_sampler.stochastic_steps(0)) == []
+    assert list(config.evaluation_sampler.stochastic_steps(0, 0)) == []
     assert config.sampler.steps == 8
 
 

@@ -347,7 +347,20 @@ def test_the_readme_s_reward_trains_as_printed_there(tmp_path):
     assert "reward/redness" in read_metrics(tmp_path / "run")[0]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/running.md", "docs/rewards.md"])
+def test_the_page_s_objective_trains_as_printed_there(tmp_path):
+    text = (ROOT / "docs" / "your-own-objective.md").read_text()
+    (tmp_path / "mine.py").write_text(text.split("```python\n")[1].split("```")[0])
+    (command,) = [line for line in text.splitlines() if line.startswith("python train.py")]
+    arguments = [word.replace("mine.py", str(tmp_path / "mine.py")) for word in shlex.split(command)[2:]]
+    small = [setting for setting in SMALL if "window" not in setting]
+    assert main(["train", *arguments[:-1], *small, f"output={tmp_path / 'run'}", "train.steps=1"]) == 0
+    assert "moved" in read_metrics(tmp_path / "run")[0]
+    assert len(text.splitlines()) < 80
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/running.md", "docs/rewards.md", "docs/configuration.md", "docs/your-own-objective.md"]
+)
 def test_every_file_that_the_pages_name_exists(name):
     text = (ROOT / name).read_text()
     for path in re.findall(r"\b(?:configs|docs|assets|scripts|benchmarks|flowalign)/[\w/.-]*\w", text):

@@ -107,7 +107,7 @@ class FlowModel(ABC):
 
     @abstractmethod
     def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """The transformer's velocity for these embeddings, in float32."""
+        """The transformer's velocity for these embeddings, in the dtype of x: float32."""
 
     @abstractmethod
     def schedule(self, steps: int) -> list[float]:

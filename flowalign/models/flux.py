@@ -38,7 +38,7 @@ class Flux(FlowModel):
             img_ids=_positions(height, width, x),
             txt_ids=x.new_zeros(cond.embeds.shape[1], 3),
             return_dict=False,
-        )[0].float()
+        )[0].to(x.dtype)
         return rearrange(packed, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
 
     def schedule(self, steps: int) -> list[float]:

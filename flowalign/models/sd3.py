@@ -28,7 +28,7 @@ class SD3(FlowModel):
     def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         dtype = self.transformer.dtype
         inputs = (x.to(dtype), cond.embeds.to(dtype), cond.pooled.to(dtype), 1000 * t)
-        return self.transformer(*inputs, return_dict=False)[0].float()
+        return self.transformer(*inputs, return_dict=False)[0].to(x.dtype)
 
     def schedule(self, steps: int) -> list[float]:
         return self._times(num_inference_steps=steps)

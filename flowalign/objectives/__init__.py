@@ -1,5 +1,22 @@
-"""Objectives by name. Yours is named by its path: `objective: {name: "mine.py:Mine"}`."""
+"""Objectives by name, imported when asked for. Yours is named by its path: `objective: {name: "mine.py:Mine"}`."""
 
-from flowalign.objectives.flow_grpo import FlowGRPO
-
-OBJECTIVES = {"flow_grpo": FlowGRPO}
+OBJECTIVES = {
+    "flow_grpo": "flowalign.objectives.flow_grpo:FlowGRPO",
+    "ddpo": "flowalign.objectives.ddpo:DDPO",
+    "d3po": "flowalign.objectives.d3po:D3PO",
+    "crd": "flowalign.objectives.crd:CRD",
+    "nft": "flowalign.objectives.nft:NFT",
+    "awm": "flowalign.objectives.awm:AWM",
+    "dgpo": "flowalign.objectives.dgpo:DGPO",
+    "rwr": "flowalign.objectives.rwr:RWR",
+    "dpo": "flowalign.objectives.dpo:DPO",
+    "kto": "flowalign.objectives.kto:KTO",
+    "prdp": "flowalign.objectives.prdp:PRDP",
+    "alignprop": "flowalign.objectives.alignprop:AlignProp",
+    "draft_lv": "flowalign.objectives.draft_lv:DRaFTLV",
+    "refl": "flowalign.objectives.refl:ReFL",
+    "sft": "flowalign.objectives.sft:SFT",
+    "raft": "flowalign.objectives.raft:RAFT",
+    "soar": "flowalign.objectives.soar:SOAR",
+}
+"""Names to places."""

@@ -3,23 +3,58 @@
 With ratio_k = π_θ(x_{k+1} | x_k, c) / π_old(x_{k+1} | x_k, c) and advantages within the images of a prompt,
     loss = -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) + β KL(π_θ ‖ π_ref)
 
+Its relatives are settings. `ratio: normalised` and `step_weight: inverse_time` are GRPO-Guard (2510.22319): with Δμ the
+move of the step's mean, log ratio becomes mean(noise · Δμ), which is centred and has one scale for all steps.
+`step_weight: noise` is TempFlow-GRPO's (2508.04324). `sampler.window` trains on a window of steps (Flow-GRPO-Fast,
+MixGRPO 2507.21802).
+
 Differences from the paper: the log-probability is the mean over latent elements, as in the released code, and so is the
 KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's length: |t - s| times the exact one.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from flowalign.batch import Rollout
+from flowalign.dynamics import Gaussian
 from flowalign.errors import UserError
-from flowalign.objectives.base import Loss, PathSteps
-from flowalign.policy import Decay, Policy
+from flowalign.flow import PerImage
+from flowalign.objectives.base import Loss, PathObjective
+from flowalign.policy import Policy
+
+
+def log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
+    return step.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
+
+
+def normalised_log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
+    """std · (log ratio + ‖Δμ‖² / 2 std²), which is the mean of noise · Δμ (GRPO-Guard, equation 8)."""
+    noise = rollout.step_noise(k)
+    moved = step.mean - (rollout.path[:, k + 1] - step.std * noise)
+    return (noise * moved).flatten(1).mean(1)
+
+
+def even(policy: Policy, trained: range, k: int) -> float:
+    return 1.0
+
+
+def by_noise(policy: Policy, trained: range, k: int) -> float:
+    """The step's std over the mean of those trained."""
+    return policy.std(k) * len(trained) / sum(map(policy.std, trained))
+
+
+def by_inverse_time(policy: Policy, trained: range, k: int) -> float:
+    return 1 / (policy.times[k] - policy.times[k + 1])
+
+
+RATIOS = {"plain": log_ratio, "normalised": normalised_log_ratio}
+STEP_WEIGHTS = {"even": even, "noise": by_noise, "inverse_time": by_inverse_time}
 
 
 @dataclass
-class FlowGRPO:
+class FlowGRPO(PathObjective):
     """Needs a stochastic sampler: `sampler: {dynamics: {name: flow_sde}}`."""
 
     clip_range: float = 1e-4
@@ -27,11 +62,8 @@ class FlowGRPO:
     kl_weight: float = 0.0
     """β. 0 never asks the reference."""
     kl: Literal["exact", "per_time"] = "exact"
-    draws: PathSteps = field(default_factory=PathSteps)
-    snapshots: ClassVar[dict[str, Decay]] = {}
-    learns_from: ClassVar = Rollout
-    needs_stochastic_steps: ClassVar[bool] = True
-    rollout_with: ClassVar[str] = "policy"
+    ratio: Literal["plain", "normalised"] = "plain"
+    step_weight: Literal["even", "noise", "inverse_time"] = "even"
 
     def __post_init__(self) -> None:
         if not self.clip_range > 0 or not self.kl_weight >= 0:
@@ -39,13 +71,13 @@ class FlowGRPO:
             raise UserError(f"objective: {found}; write a range above 0 and a weight of 0 or more.")
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
-        x, x_next, advantage = rollout.path[:, k], rollout.path[:, k + 1], rollout.advantage
-        step = policy.step(x, k, rollout.cond)
+        step, advantage = policy.step(rollout.path[:, k], k, rollout.cond), rollout.advantage
 
-        log_ratio = step.log_prob(x_next) - rollout.log_prob[:, k]
+        log_ratio = RATIOS[self.ratio](step, rollout, k)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+        weight = STEP_WEIGHTS[self.step_weight](policy, self.steps(rollout), k)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() * weight
         stats = {
             "ratio/mean": ratio,
             "ratio/max_log_error": log_ratio.abs(),
@@ -54,7 +86,7 @@ class FlowGRPO:
         if self.kl_weight == 0:
             return Loss(loss, stats)
 
-        kl = step.kl(policy.at("reference").step(x, k, rollout.cond))
+        kl = step.kl(policy.at("reference").step(rollout.path[:, k], k, rollout.cond))
         if self.kl == "per_time":
             kl = kl * (policy.times[k] - policy.times[k + 1])
         return Loss(loss + self.kl_weight * kl.mean(), stats | {"kl": kl})

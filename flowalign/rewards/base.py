@@ -35,6 +35,14 @@ class Reward:
             ) from error
         return self._checked(scores, len(images))
 
+    def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+        """As a call, on the images' device and with the gradient. RunError when the scores carry none."""
+        scores = self.function(images, prompts, metadata)
+        if not isinstance(scores, Tensor) or not scores.requires_grad:
+            raise RunError(f"rewards.{self.name} carries no gradient from its scores to the images, and the objective needs one.")
+        self._checked(scores, len(images))
+        return scores.float()
+
     def _checked(self, scores: Any, count: int) -> PerImage:
         expected = f"expected {count} numbers, one an image"
         try:

@@ -1,0 +1,69 @@
+"""AWM: advantage-weighted matching, the policy gradient of the forward process's ELBO (arXiv 2509.25050).
+
+With e = ‖v - (noise - x0)‖² and ℓ = -w(e, t) in the place of the log-probability,
+    loss = -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) + β_old ‖v - v_old‖²,   ratio = exp(ℓ - ℓ_old)
+
+Difference from the released code: one lagging copy `old` serves the ratio and the trust region (there: the weights before
+the step, and an average of them).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from flowalign.batch import Rollout
+from flowalign.errors import UserError
+from flowalign.flow import add_noise, mean_square, PerImage
+from flowalign.objectives.base import Anchor, Draw, ForwardObjective, Loss
+from flowalign.policy import Decay, Policy
+
+WEIGHTINGS = {
+    "uniform": lambda e, t: e,
+    "t": lambda e, t: t * e,
+    "t_squared": lambda e, t: t**2 * e,
+    "huber": lambda e, t: t * ((e + 1e-10).sqrt() - 1e-5),
+    "ghuber": lambda e, t: t / 0.25 * ((e + 1e-10) ** 0.25 - 1e-10**0.25),
+}
+
+
+@dataclass
+class AWM(ForwardObjective):
+    """Any sampler."""
+
+    weighting: Literal["uniform", "t", "t_squared", "huber", "ghuber"] = "ghuber"
+    clip_range: float = 1.0
+    """ε; it matters from a step's second update on."""
+    scale: float = 0.2
+    """Of the advantages, which are cut to [-5, 5]."""
+    trust: float = 1.0
+    """β_old."""
+    kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-3))
+    old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
+
+    def __post_init__(self) -> None:
+        if not self.clip_range > 0 or not self.scale > 0 or not self.trust >= 0:
+            found = f"clip_range {self.clip_range}, scale {self.scale} and trust {self.trust}"
+            raise UserError(f"objective has {found}; the first two must be above 0, trust 0 or more.")
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        return {"old": self.old}
+
+    def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+        v = policy.velocity(xt, draw.t, rollout.cond)
+        v_old = policy.at("old").velocity(xt, draw.t, rollout.cond)
+
+        log_prob, old_log_prob = (self.log_prob(mean_square(u - target), draw.t) for u in (v, v_old))
+        advantage = self.scale * rollout.advantage
+        ratio = (log_prob - old_log_prob).exp()
+        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        moved = mean_square(v - v_old)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() + self.trust * moved.mean()
+        stats = {"ratio/mean": ratio, "ratio/clipped": (ratio != clipped).float(), "moved": moved}
+        return self.kl(Loss(loss, stats), policy, v, xt, draw.t, rollout.cond)
+
+    def log_prob(self, error: PerImage, t: PerImage) -> PerImage:
+        """ℓ: the forward process's stand-in for a log-probability."""
+        return -WEIGHTINGS[self.weighting](error, t)

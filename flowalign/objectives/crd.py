@@ -1,0 +1,108 @@
+"""CRD: centered reward distillation (arXiv 2603.14128).
+
+The KL-regularised optimum π* has β log(π*/π_old) = R - β log Z(prompt). Z is the same for all images of a prompt, so
+centring within the prompt removes it: with ρ = -(‖v - u‖² - ‖v_old - u‖²), u = noise - x0, in the place of the log-ratio,
+    loss = A_max / β · (β ρ - R - Σ_j p_j (β ρ_j - R_j))² + λ (c + (1 - c) R) ‖v - v_ref‖²
+R in [0, 1] is how good an image is; v_ref is the model without adapter under guidance, so that the policy learns to do
+without; good images are anchored most. The copy that samples is not the one that ρ is measured against.
+
+Differences from the released code: it subtracts one mean over many prompts, here each prompt has its own (its Z is its own);
+times and noise are shared within a prompt, since their scale would leak into ρ.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowalign.batch import Rollout
+from flowalign.errors import UserError
+from flowalign.flow import add_noise, Latent, mean_square, PerImage
+from flowalign.objectives.base import Anchor, Draw, ForwardObjective, goodness, group_mean, group_softmax, Loss, relative_error
+from flowalign.policy import Decay, Policy
+
+
+@dataclass
+class CRD(ForwardObjective):
+    """Any sampler. `train.images_per_prompt` of 2 or more."""
+
+    beta: float = 1.0
+    """Temperature of the distilled reward."""
+    adaptive: bool = True
+    """Whether errors are divided by their own mean size, as released."""
+    temperature: float = 0.0
+    """Of the centring weights p = softmax(±R / temperature), both signs in turn; 0 for equal weights."""
+    limit: float = 5.0
+    """A_max: R is 1 at this advantage and 0 at its negative."""
+    kl: Anchor = field(default_factory=lambda: Anchor(weight=0.1, guidance=4.5))
+    kl_least: float = 1e-4
+    """The weight of the KL where R is 0; it rises to kl.weight where R is 1."""
+    old: Decay = field(default_factory=lambda: Decay(value=0.25, slope=0.005, end=0.999))
+    sampler: Decay = field(default_factory=lambda: Decay(start=75, slope=0.0075, end=0.999))
+    rollout_with: ClassVar[str] = "sampler"
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not self.limit > 0 or not self.temperature >= 0:
+            found = f"beta {self.beta}, limit {self.limit} and temperature {self.temperature}"
+            raise UserError(f"objective has {found}; beta and limit must be above 0, temperature 0 or more.")
+        if self.kl.weight and not 0 <= self.kl_least <= self.kl.weight:
+            raise UserError(f"objective.kl_least is {self.kl_least}; it must be between 0 and kl.weight, {self.kl.weight}.")
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        return {"old": self.old, "sampler": self.sampler}
+
+    def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
+        """The centres of every draw, where passes part the images of a prompt."""
+        if rollout.keeps_groups_whole(policy.images_per_pass):
+            return rollout
+        view, columns = policy.at("policy"), []
+        for draw in self.draws(rollout):
+            xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+            rho = self.log_ratio(view, view.velocity(xt, draw.t, rollout.cond), xt, target, rollout, draw)
+            columns += self.centres(rho, rollout)
+        return replace(rollout, prepared=torch.stack(columns, 1))
+
+    def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+        v = policy.velocity(xt, draw.t, rollout.cond)
+
+        rho = self.log_ratio(policy, v, xt, target, rollout, draw)
+        reward = self.reward(rollout)
+        residuals = [self.beta * rho - reward - centre for centre in self.prepared(rho, rollout, draw)]
+        loss = self.limit / self.beta * torch.stack(residuals).square().mean()
+        stats = {"log_ratio": rho}
+        if self.kl.weight == 0:
+            return Loss(loss, stats)
+
+        kl = self.kl.distance(policy, v, xt, draw.t, rollout.cond)
+        weight = self.kl_least + (self.kl.weight - self.kl_least) * reward
+        return Loss(loss + (weight * kl).mean(), stats | {"kl": kl})
+
+    def reward(self, rollout: Rollout) -> PerImage:
+        return goodness(rollout.advantage, self.limit)
+
+    def log_ratio(self, policy: Policy, v: Latent, xt: Latent, target: Latent, rollout: Rollout, draw: Draw) -> PerImage:
+        """ρ: by how much less v errs than v_old."""
+        v_old = policy.at("old").velocity(xt, draw.t, rollout.cond)
+        return self.error(v_old, target) - self.error(v, target)
+
+    def error(self, v: Latent, target: Latent) -> PerImage:
+        return relative_error(v, target) if self.adaptive else mean_square(v - target)
+
+    def centres(self, rho: PerImage, rollout: Rollout) -> Iterator[PerImage]:
+        """Σ_j p_j (β ρ_j - R_j) over the images of each prompt, for each choice of p; no gradient."""
+        reward = self.reward(rollout)
+        residual = (self.beta * rho - reward).detach()
+        for sign in (1, -1) if self.temperature else (0,):
+            p = group_softmax(sign * reward / (self.temperature or 1), rollout.group)
+            yield group_mean(p * residual, rollout.group)
+
+    def prepared(self, rho: PerImage, rollout: Rollout, draw: Draw) -> list[Tensor]:
+        """The centres found by `prepare`, or of this piece where it holds whole groups."""
+        if not rollout.prepared.numel():
+            return list(self.centres(rho, rollout))
+        width = 2 if self.temperature else 1
+        return list(rollout.prepared[:, draw.index * width : (draw.index + 1) * width].T)

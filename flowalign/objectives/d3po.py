@@ -1,0 +1,48 @@
+"""D3PO: a preference between two paths of one prompt holds for every step of them (arXiv 2311.13231), on the flow SDE.
+
+With ratio_k = clip(π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c), 1 - ε, 1 + ε),
+    loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected))
+
+Difference from the released code: β and ε are for log-probabilities that are means over latent elements of a flow model;
+there, of Stable Diffusion 1.5.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from flowalign.batch import Batch, Pairs
+from flowalign.errors import UserError
+from flowalign.objectives.base import Loss, PathObjective
+from flowalign.policy import Policy
+
+
+@dataclass
+class D3PO(PathObjective):
+    """Needs a stochastic sampler. Pairs are the ranked images of a prompt; best with sampler.same_noise: true, as published."""
+
+    learns_from: ClassVar[type[Batch]] = Pairs
+    beta: float = 1.0
+    clip_range: float = 0.1
+    """ε: beyond it a path gives no gradient."""
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not 0 < self.clip_range < 1:
+            raise UserError(
+                f"objective has beta {self.beta} and clip_range {self.clip_range}; write beta > 0, 0 < clip_range < 1."
+            )
+
+    def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
+        paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
+        step, step_ref = policy.step(paths[:, k], k, cond), policy.at("reference").step(paths[:, k], k, cond)
+
+        log_ratio = step.log_prob(paths[:, k + 1]) - step_ref.log_prob(paths[:, k + 1])
+        clipped = log_ratio.clamp(math.log(1 - self.clip_range), math.log(1 + self.clip_range))
+        chosen, rejected = clipped.chunk(2)
+        s = self.beta * (chosen - rejected)
+        loss = (pairs.weight * -F.logsigmoid(s)).mean()
+        stats = {"chosen_preferred": (s > 0).float() + 0.5 * (s == 0), "margin": s}
+        return Loss(loss, stats | {"ratio/clipped": (log_ratio != clipped).float()})

@@ -1,0 +1,53 @@
+"""DiffusionNFT: learn from good and bad images in the forward process (arXiv 2509.16117, equation 5).
+
+With v± = v_old ± β (v - v_old) and r in [0, 1] how good an image is,
+    loss = A_max / β · (r ‖v+ - (noise - x0)‖² + (1 - r) ‖v- - (noise - x0)‖²)
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from flowalign.batch import Rollout
+from flowalign.errors import UserError
+from flowalign.flow import add_noise, Latent, mean_square, PerImage
+from flowalign.objectives.base import Anchor, Draw, ForwardObjective, goodness, Loss, relative_error
+from flowalign.policy import Decay, Policy
+
+
+@dataclass
+class NFT(ForwardObjective):
+    """Any sampler; the lagging copy `old` samples."""
+
+    beta: float = 1.0
+    """How far the implicit good and bad policies stand from the old one."""
+    adaptive: bool = True
+    """Whether errors of x0 are divided by their own mean size, as released, or errors of v are taken as they are."""
+    limit: float = 5.0
+    """A_max: r is 1 at this advantage and 0 at its negative."""
+    kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-4))
+    old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.5))
+    rollout_with: ClassVar[str] = "old"
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not self.limit > 0:
+            raise UserError(f"objective has beta {self.beta} and limit {self.limit}; both must be above 0.")
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        return {"old": self.old}
+
+    def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+        v = policy.velocity(xt, draw.t, rollout.cond)
+        v_old = policy.at("old").velocity(xt, draw.t, rollout.cond)
+
+        good = self.error(v_old + self.beta * (v - v_old), target, draw.t)
+        bad = self.error(v_old - self.beta * (v - v_old), target, draw.t)
+        r = goodness(rollout.advantage, self.limit)
+        loss = self.limit / self.beta * (r * good + (1 - r) * bad).mean()
+        stats = {"error/good": good, "error/bad": bad, "moved": mean_square(v.detach() - v_old)}
+        return self.kl(Loss(loss, stats), policy, v, xt, draw.t, rollout.cond)
+
+    def error(self, v: Latent, target: Latent, t: PerImage) -> PerImage:
+        # x0_hat - x0 is -t (v - target): the adaptive weight divides t² ‖·‖² by t |·|.
+        return t * relative_error(v, target) if self.adaptive else mean_square(v - target)

@@ -1,0 +1,39 @@
+"""RAFT: imitate the best of every prompt's images (arXiv 2304.06767), on the flow-matching loss.
+
+loss = w ‖v - (noise - x0)‖²,   w = G / n for the n best of a prompt's G images (ties count), 0 for the others
+"""
+
+from dataclasses import dataclass, replace
+
+from flowalign.batch import Rollout
+from flowalign.errors import UserError
+from flowalign.flow import add_noise, mean_square
+from flowalign.objectives.base import Draw, ForwardObjective, group_mean, Loss
+from flowalign.policy import Policy
+
+
+@dataclass
+class RAFT(ForwardObjective):
+    """Any sampler. A prompt whose images are all equally good teaches as plain imitation would."""
+
+    keep: int = 1
+    """How many of a prompt's images are imitated."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"objective.keep is {self.keep}; it must be 1 or more.")
+
+    def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
+        """The weights, which need whole groups."""
+        better = (rollout.reward[None] > rollout.reward[:, None]) & (rollout.group[None] == rollout.group[:, None]).to(
+            rollout.device
+        )
+        best = (better.sum(1) < self.keep).to(rollout.reward.dtype)
+        return replace(rollout, prepared=(best / group_mean(best, rollout.group))[:, None])
+
+    def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+        v = policy.velocity(xt, draw.t, rollout.cond)
+
+        error, w = mean_square(v - target), rollout.prepared[:, 0]
+        return Loss((w * error).mean(), {"error": error, "kept": (w > 0).float()})

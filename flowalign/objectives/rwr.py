@@ -1,0 +1,35 @@
+"""RWR: reward-weighted regression (arXiv 2305.13301, section 4.1), on the flow-matching loss.
+
+loss = w ‖v - (noise - x0)‖²,   w = G softmax(reward / τ) over the G images of a prompt
+"""
+
+from dataclasses import dataclass, replace
+
+from flowalign.batch import Rollout
+from flowalign.errors import UserError
+from flowalign.flow import add_noise, mean_square
+from flowalign.objectives.base import Draw, ForwardObjective, group_softmax, Loss
+from flowalign.policy import Policy
+
+
+@dataclass
+class RWR(ForwardObjective):
+    """Any sampler."""
+
+    temperature: float = 0.2
+    """τ, in units of the reward."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"objective.temperature is {self.temperature}; it must be above 0.")
+
+    def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
+        """The weights, which need whole groups."""
+        return replace(rollout, prepared=group_softmax(rollout.reward / self.temperature, rollout.group)[:, None])
+
+    def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+        v = policy.velocity(xt, draw.t, rollout.cond)
+
+        error, w = mean_square(v - target), rollout.prepared[:, 0]
+        return Loss((w * error).mean(), {"error": error, "weight/of_squares": w**2})

@@ -1,0 +1,26 @@
+"""SFT: imitate given pictures by flow matching (arXiv 2209.03003).
+
+loss = ‖v - (noise - x0)‖²
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from flowalign.batch import Batch, Examples
+from flowalign.flow import add_noise, mean_square
+from flowalign.objectives.base import Draw, ForwardObjective, ForwardTimes, Loss
+from flowalign.policy import Policy
+
+
+@dataclass
+class SFT(ForwardObjective):
+    """From the pictures of `data.pairs`; of pairs, the chosen."""
+
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
+    learns_from: ClassVar[type[Batch]] = Examples
+
+    def loss(self, policy: Policy, examples: Examples, draw: Draw) -> Loss:
+        xt, target = add_noise(examples.x0, draw.t, draw.noise)
+
+        error = mean_square(policy.velocity(xt, draw.t, examples.cond) - target)
+        return Loss(error.mean(), {"error": error})

@@ -1,0 +1,176 @@
+"""Pictures from disk: pairs of a better and a worse one, or single ones, and their latents, encoded once.
+
+Read are a `.jsonl` file, a folder with `metadata.jsonl`, and a Hugging Face dataset on disk (parquet, or `save_to_disk`) in
+Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0.
+"""
+
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from flowalign.data import Prompt, read_objects
+from flowalign.errors import UserError
+from flowalign.flow import Latent
+from flowalign.models.base import FlowModel
+
+Bytes = Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of a prompt, and where there is one a worse picture of it."""
+
+    prompt: Prompt
+    chosen: Bytes
+    rejected: Bytes | None = None
+    gap: float = 1.0
+    """By how much better the chosen is; 1 where only the order is known."""
+
+
+def read_examples(path: str, key: str, paired: bool) -> list[Example]:
+    """The examples of a file or folder; `paired` ones only, where a worse picture is needed. UserError names what is missing."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{key}: there is no file or folder {path}.")
+    metadata = place / "metadata.jsonl" if place.is_dir() else place
+    if metadata.suffix == ".jsonl" and metadata.is_file():
+        examples = [_from_object(entry, metadata, where) for entry, where in read_objects(metadata, key)]
+    else:
+        examples = _from_dataset(place, key)
+    if paired and (single := next((i for i, example in enumerate(examples) if example.rejected is None), None)) is not None:
+        raise UserError(f"{key}: {path}, entry {single + 1} has one picture only; the objective learns from pairs.")
+    if not examples:
+        raise UserError(f"{key}: {path} has no pairs (ties are left out).")
+    return examples
+
+
+NAMES = {"chosen": ("chosen", "chosen_file_name", "image", "file_name"), "rejected": ("rejected", "rejected_file_name")}
+
+
+def _from_object(entry: dict[str, Any], file: Path, where: str) -> Example:
+    found = {role: next((entry[name] for name in names if name in entry), None) for role, names in NAMES.items()}
+    if not isinstance(entry.get("prompt"), str) or not isinstance(found["chosen"], str):
+        wanted = '{"prompt": "a red circle", "chosen": "a.png", "rejected": "b.png"} or {"prompt": ..., "image": "a.png"}'
+        raise UserError(f"{where}: write {wanted}.")
+    for name in filter(None, found.values()):
+        if not (file.parent / str(name)).is_file():
+            raise UserError(f"{where}: there is no picture {file.parent / str(name)}.")
+    pictures = {role: (file.parent / name).read_bytes if name else None for role, name in found.items()}
+    better, worse = entry.get("score_chosen", 1.0), entry.get("score_rejected", 0.0)
+    scored = ("score_chosen" in entry) + ("score_rejected" in entry)
+    if (
+        scored == 1
+        or not all(type(score) in (int, float) and math.isfinite(score) for score in (better, worse))
+        or better < worse
+    ):
+        raise UserError(f"{where}: score_chosen is {better!r} and score_rejected {worse!r}; write both, the first the larger.")
+    return Example(Prompt(entry["prompt"]), pictures["chosen"], pictures["rejected"], float(better - worse))  # type: ignore[arg-type]
+
+
+def _from_dataset(place: Path, key: str) -> list[Example]:
+    import datasets  # slow to import, and only here
+
+    datasets.disable_progress_bars()
+    try:
+        if place.is_dir() and (place / "state.json").is_file():
+            table = datasets.load_from_disk(str(place))
+        else:
+            files = sorted(map(str, place.rglob("*.parquet"))) if place.is_dir() else [str(place)]
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:
+        wanted = "a .jsonl file, a folder with metadata.jsonl, parquet files, or a split that datasets saved"
+        raise UserError(f"{key}: {place} is not {wanted} ({error}).") from error
+    assert isinstance(table, datasets.Dataset)
+    if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - set(table.column_names):
+        raise UserError(f"{key}: {place} has no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}.")
+    for column in ("jpg_0", "jpg_1"):
+        if isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    labels = table["label_0"]
+    captions = table["caption"]
+
+    def picture(row: int, column: str) -> Bytes:
+        return lambda: _bytes_of(table[row][column])
+
+    order = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
+    return [
+        Example(Prompt(caption), picture(row, order[label][0]), picture(row, order[label][1]))
+        for row, (label, caption) in enumerate(zip(labels, captions, strict=True))
+        if label in order
+    ]
+
+
+def _bytes_of(cell: Any) -> bytes:
+    return cell["bytes"] if isinstance(cell, dict) else cell
+
+
+def load_picture(data: bytes, height: int, width: int) -> Tensor:
+    """(3, H, W) in [0, 1]: turned as its camera says, on white where it is transparent, scaled to fill, cut to the middle.
+
+    UserError where the bytes are no picture.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"data.pairs holds something that is no picture: {error}") from error
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)).float() / 255
+
+
+class Latents:
+    """Latents of pictures, kept on disk under a hash of picture, size and autoencoder, so that each is encoded once."""
+
+    def __init__(self, model: FlowModel, images_per_pass: int, folder: Path | None = None):
+        self.model, self.images_per_pass = model, images_per_pass
+        cache = os.environ.get("FLOWALIGN_CACHE", Path.home() / ".cache" / "flowalign")
+        self.folder = folder or Path(cache) / "latents"
+        weights = hashlib.blake2b(digest_size=16)
+        for parameter in model.vae.parameters():
+            weights.update(parameter.detach().float().cpu().numpy().tobytes())
+        config, size = model.vae.config, f"{model.config.height}x{model.config.width}"
+        self.salt = f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}/{size}".encode()
+
+    def __call__(self, pictures: Sequence[bytes]) -> Latent:
+        """(B, *latent), on the model's device."""
+        files = [self._file(data) for data in pictures]
+        found = {file: latent for file in set(files) if (latent := self._read(file)) is not None}
+        missing = [i for i, file in enumerate(files) if file not in found]
+        for start in range(0, len(missing), self.images_per_pass):
+            chosen = missing[start : start + self.images_per_pass]
+            config = self.model.config
+            images = torch.stack([load_picture(pictures[i], config.height, config.width) for i in chosen])
+            for i, latent in zip(chosen, self.model.encode_images(images).cpu(), strict=True):
+                found[files[i]] = latent
+                self._write(files[i], latent)
+        return torch.stack([found[file] for file in files]).to(self.model.device)
+
+    def _file(self, data: bytes) -> Path:
+        name = hashlib.blake2b(self.salt + data, digest_size=16).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    @staticmethod
+    def _read(file: Path) -> Latent | None:
+        try:
+            return load_file(file)["x0"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+
+    @staticmethod
+    def _write(file: Path, latent: Latent) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}.part")
+        save_file({"x0": latent.contiguous()}, beside)
+        beside.rename(file)

@@ -1,0 +1,417 @@
+"""Rewards through the sampler: gradients against closed forms and finite differences, and what is kept for them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.normalization import RMSNorm
+from torch import nn, Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextModelWithProjection
+
+from flowalign.advantage import group_advantage
+from flowalign.batch import Prompts, Scored
+from flowalign.data import Prompt
+from flowalign.errors import RunError, UserError
+from flowalign.experience import Counts, Judge
+from flowalign.models.base import Lora, ModelConfig
+from flowalign.models.sd3 import SD3
+from flowalign.objectives.alignprop import AlignProp
+from flowalign.objectives.base import Objective
+from flowalign.objectives.draft_lv import DRaFTLV
+from flowalign.objectives.refl import ReFL
+from flowalign.policy import Policy, Sampler
+from flowalign.rewards.base import Reward, weighted_sum
+from flowalign.rewards.pictures import brightness, jpeg_size
+from flowalign.sources import differentiable_prompts, Ranking, Supplies
+from flowalign.trainer import compute_gradient, Meter
+from tests.objectives.toy import DoublePolicy, labels, number_policy
+from tests.tiny import make_policy, random_clip, ROOT, sd3_config, stir, TEXTS, two_groups
+
+STEPS, THETA = 8, 0.3
+H = -1 / STEPS
+
+
+def of_pictures(function: Callable[[Tensor], Tensor]) -> Callable[..., Scored]:
+    """A reward that asks for nothing but the pictures."""
+
+    def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+        scores = function(images)
+        return scores, {"function": scores}
+
+    return reward
+
+
+# a number: v = θ x and the reward is what the sampler ends at
+
+
+def numbers(count: int = 3) -> Prompts:
+    return Prompts(*labels(count), of_pictures(lambda images: images.flatten()))
+
+
+def slope(objective: Objective, policy: Policy, prompts: Prompts) -> float:
+    """Of the mean reward with regard to θ."""
+    compute_gradient(policy, objective, prompts, len(prompts), Meter())
+    return -policy.parameters()[1].grad.item()
+
+
+def start(policy: Policy, prompts: Prompts) -> float:
+    """Of 1 at the start, gradients are multiples of this."""
+    return policy.start(prompts).mean().item()
+
+
+def powers(count: int) -> float:
+    return (1 + H * THETA) ** count
+
+
+@pytest.mark.parametrize(("depth", "steps"), [(8, 8), (20, 8), (3, 3), (1, 1)])
+def test_the_gradient_through_the_last_steps_is_the_analytic_one(depth, steps):
+    """∂x_N/∂θ through n steps = n h x_N / (1 + h θ)."""
+    policy, prompts = number_policy(THETA, STEPS), numbers()
+    expected = start(policy, prompts) * powers(8) * steps * H / (1 + H * THETA)
+    assert slope(AlignProp(depth=depth), policy, prompts) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("depth", "published"), [(8, -1.3009305), (3, -0.4878489)])
+def test_the_analytic_gradients_are_the_published_figures(depth, published):
+    assert 1.7 * powers(8) * depth * H / (1 + H * THETA) == pytest.approx(published, abs=1e-7)
+
+
+def test_refl_s_gradient_is_that_of_the_one_step_prediction():
+    """-t_5 x_5; -0.5266037 for a start at 1.7."""
+    policy, prompts = number_policy(THETA, STEPS), numbers()
+    assert -0.375 * 1.7 * powers(5) == pytest.approx(-0.5266037, abs=1e-7)
+    found = slope(ReFL(low=5 / 8, high=5 / 8), policy, prompts)
+    assert found == pytest.approx(-0.375 * start(policy, prompts) * powers(5), rel=1e-9)
+
+
+@pytest.mark.parametrize(("enough", "share"), [(math.inf, 1.0), (-100.0, 0.0)])
+def test_an_image_that_is_good_enough_teaches_nothing(enough, share):
+    found = slope(ReFL(enough=enough), number_policy(THETA, STEPS), numbers())
+    assert (found != 0) == bool(share)
+
+
+@pytest.mark.parametrize(("step", "t"), [(-1, 1 / 8), (-3, 3 / 8)])
+def test_draft_lv_s_gradient_is_the_mean_over_fresh_noise(step, t):
+    """-t x_t with x_t = (1 - t) x_N + t noise."""
+    policy, prompts = number_policy(THETA, STEPS), numbers()
+    noise = [prompts.noise("copy", copy, (1, 1, 1)).mean().item() for copy in range(4)]
+    expected = [-t * ((1 - t) * start(policy, prompts) * powers(8) + t * z) for z in noise]
+    assert slope(DRaFTLV(copies=4, step=step), policy, prompts) == pytest.approx(sum(expected) / 4, rel=1e-6)
+
+
+def test_a_whole_run_of_steps_has_the_gradient_of_finite_differences():
+    prompts, h = numbers(), 1e-5
+    ends = [slope_free_reward(THETA + sign * h, prompts) for sign in (1, -1)]
+    assert slope(AlignProp(depth=STEPS), number_policy(THETA, STEPS), prompts) == pytest.approx(
+        (ends[0] - ends[1]) / (2 * h), rel=1e-8
+    )
+
+
+def slope_free_reward(theta: float, prompts: Prompts) -> float:
+    policy = number_policy(theta, STEPS)
+    return policy.at("policy").unroll(policy.start(prompts), prompts.cond, range(STEPS)).mean().item()
+
+
+# the first step with gradient
+
+
+def of_step(step: int, count: int = 4) -> Prompts:
+    prompts = numbers(count)
+    return replace(prompts, keys=torch.tensor([(0, step, i, 0) for i in range(count)]))
+
+
+@pytest.mark.parametrize("draw", [AlignProp().first_step, ReFL().late_step])
+def test_a_training_step_has_one_first_step_with_gradient(draw):
+    prompts = of_step(7)
+    assert {draw(20, piece) for piece in (prompts, *prompts.pieces(1))} == {draw(20, prompts)}
+    assert len({draw(20, of_step(step)) for step in range(50)}) > 3
+    assert draw(20, of_step(7)) != draw(20, replace(of_step(7), keys=of_step(7).keys + torch.tensor([1, 0, 0, 0])))
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_the_first_step_with_gradient_is_never_the_noise_nor_behind_the_last(steps):
+    drawn = [AlignProp(start=0.84, spread=0.5).first_step(steps, of_step(step)) for step in range(300)]
+    assert (min(drawn), max(drawn)) == (1, steps - 1)
+
+
+def test_the_first_step_with_gradient_is_drawn_around_start():
+    drawn = torch.tensor([AlignProp().first_step(100, of_step(step, 1)) for step in range(500)]).float()
+    assert drawn.mean().item() == pytest.approx(84, abs=1.5)
+    assert drawn.std().item() == pytest.approx(10, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "low", "high", "expected"), [(40, 0.75, 0.975, range(30, 40)), (4, 0.75, 0.975, range(3, 4)), (1, 1, 1, range(1))]
+)
+def test_refl_s_step_is_drawn_evenly_late(steps, low, high, expected):
+    assert {ReFL(low=low, high=high).late_step(steps, of_step(step, 1)) for step in range(300)} == set(expected)
+
+
+# the tiny SD3
+
+
+def double_policy(config: ModelConfig, steps: int = 3) -> Policy:
+    """Stirred, and float64 in every layer; diffusers' norm of queries and keys, which is float32 inside, gives way to torch's."""
+    torch.manual_seed(0)
+    policy = DoublePolicy(SD3(config), Sampler(steps=steps, guidance=2.0))
+    transformer = policy.model.transformer
+    for name, norm in [(name, module) for name, module in transformer.named_modules() if isinstance(module, RMSNorm)]:
+        own = nn.RMSNorm(norm.dim, norm.eps).requires_grad_(False)
+        own.weight.copy_(norm.weight)
+        transformer.set_submodule(name, own)
+    stir(policy)
+    for module in (transformer, policy.model.vae):
+        module.double()
+    return policy
+
+
+def contrast(images: Tensor) -> Tensor:
+    """A smooth reward that sees every pixel differently."""
+    weight = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
+    return (images * weight + images**2).mean((1, 2, 3))
+
+
+def sd3_without_norm(folder: Path) -> ModelConfig:
+    """SD3's classes with random weights; the norm of queries and keys, which computes in float32, is left out."""
+    torch.manual_seed(0)
+    tokenizer, clip = random_clip()
+    encoders = [CLIPTextModelWithProjection(clip).eval() for _ in range(2)]
+    sizes = {"sample_size": 8, "in_channels": 8, "out_channels": 8, "pos_embed_max_size": 8}
+    widths = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32, "caption_projection_dim": 32}
+    transformer = SD3Transformer2DModel(num_layers=2, pooled_projection_dim=32, qk_norm=None, **sizes, **widths)
+    vae = AutoencoderKL.from_pretrained(ROOT / "assets" / "tiny-sd3" / "vae")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = (transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], tokenizer, None, None)
+    StableDiffusion3Pipeline(*parts).save_pretrained(folder)
+    return ModelConfig("sd3", str(folder), height=64, width=64, max_sequence_length=0, lora=Lora(rank=2, alpha=6))
+
+
+def gradient_error(policy: Policy, h: float) -> float:
+    """The largest difference of a gradient's entries from finite differences of fourth order, over the largest entry."""
+    prompts, objective = replace(two_groups(policy, 1), reward=of_pictures(contrast)), AlignProp(depth=policy.sampler.steps)
+    compute_gradient(policy, objective, prompts, 2, Meter())
+    found, finite = [], []
+    for parameter in policy.parameters()[:: len(policy.parameters()) // 5]:
+        place = parameter.grad.abs().argmax()
+        ends = {step: moved_loss(policy, objective, prompts, (parameter, place, step * h)) for step in (-2, -1, 1, 2)}
+        found.append(parameter.grad.view(-1)[place].item())
+        finite.append((8 * (ends[1] - ends[-1]) - (ends[2] - ends[-2])) / (12 * h))
+    assert min(map(abs, found[:-1])) > 1e-7
+    return max(abs(a - b) for a, b in zip(found, finite, strict=True)) / max(map(abs, found))
+
+
+@torch.no_grad()
+def moved_loss(policy: Policy, objective: AlignProp, prompts: Prompts, move: tuple[Tensor, Tensor, float]) -> float:
+    """With one entry of a matrix moved by so much."""
+    parameter, place, by = move
+    before = parameter.view(-1)[place].clone()
+    parameter.view(-1)[place] += by
+    total = objective.loss(policy, prompts, 0).total.item()
+    parameter.view(-1)[place] = before
+    return total
+
+
+def test_the_tiny_sd3_s_gradient_is_that_of_finite_differences():
+    assert gradient_error(double_policy(sd3_config()), h=3e-4) <= 1e-7
+
+
+def test_a_random_sd3_s_gradient_is_that_of_finite_differences(tmp_path):
+    assert gradient_error(double_policy(sd3_without_norm(tmp_path)), h=1e-3) <= 1e-7
+
+
+def bright_prompts(policy: Policy, images: int = 1) -> Prompts:
+    return replace(two_groups(policy, images), reward=of_pictures(lambda pictures: pictures.mean((1, 2, 3))))
+
+
+def lora_gradient(policy: Policy, objective: Objective, images_per_pass: int = 2) -> Tensor:
+    for parameter in policy.parameters():
+        parameter.grad = None
+    compute_gradient(policy, objective, bright_prompts(policy), images_per_pass, Meter())
+    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+
+
+def test_recomputing_steps_changes_no_gradient():
+    """Against plain Euler steps and decoding."""
+    policy = make_policy(Sampler(steps=3, guidance=2.0))
+    stir(policy)
+    prompts = bright_prompts(policy)
+    x = policy.start(prompts)
+    for k in range(3):
+        t, s = policy.times[k], policy.times[k + 1]
+        x = x + (s - t) * policy.velocity(x, torch.full((2,), t), prompts.cond)
+    plain = torch.autograd.grad(-policy.decode(x).mean(), policy.parameters(), allow_unused=True)
+    plain = [torch.zeros_like(p) if g is None else g for p, g in zip(policy.parameters(), plain, strict=True)]
+    assert_close(lora_gradient(policy, AlignProp(depth=3)), torch.cat([g.flatten() for g in plain]), rtol=1e-4, atol=1e-8)
+
+
+def test_a_depth_of_all_steps_or_more_is_the_full_gradient():
+    policy = make_policy(Sampler(steps=3))
+    stir(policy)
+    full = lora_gradient(policy, AlignProp(depth=3))
+    assert torch.equal(lora_gradient(policy, AlignProp(depth=7)), full)
+    assert (lora_gradient(policy, AlignProp(depth=1)) - full).norm() > 0.01 * full.norm()
+
+
+def test_the_gradient_is_the_same_in_one_pass_and_in_many():
+    policy = make_policy(Sampler(steps=3))
+    stir(policy)
+    one, many = (lora_gradient(policy, AlignProp(depth=2), size) for size in (2, 1))
+    assert (one - many).norm() <= 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("objective", [AlignProp(), ReFL(), DRaFTLV()])
+def test_only_the_policy_s_matrices_receive_a_gradient(objective):
+    policy = make_policy(Sampler(steps=3), snapshots=["ema"])
+    stir(policy)
+    compute_gradient(policy, objective, bright_prompts(policy), 2, Meter())
+    trained = {id(parameter) for parameter in policy.parameters()}
+    everything = [*policy.model.transformer.parameters(), *policy.model.vae.parameters()]
+    assert {id(parameter) for parameter in everything if parameter.grad is not None} == trained
+    assert sum(parameter.grad.abs().sum() for parameter in policy.parameters()) > 0
+
+
+def test_rewards_are_logged_by_name():
+    policy = make_policy(Sampler(steps=2))
+    loss = AlignProp().loss(policy, bright_prompts(policy), 0)
+    assert set(loss.stats) == {"reward/function", "reward/combined"}
+    assert loss.total.item() == pytest.approx(-loss.stats["reward/combined"].mean().item())
+
+
+# memory
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at once, the model's weights aside."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        weights = [*policy.model.transformer.parameters(), *policy.model.vae.parameters()]
+        self.weights = {StorageWeakRef(weight.untyped_storage()) for weight in weights}
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]:
+            if (key := StorageWeakRef(storage)) not in self.weights:
+                self.sizes[key] = storage.nbytes()
+        if sum(self.sizes.values()) > self.most:
+            self.sizes = {key: size for key, size in self.sizes.items() if not key.expired()}
+            self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+def through_decoded_steps(steps: int) -> tuple[int, int]:
+    """What a loss through so many steps keeps for its backward pass, and the most bytes alive, the backward pass included."""
+    policy = make_policy(Sampler(steps=steps))
+    prompts, kept = bright_prompts(policy), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with Alive(policy) as alive:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = AlignProp(depth=steps).loss(policy, prompts, 0)
+        loss.total.backward()
+    return sum(kept.values()), alive.most
+
+
+def through_plain_steps(steps: int) -> int:
+    """The most bytes alive where nothing is recomputed."""
+    policy = make_policy(Sampler(steps=steps))
+    prompts = two_groups(policy, 1)
+    with Alive(policy) as alive:
+        x = policy.start(prompts)
+        for k in range(steps):
+            x = policy.step(x, k, prompts.cond, stochastic=False).mean
+        x.sum().backward()
+    return alive.most
+
+
+def test_memory_does_not_grow_with_the_steps():
+    """A step keeps its input alone; where nothing is recomputed, all that it computed."""
+    (kept, most), (kept_of_ten, most_of_ten) = through_decoded_steps(2), through_decoded_steps(10)
+    assert kept_of_ten - kept == 8 * 2 * 4 * math.prod((8, 8, 8))
+    assert most_of_ten <= 1.1 * most
+    assert through_plain_steps(4) > 1.7 * through_plain_steps(2)
+
+
+# where the rewards come from
+
+
+def test_a_reward_with_gradient_passes_it():
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    scores = Reward("brightness", brightness).with_gradient(images, ["", ""], [{}, {}])
+    assert_close(torch.autograd.grad(scores.sum(), images)[0], torch.full_like(images, 1 / 192))
+
+
+def test_a_reward_without_gradient_is_refused_by_name():
+    images, reward = torch.rand(2, 3, 8, 8, requires_grad=True), Reward("jpeg_size", jpeg_size)
+    with pytest.raises(RunError, match=r"rewards\.jpeg_size carries no gradient"):
+        reward.with_gradient(images, ["", ""], [{}, {}])
+
+
+def supplies(policy: Policy, rewards: list[Reward]) -> Supplies:
+    counts = Counts(prompts_per_step=2, images_per_prompt=3, updates_per_step=1, images_per_pass=6)
+    judge = Judge(rewards, weighted_sum, group_advantage, 6, torch.device("cpu"))
+    return Supplies(policy, judge, [Prompt(text) for text in TEXTS], [], counts, 0, "policy", Ranking())
+
+
+def test_prompts_come_with_a_reward_that_is_differentiable_and_named():
+    def redness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return images[:, 0].mean((1, 2))
+
+    source = differentiable_prompts(
+        supplies(make_policy(), [Reward("brightness", brightness, 2.0), Reward("redness", redness, -1.0)])
+    )
+    prompts, metrics = source(0)
+    assert metrics == {}
+    assert sorted(set(prompts.prompts)) == sorted(TEXTS)
+    assert prompts.group.tolist() == [0, 0, 0, 1, 1, 1]
+    images = torch.rand(6, 3, 8, 8, requires_grad=True)
+    combined, scores = prompts[2:4].reward(images, prompts.prompts, prompts.metadata)
+    assert_close(combined, 2 * images.mean((1, 2, 3)) - images[:, 0].mean((1, 2)))
+    assert set(scores) == {"brightness", "redness"}
+    assert combined.requires_grad
+    assert torch.equal(source(0)[0].keys, prompts.keys)
+    assert not torch.equal(source(1)[0].keys, prompts.keys)
+
+
+def test_prompts_without_a_reward_say_so():
+    policy = make_policy(Sampler(steps=2))
+    with pytest.raises(RuntimeError, match="came without a reward"):
+        AlignProp().loss(policy, two_groups(policy, 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        (AlignProp, {"depth": -1}),
+        (AlignProp, {"start": 1.5}),
+        (AlignProp, {"spread": -0.1}),
+        (ReFL, {"low": 0.9, "high": 0.8}),
+        (ReFL, {"high": 1.1}),
+        (DRaFTLV, {"copies": 0}),
+        (DRaFTLV, {"step": 0}),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(objective, settings):
+    with pytest.raises(UserError, match="write"):
+        objective(**settings)
+
+
+def test_draft_lv_s_step_must_be_one_of_the_sampler_s():
+    """Counted from the end further than there are steps, the time would be another one."""
+    DRaFTLV(step=-2).check(Sampler(steps=2))
+    with pytest.raises(UserError, match="step is -3, but"):
+        DRaFTLV(step=-3).check(Sampler(steps=2))

@@ -1,0 +1,171 @@
+"""Policies whose velocities or steps are written down, batches of a few rows for them, and a model that is one number."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from torch import nn, Tensor
+
+from flowalign.batch import Batch, Cond, Examples, Pairs, Rollout
+from flowalign.dynamics import Gaussian
+from flowalign.flow import over_latent
+from flowalign.models.base import FlowModel, Lora, ModelConfig
+from flowalign.policy import Policy, Sampler
+
+
+@dataclass
+class VelocityPolicy:
+    """v = field(x, t, theta); the reference has its own theta."""
+
+    field: Callable[[Tensor, Tensor, Tensor], Tensor]
+    theta: Tensor
+    reference: Tensor
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.field(x, over_latent(t, x), self.theta)
+
+    def at(self, name: str) -> "VelocityPolicy":
+        return replace(self, theta={"policy": self.theta, "reference": self.reference}[name].detach())
+
+
+def free(x: Tensor, t: Tensor, theta: Tensor) -> Tensor:
+    """A field that says theta everywhere."""
+    return theta
+
+
+def standard_normal(x: Tensor, t: Tensor, theta: Tensor) -> Tensor:
+    """The exact velocity of N(0, 1) data, and theta."""
+    return (2 * t - 1) / (t**2 + (1 - t) ** 2) * x + theta
+
+
+def normal(x: Tensor, t: Tensor, mean: Tensor, variance: float = 0.25) -> Tensor:
+    """The exact velocity of N(mean, variance) data."""
+    return (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2) * (x - (1 - t) * mean) - mean
+
+
+@dataclass
+class ChainPolicy:
+    """Steps x' ~ N(x + bias_k, std_k²); the reference has no bias."""
+
+    bias: Tensor
+    stds: tuple[float, ...] = (1.0,)
+
+    def step(self, x: Tensor, k: int, cond: Cond) -> Gaussian:
+        return Gaussian(x + self.bias[k], self.stds[k])
+
+    def at(self, name: str) -> "ChainPolicy":
+        bias = self.bias.detach()
+        return replace(self, bias={"policy": bias, "reference": torch.zeros_like(bias)}[name])
+
+    @torch.no_grad()
+    def log_prob(self, path: Tensor) -> Tensor:
+        """(B, K) of the path's steps."""
+        nothing = cond_of(len(path))
+        steps = [self.step(path[:, k], k, nothing).log_prob(path[:, k + 1]) for k in range(len(self.stds))]
+        return torch.stack(steps, 1)
+
+
+def cond_of(count: int) -> Cond:
+    empty = torch.zeros(count, 1)
+    return Cond(empty.unsqueeze(1), empty, empty.unsqueeze(1), empty)
+
+
+def labels(count: int, images: int = 1) -> tuple[list[str], list[dict[str, int]], Tensor, Cond]:
+    """Prompts, metadata, keys and embeddings of groups of so many images."""
+    keys = torch.tensor([(0, 0, i // images, i % images) for i in range(count)])
+    return [""] * count, [{}] * count, keys, cond_of(count)
+
+
+def pairs_of(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None) -> Pairs:
+    """Pairs of x0 (B, *latent)."""
+    return path_pairs(chosen[:, None], rejected[:, None], torch.zeros(len(chosen), 0), weight=weight)
+
+
+def path_pairs(
+    chosen: Tensor, rejected: Tensor, log_prob: Tensor, gap: Tensor | None = None, weight: Tensor | None = None
+) -> Pairs:
+    """Pairs of paths (B, K + 1, *latent); `log_prob` is of the chosen, then of the rejected (2 B, K)."""
+    one = torch.ones(len(chosen))
+    gap, weight = one if gap is None else gap, one if weight is None else weight
+    sides = chosen, rejected, *(log_prob.chunk(2) if log_prob.numel() else (log_prob, log_prob))
+    return Pairs(*labels(len(chosen)), *sides, gap, weight, range(chosen.shape[1] - 1))
+
+
+def examples_of(x0: Tensor) -> Examples:
+    return Examples(*labels(len(x0)), x0)
+
+
+def rollout_of(path: Tensor, log_prob: Tensor, reward: Tensor, images: int = 1) -> Rollout:
+    """Judged paths (B, K + 1, *latent) in groups of so many images; the advantage is the reward."""
+    pictures = torch.zeros(len(path), 3, 1, 1, dtype=torch.uint8)
+    return Rollout(*labels(len(path), images), path, log_prob, pictures, reward, reward, range(path.shape[1] - 1))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def minimiser(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 15) -> Tensor:
+    """By Newton's method."""
+    x = start.clone().requires_grad_()
+    for _ in range(iterations):
+        (slope,) = torch.autograd.grad(loss(x), x)
+        curvature = torch.autograd.functional.hessian(loss, x.detach())
+        x = (x - torch.linalg.solve(curvature.view(x.numel(), -1), slope.flatten()).view_as(x)).detach().requires_grad_()
+    return x.detach()
+
+
+class Times(nn.Module, PeftAdapterMixin):
+    """v = factor · x, a linear layer without bias."""
+
+    dtype = torch.float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.factor.weight)
+
+
+class NumberModel(FlowModel):
+    """Latents and pictures are one number, in float64; times are even."""
+
+    lora_targets = ["factor"]  # noqa: RUF012 (as the base class has it)
+    latent_shape = (1, 1, 1)
+
+    def __init__(self) -> None:
+        self.config = ModelConfig("sd3", "", lora=Lora(rank=1, alpha=1))
+        self.device, self.transformer = torch.device("cpu"), Times()
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.transformer.factor(x)
+
+    def schedule(self, steps: int) -> list[float]:
+        return [1 - k / steps for k in range(steps + 1)]
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def use_attention(self, name: str) -> None:
+        raise NotImplementedError
+
+
+class DoublePolicy(Policy):
+    """Starts from float64 noise."""
+
+    def start(self, batch: Batch, purpose: str = "rollout") -> Tensor:
+        return super().start(batch, purpose).double()
+
+
+def number_policy(theta: float, steps: int) -> Policy:
+    """v = theta · x. The adapter's matrices are 1 and theta, so the gradient with regard to theta is that of the second."""
+    policy = DoublePolicy(NumberModel(), Sampler(steps=steps))
+    policy.model.transformer.double()
+    down, up = policy.parameters()
+    with torch.no_grad():
+        down.fill_(1)
+        up.fill_(theta)
+    return policy
