@@ -26,14 +26,14 @@ from flowalign.trainer import compute_gradient, Meter
 from tests.tiny import small_config, stir
 
 torch.set_num_threads(1)
-folder, expected = sys.argv[1], int(sys.argv[2])
+folder, expected, objective = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 processes.state()
 assert processes.count() == expected, f"{processes.count()} processes, not {expected}"
-config = small_config(folder, "train.prompts_per_step=4", "train.images_per_pass=3", "objective.kl_weight=0.1")
+config = small_config(folder, "train.prompts_per_step=4", f"train.images_per_pass={4 - expected}", f"objective={objective}")
 run = trainer.prepare(config)
-stir(run.policy)
 batch, metrics = run.source(0)
-compute_gradient(run.policy, config.objective, batch, 3, Meter())
+stir(run.policy)
+compute_gradient(run.policy, config.objective, batch, config.train.images_per_pass, Meter())
 if processes.is_main():
     gradient = torch.cat([p.grad.flatten() for p in run.policy.parameters()])
     save_file({"gradient": gradient, "reward": torch.tensor(metrics["reward/combined"])}, f"{folder}/gradient.safetensors")
@@ -46,12 +46,14 @@ def run_process(command: list[str], folder: Path = ROOT) -> str:
     return done.stdout
 
 
-def test_two_processes_compute_the_gradient_of_one(tmp_path):
+@pytest.mark.parametrize("objective", ["{name: flow_grpo, kl_weight: 0.1}", "{name: crd}", "{name: kto}"])
+def test_two_processes_compute_the_gradient_of_one(tmp_path, objective):
+    """One makes passes of whole prompts, two part them."""
     (tmp_path / "gradient.py").write_text(GRADIENT)
     results = []
     for launcher, count in (([sys.executable], 1), (TORCHRUN, 2)):
         folder = tmp_path / str(count)
-        run_process([*launcher, str(tmp_path / "gradient.py"), str(folder), str(count)])
+        run_process([*launcher, str(tmp_path / "gradient.py"), str(folder), str(count), objective])
         results.append(load_file(folder / "gradient.safetensors"))
     one, two = results
     assert (one["gradient"] - two["gradient"]).norm() <= 1e-5 * one["gradient"].norm()
