@@ -26,11 +26,12 @@ from flowalign.config import build_config, Config, load_rewards
 from flowalign.data import Prompt
 from flowalign.errors import UserError
 from flowalign.evaluation import Evaluator
-from flowalign.experience import collect, Counts, Judge, PromptSource, rollout_source
+from flowalign.experience import collect, Counts, Judge
 from flowalign.folder import peak_memory
 from flowalign.models import load_model
 from flowalign.models.base import describe
 from flowalign.policy import Policy
+from flowalign.sources import judged_rollouts, Ranking, Supplies
 from flowalign.tracking import environment
 from flowalign.trainer import Run
 
@@ -81,12 +82,11 @@ class Bench:
     """A run without a folder, and the calls that one of its steps makes."""
 
     run: Run
-    prompts: PromptSource
-    judge: Judge
+    supplies: Supplies
 
     def __post_init__(self) -> None:
         model, train = self.run.policy.model, self.run.config.train
-        self.batch = self.prompts(0)
+        self.batch = self.supplies.step_prompts(0)
         self.rollout = self.collect()
         self.network, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
         with self.network.recording(), self.decoder.recording():
@@ -107,7 +107,7 @@ class Bench:
             "rollout": self.collect,
             "bare forwards": lambda: self.network.replay(gradient=False),
             "bare decode": lambda: self.decoder.replay(gradient=False),
-            "reward": lambda: self.judge(self.rollout),
+            "reward": lambda: self.supplies.judge(self.rollout),
             "step": self.run.step,
             "bare backwards": lambda: self.network.replay(gradient=True),
         }
@@ -162,12 +162,12 @@ def build(options: argparse.Namespace) -> Bench:
     model = family(config.model, device) if family else load_model(config.model, device)
     train, policy = config.train, Policy(model, config.sampler)
     counts = Counts(train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass)
-    prompts = PromptSource(policy, PROMPTS, counts, train.seed)
     judge = Judge(load_rewards(config.rewards), config.combine, config.advantage, train.images_per_pass, model.device)
-    source = rollout_source(policy, prompts, judge, config.objective.rollout_with)
+    supplies = Supplies(policy, judge, PROMPTS, [], counts, train.seed, config.objective.rollout_with, Ranking())
+    source = judged_rollouts(supplies)
     evaluator = Evaluator(PROMPTS, 1, judge, train.images_per_pass, train.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
-    return Bench(Run(config, Path(), policy, source, evaluator, optimizer, counts, State()), prompts, judge)
+    return Bench(Run(config, Path(), policy, source, evaluator, optimizer, counts, State()), supplies)
 
 
 def configuration(options: argparse.Namespace) -> Config:
@@ -188,7 +188,7 @@ def configuration(options: argparse.Namespace) -> Config:
     }
     dynamics = {"name": "flow_sde", "eta": 0.7}
     sampler = {"steps": options.steps, "guidance": options.guidance, "window": {"size": options.window}, "dynamics": dynamics}
-    sections = {"model": model, "sampler": sampler, "train": train, "rewards": {options.reward: 1.0}, "data": {"prompts": ""}}
+    sections = {"model": model, "sampler": sampler, "train": train, "rewards": {options.reward: 1.0}, "data": {"prompts": "those above"}}
     return build_config(sections, Path("throughput"))
 
 

@@ -1,14 +1,14 @@
 """RAFT: imitate the best of every prompt's images (arXiv 2304.06767), on the flow-matching loss.
 
-loss = w ‖v - (noise - x0)‖²,   w = G / n for the n best of a prompt's G images (ties count), 0 for the others
+loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G / n for the n best of a prompt's G images (ties count), 0 for the others
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flowalign.batch import Rollout
 from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Draw, ForwardObjective, group_mean, Loss
+from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_mean, Loss
 from flowalign.policy import Policy
 
 
@@ -18,6 +18,8 @@ class RAFT(ForwardObjective):
 
     keep: int = 1
     """How many of a prompt's images are imitated."""
+    kl: Anchor = field(default_factory=Anchor)
+    """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -36,4 +38,5 @@ class RAFT(ForwardObjective):
         v = policy.velocity(xt, draw.t, rollout.cond)
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
-        return Loss((w * error).mean(), {"error": error, "kept": (w > 0).float()})
+        loss = Loss((w * error).mean(), {"error": error, "kept": (w > 0).float()})
+        return self.kl(loss, policy, v, xt, draw.t, rollout.cond)

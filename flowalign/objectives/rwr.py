@@ -1,14 +1,14 @@
 """RWR: reward-weighted regression (arXiv 2305.13301, section 4.1), on the flow-matching loss.
 
-loss = w ‖v - (noise - x0)‖²,   w = G softmax(reward / τ) over the G images of a prompt
+loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G softmax(reward / τ) over the G images of a prompt
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flowalign.batch import Rollout
 from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Draw, ForwardObjective, group_softmax, Loss
+from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_softmax, Loss
 from flowalign.policy import Policy
 
 
@@ -18,6 +18,8 @@ class RWR(ForwardObjective):
 
     temperature: float = 0.2
     """τ, in units of the reward."""
+    kl: Anchor = field(default_factory=Anchor)
+    """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -32,4 +34,5 @@ class RWR(ForwardObjective):
         v = policy.velocity(xt, draw.t, rollout.cond)
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
-        return Loss((w * error).mean(), {"error": error, "weight/of_squares": w**2})
+        loss = Loss((w * error).mean(), {"error": error, "weight/of_squares": w**2})
+        return self.kl(loss, policy, v, xt, draw.t, rollout.cond)

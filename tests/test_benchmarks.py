@@ -1,0 +1,49 @@
+"""The benchmarks run, at their smallest."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark by its name, called with arguments."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+
+    def call(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(name).main()
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_throughput_counts_the_calls_of_a_step(benchmark, tmp_path):
+    small = ["--steps", "3", "--prompts", "2", "--images-per-prompt", "2", "--passes", "2", "--repetitions", "1"]
+    benchmark("throughput", *small, "--output", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert (found["forwards"], found["forwards_and_backwards"]) == (6, 4)
+    assert found["rollout_ratio"] > 0.3
+
+
+def test_what_backpropagation_keeps_does_not_grow_with_its_steps(benchmark, tmp_path):
+    benchmark("backprop_memory", "--output", str(tmp_path / "found.json"))
+    kept = json.loads((tmp_path / "found.json").read_text())["recomputed"]
+    assert kept["10"] <= 1.3 * kept["2"]
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_objectives_tell_when_a_target_was_reached():
+    objectives = importlib.import_module("objectives")
+    curve = {0: 0.4, 3840: 0.7, 5760: 0.85}
+    points = [{"images": images, "seconds": images / 40, "scene_match": score} for images, score in curve.items()]
+    assert objectives.gain(points, 4000) == pytest.approx(0.3)
+    assert objectives.until(points, 0.8)["images"] == 5760
+    assert objectives.until(points, 0.9) is None
