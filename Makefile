@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .PHONY: train test check
 train: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) train.py configs/tiny/flow_grpo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) train.py configs/tiny/crd.yaml
 
 test: .venv/ready
 	$(BIN)/python -m pytest
