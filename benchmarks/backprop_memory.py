@@ -20,7 +20,7 @@ from flowalign.experience import Counts, Judge
 from flowalign.models import load_model
 from flowalign.objectives.alignprop import AlignProp
 from flowalign.policy import Policy, Sampler
-from flowalign.rewards.base import weighted_sum
+from flowalign.rewards.combine import WeightedSum
 from flowalign.sources import differentiable_prompts, Ranking, Supplies
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(ROOT / "configs" / "tiny" / "alignprop.yaml")
     policy = Policy(load_model(config.model), Sampler(steps=STEPS))
-    judge = Judge(load_rewards(config.rewards), weighted_sum, group_advantage, IMAGES, torch.device("cpu"))
+    judge = Judge(load_rewards(config.rewards), WeightedSum(), group_advantage, IMAGES, torch.device("cpu"))
     prompts, counts = read_prompts(config.data.prompts), Counts(IMAGES, 1, 1, IMAGES)
     supplies = Supplies(policy, judge, prompts, [], counts, 0, "policy", Ranking())
     batch, _ = differentiable_prompts(supplies)(0)

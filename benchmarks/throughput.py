@@ -21,7 +21,7 @@ from architectures import ARCHITECTURES
 from torch import nn, Tensor
 
 from flowalign.batch import Rollout
-from flowalign.checkpoint import State
+from flowalign.checkpoint import Learned, State
 from flowalign.config import build_config, Config, load_rewards
 from flowalign.data import Prompt
 from flowalign.errors import UserError
@@ -107,14 +107,14 @@ class Bench:
             "rollout": self.collect,
             "bare forwards": lambda: self.network.replay(gradient=False),
             "bare decode": lambda: self.decoder.replay(gradient=False),
-            "reward": lambda: self.supplies.judge(self.rollout),
+            "reward": lambda: self.supplies.judge([self.rollout]),
             "step": self.run.step,
             "bare backwards": lambda: self.network.replay(gradient=True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         for repetition in range(repetitions):
             for name in list(parts)[:: -1 if repetition % 2 else 1]:
-                self.run.optimizer.zero_grad()
+                self.run.learned.optimizer.zero_grad()
                 seconds[name].append(timed(parts[name], clock, self.run.policy.model.device))
         return seconds
 
@@ -167,7 +167,7 @@ def build(options: argparse.Namespace) -> Bench:
     source = judged_rollouts(supplies)
     evaluator = Evaluator(PROMPTS, 1, judge, train.images_per_pass, train.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
-    return Bench(Run(config, Path(), policy, source, evaluator, optimizer, counts, State()), supplies)
+    return Bench(Run(config, Path(), Learned(policy, optimizer, judge), source, evaluator, counts, State()), supplies)
 
 
 def configuration(options: argparse.Namespace) -> Config:
@@ -188,7 +188,13 @@ def configuration(options: argparse.Namespace) -> Config:
     }
     dynamics = {"name": "flow_sde", "eta": 0.7}
     sampler = {"steps": options.steps, "guidance": options.guidance, "window": {"size": options.window}, "dynamics": dynamics}
-    sections = {"model": model, "sampler": sampler, "train": train, "rewards": {options.reward: 1.0}, "data": {"prompts": "those above"}}
+    sections = {
+        "model": model,
+        "sampler": sampler,
+        "train": train,
+        "rewards": {options.reward: 1.0},
+        "data": {"prompts": "those above"},
+    }
     return build_config(sections, Path("throughput"))
 
 

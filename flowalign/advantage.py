@@ -19,21 +19,32 @@ class Rewards:
 
 
 def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImage]:
-    """Mean and population deviation of each image's group, per image. `group` holds integers."""
-    _, index = group.unique(return_inverse=True)
-    exact = reward.double()  # so that equal rewards deviate by exactly 0
-    count = torch.bincount(index).double()
-    mean = (torch.zeros_like(count).index_add_(0, index, exact) / count)[index]
-    variance = (torch.zeros_like(count).index_add_(0, index, (exact - mean) ** 2) / count)[index]
+    """Mean and population deviation of each image's group, per image. `group` holds integers.
+
+    Rewards of NaN, not scored, take no part; a group without any has NaN.
+    """
+    labels, index = group.unique(return_inverse=True)
+    scored = ~reward.isnan()
+    exact = reward.double().where(scored, 0)  # in float64, so that equal rewards deviate by exactly 0
+    empty = exact.new_zeros(len(labels))
+    count = empty.index_add(0, index, scored.double())
+    mean = (empty.index_add(0, index, exact) / count)[index]
+    variance = (empty.index_add(0, index, ((exact - mean) ** 2).where(scored, 0)) / count)[index]
     return mean.to(reward.dtype), variance.sqrt().to(reward.dtype)
 
 
 def normalised(reward: PerImage, group: Tensor, std: str, epsilon: float, clip: float) -> PerImage:
-    """How far above the mean of its group an image stands, over the deviation of the group or of all rewards."""
+    """How far above the mean of its group an image stands, over the deviation of the group or of all rewards; 0 if not scored."""
     mean, deviation = group_statistics(reward, group)
     if std == "global":
-        deviation = reward.std(correction=0)
-    return ((reward - mean) / (deviation + epsilon)).clamp(-clip, clip)
+        deviation = deviation_of(reward)
+    return ((reward - mean) / (deviation + epsilon)).clamp(-clip, clip).nan_to_num(nan=0)
+
+
+def deviation_of(reward: PerImage) -> Tensor:
+    """Population deviation of what was scored."""
+    scored = reward[~reward.isnan()]
+    return scored.std(correction=0) if len(scored) else reward.new_tensor(torch.nan)
 
 
 def group_advantage(
@@ -54,8 +65,9 @@ def gdpo(rewards: Rewards, group: Tensor, epsilon: float = 1e-4, clip: float = 5
     total = torch.zeros_like(rewards.combined)
     for name, reward in rewards.by_name.items():
         mean, deviation = group_statistics(reward, group)
-        total = total + rewards.weights[name] * (reward - mean) / (deviation + epsilon)
-    return ((total - total.mean()) / (total.std(correction=0) + epsilon)).clamp(-clip, clip)
+        total = total + (rewards.weights[name] * (reward - mean) / (deviation + epsilon)).nan_to_num(nan=0)
+    total = total.where(~rewards.combined.isnan(), torch.nan)
+    return ((total - total[~total.isnan()].mean()) / (deviation_of(total) + epsilon)).clamp(-clip, clip).nan_to_num(nan=0)
 
 
 def win_rate(
@@ -65,12 +77,13 @@ def win_rate(
 
     Only the order of the combined rewards counts, so tiny differences are not blown up by their own deviation.
     """
-    together = (group[:, None] == group[None]).double()
     reward = rewards.combined
+    scored = ~reward.isnan()
+    together = ((group[:, None] == group[None]) & scored[:, None] & scored[None]).double()
     wins = (reward[:, None] > reward[None]).double() + 0.5 * (reward[:, None] == reward[None])
     beaten = (together * wins).sum(1) - 0.5  # not against itself
     share = beaten / (together.sum(1) - 1).clamp(min=1)
-    return normalised(share.to(reward.dtype), group, std, epsilon, clip)
+    return normalised(share.to(reward.dtype).where(scored, torch.nan), group, std, epsilon, clip)
 
 
 def log_tamed(
@@ -82,13 +95,14 @@ def log_tamed(
     """
     if any((reward < 0).any() for reward in rewards.by_name.values()):
         raise ValueError("advantage log_tamed takes rewards of 0 or more; use another advantage, such as gdpo.")
-    spread = {name: (reward.std(correction=0) / (reward.mean() + 1e-6)).item() for name, reward in rewards.by_name.items()}
-    threshold = sum(spread.values()) / len(spread)
+    found = {name: reward for name, reward in rewards.by_name.items() if not reward.isnan().all()}
+    spread = {name: (deviation_of(reward) / (reward.nanmean() + 1e-6)).item() for name, reward in found.items()}
+    threshold = sum(spread.values()) / max(1, len(spread))
     total = torch.zeros_like(rewards.combined)
-    for name, reward in rewards.by_name.items():
+    for name, reward in found.items():
         tamed = reward.log1p() if spread[name] > threshold else reward
-        total = total + rewards.weights[name] * tamed
-    return normalised(total, group, std, epsilon, clip)
+        total = total + (rewards.weights[name] * tamed).nan_to_num(nan=0)
+    return normalised(total.where(~rewards.combined.isnan(), torch.nan), group, std, epsilon, clip)
 
 
 ADVANTAGES = {"group": group_advantage, "gdpo": gdpo, "win_rate": win_rate, "log_tamed": log_tamed}

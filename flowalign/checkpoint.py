@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowalign.errors import UserError
+from flowalign.experience import Judge
 from flowalign.policy import Policy
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -28,6 +29,15 @@ class State:
     images: int = 0
     seconds: float = 0.0
     bad_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """All that a run changes."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    judge: Judge
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
@@ -69,14 +79,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, state: State, run: Path, keep: int) -> Path:
-    """checkpoints/step-000100 with adapter, snapshots, optimiser and state; older ones beyond `keep` are removed."""
+def save_checkpoint(learned: Learned, state: State, run: Path, keep: int) -> Path:
+    """checkpoints/step-000100 with adapter, snapshots, optimiser, rewards and state; older ones beyond `keep` are removed."""
+    policy = learned.policy
 
     def write(folder: Path) -> None:
         save_adapter(policy, folder)
         for name in policy.snapshots:
             save_adapter(policy, folder / "snapshots" / name, name)
-        save_file(_optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+        save_file(_optimizer_tensors(learned.optimizer), folder / "optimizer.safetensors")
+        save_file(learned.judge.state(), folder / "rewards.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
 
     folder = run / "checkpoints" / f"step-{state.step:06d}"
@@ -86,12 +98,14 @@ def save_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, state: Sta
     return folder
 
 
-def load_checkpoint(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> State:
+def load_checkpoint(learned: Learned, folder: Path) -> State:
     """Put everything back as `save_checkpoint` found it."""
+    policy = learned.policy
     load_adapter(policy, folder)
     for name in policy.snapshots:
         load_adapter(policy, folder / "snapshots" / name, name)
-    _load_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors"))
+    _load_optimizer(learned.optimizer, read_tensors(folder / "optimizer.safetensors"))
+    learned.judge.load_state(read_tensors(folder / "rewards.safetensors"))
     try:
         return State(**json.loads((folder / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:

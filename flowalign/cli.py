@@ -13,9 +13,10 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _train_arguments(commands.add_parser("train", help="train an adapter as a YAML file says"))
     _sample_arguments(commands.add_parser("sample", help="pictures of a model, or of a run before and after"))
+    _reward_arguments(commands.add_parser("reward", help="try a reward out, or serve it to other machines"))
     options = parser.parse_args(argv)
     try:
-        options.action(options)
+        return options.action(options) or 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every process has read the same input
             print(error, file=sys.stderr)
@@ -26,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped at once; the last checkpoint is in place.", file=sys.stderr)
         return 1
-    return 0
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,24 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=None, metavar="FOLDER", help="where to write; beside the run, or outputs/samples")
     parser.set_defaults(action=_sample)
+
+
+def _reward_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="what", required=True)
+    spec = "a name, my_rewards.py:redness, or with settings '{clip_score: {path: FOLDER}}'"
+    test = actions.add_parser("test", help="one screen about a reward: scores, range, determinism, speed, gradient")
+    test.add_argument("spec", help=spec)
+    test.add_argument("--images", metavar="FOLDER", help="pictures, named by prompt or in its metadata.jsonl")
+    test.set_defaults(action=_reward_test)
+    serve = actions.add_parser("serve", help="put a reward behind HTTP")
+    serve.add_argument("spec", help=spec)
+    serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1 is this machine alone, 0.0.0.0 the network")
+    serve.add_argument("--port", type=positive, default=8000)
+    serve.add_argument("--token-variable", default="FLOWALIGN_TOKEN", help="environment variable that holds the token to ask for")
+    serve.add_argument("--max-megabytes", type=positive, default=256, help="the largest request that is read")
+    serve.set_defaults(action=_reward_serve)
+    listed = actions.add_parser("list", help="the built-in rewards")
+    listed.set_defaults(action=_reward_list)
 
 
 def positive(text: str) -> int:
@@ -74,6 +92,34 @@ def _sample(options: argparse.Namespace) -> None:
     from flowalign.sampling import sample
 
     sample(options)
+
+
+def _reward_test(options: argparse.Namespace) -> int:
+    _quiet()
+    from flowalign.config import load_reward
+    from flowalign.probe import bundled_samples, samples_from, show
+
+    samples = samples_from(options.images) if options.images else bundled_samples()
+    return 0 if show(load_reward(options.spec), samples) else 1
+
+
+def _reward_serve(options: argparse.Namespace) -> None:
+    _quiet()
+    from flowalign.config import load_reward
+
+    try:
+        from flowalign.serving import serve
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}: pip install 'flowalign[serve]'.") from None
+    serve(load_reward(options.spec), options.host, options.port, options.token_variable, options.max_megabytes)
+
+
+def _reward_list(_: argparse.Namespace) -> None:
+    _quiet()
+    from flowalign.config import describe_rewards
+
+    for name, text in describe_rewards().items():
+        print(f"{name:24}{text}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.base import Objective
 from flowalign.policy import Decay, Sampler
 from flowalign.rewards import REWARDS
-from flowalign.rewards.base import COMBINE, Reward
+from flowalign.rewards.adapt import make_reward
+from flowalign.rewards.base import Reward
+from flowalign.rewards.combine import COMBINE, Combine
 from flowalign.sources import Ranking
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -147,7 +149,7 @@ class Config:
     sampler: Sampler
     objective: Objective
     advantage: Callable[..., Any]
-    combine: Callable[..., Any]
+    combine: Combine
     rewards: dict[str, Any]
     data: Data
     train: Train
@@ -264,6 +266,7 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
     )
     check_evaluation(config)
     check_experience(config)
+    check_combine(config)
     return config
 
 
@@ -297,6 +300,24 @@ def check_experience(config: Config) -> None:
     if kind is not Prompts and train.images_per_prompt < 2:
         raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
     objective.check(config.sampler)
+
+
+def check_combine(config: Config) -> None:
+    """Whether the rewards can be combined so for this objective."""
+    if not config.rewards:
+        return
+    config.combine.check([reward_name(name) for name in config.rewards])
+    if config.combine.follows and config.objective.learns_from is Prompts:
+        pointwise = [name for name, entry in COMBINE.items() if not entry.follows]
+        raise UserError(
+            f"combine.name is {config.raw['combine']['name']}, which looks at whole steps, but the objective "
+            f"{config.raw['objective']['name']} takes the gradient of each image's reward; choose from {', '.join(pointwise)}."
+        )
+
+
+def reward_name(spec: str) -> str:
+    """What a reward is logged by."""
+    return spec.partition("://")[2] or spec.rpartition(":")[2]
 
 
 def checked_output(output: Any) -> str:
@@ -437,18 +458,45 @@ def checked_rewards(section: Any, key: str) -> dict[str, Any]:
     return section
 
 
+def weight_and_settings(value: Any) -> tuple[float, dict[str, Any]]:
+    """The two parts of an entry of a reward map."""
+    settings = dict(value) if isinstance(value, dict) else {"weight": value}
+    return float(settings.pop("weight", 1.0)), settings
+
+
 def load_rewards(section: dict[str, Any], key: str = "rewards") -> list[Reward]:
     """The rewards of a checked map, imported and configured. UserError where that fails."""
     rewards = []
     for name, value in section.items():
-        settings = dict(value) if isinstance(value, dict) else {"weight": value}
-        weight = float(settings.pop("weight", 1.0))
-        function = configure(imported(REWARDS.get(name, name), f"{key}.{name}", REWARDS), settings, f"{key}.{name}")
-        rewards.append(Reward(name.rpartition(":")[2], function, weight))
+        weight, settings = weight_and_settings(value)
+        if name.startswith(("http://", "https://")):
+            place, settings = "flowalign.rewards.web:WebReward", {"url": name, **settings}
+        else:
+            place = REWARDS.get(name, name)
+        function = configure(imported(place, f"{key}.{name}", REWARDS), settings, f"{key}.{name}")
+        rewards.append(make_reward(reward_name(name), function, weight))
     names = [reward.name for reward in rewards]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{key}: two rewards are called {twice.pop()!r}; they are logged by name, so rename one.")
     return rewards
+
+
+def load_reward(spec: str) -> Reward:
+    """One reward as the command line names it: its name, or a map of it with its settings."""
+    try:
+        section = yaml.load(spec, Loader=_Loader) if spec.lstrip().startswith("{") else {spec: 1.0}
+    except yaml.YAMLError as error:
+        raise UserError(f"{spec!r} is not YAML: {' '.join(str(error).split())}") from None
+    rewards = load_rewards(checked_rewards(section, "reward"), "reward")
+    if len(rewards) != 1:
+        raise UserError(f"{spec} names {len(rewards)} rewards; write one, such as '{{clip_score: {{path: FOLDER}}}}'.")
+    return rewards[0]
+
+
+def describe_rewards() -> dict[str, str]:
+    """The first sentence of every built-in reward."""
+    entries = {name: imported(place, name, REWARDS) for name, place in REWARDS.items()}
+    return {name: (inspect.getdoc(entry) or "").splitlines()[0] for name, entry in entries.items()}
 
 
 def _mapping(section: Any, key: str) -> dict[str, Any]:

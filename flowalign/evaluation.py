@@ -1,7 +1,7 @@
 """Rewards of fixed prompts and noise, before and after, and the interval of their paired difference."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Scores:
 
     @property
     def means(self) -> dict[str, float]:
-        return {name: score.mean().item() for name, score in (self.rewards | self.held_out).items()}
+        return {name: score.nanmean().item() for name, score in (self.rewards | self.held_out).items()}
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,25 +67,31 @@ class Evaluator:
     held_out: "HeldOut | None" = None
 
     def __call__(self, policy: Policy) -> Scores:
-        scores = self.judged(*self.collect(policy))
+        scores = self.judged(self.passes(policy))
         return replace(scores, held_out=self.held_out(policy)) if self.held_out else scores
 
-    def judged(self, rollouts: list[Rollout], keys: Tensor) -> Scores:
-        """The scores of pictures that `collect` made."""
+    @property
+    def members(self) -> list[tuple[int, int]]:
+        """(prompt, image) of this process's pictures: all those of every n-th prompt."""
+        mine = range(processes.rank(), len(self.prompts), processes.count())
+        return [(prompt, image) for prompt in mine for image in range(self.images_per_prompt)]
+
+    def judged(self, made: Iterable[Rollout]) -> Scores:
+        """The scores of this process's pictures, pass by pass."""
         names = [reward.name for reward in self.judge.rewards]
-        scores = self.judge.score(rollouts)
+        rollout, scores = self.judge.score(made)
+        keys = torch.tensor(self.members).view(-1, 2)
         table = processes.gather(torch.cat([keys, *(score[:, None] for score in scores.values())], 1))
         table = table[sorted(range(len(table)), key=lambda row: table[row, :2].tolist())]
-        images, shown = self.pictures(rollouts, keys)
+        images, shown = self.pictures([rollout] if rollout else [])
         return Scores(table[:, 0].long(), dict(zip(names, table[:, 2:].T, strict=True)), images, shown)
 
-    def collect(self, policy: Policy) -> tuple[list[Rollout], Tensor]:
-        """This process's pictures in passes, without their paths, and their (prompt, image)."""
-        members = [(p, i) for p in range(len(self.prompts)) for i in range(self.images_per_prompt)]
-        mine = members[processes.rank() :: processes.count()]
+    def passes(self, policy: Policy) -> Iterator[Rollout]:
+        """This process's pictures, without their paths."""
+        mine = self.members
         policy.model.remember([self.prompts[prompt].text for prompt, _ in mine])
         pieces = [mine[start : start + self.images_per_pass] for start in range(0, len(mine), self.images_per_pass)]
-        return [self._collect(policy, piece) for piece in pieces], torch.tensor(mine).view(-1, 2)
+        return (self._collect(policy, piece) for piece in pieces)
 
     def _collect(self, policy: Policy, piece: list[tuple[int, int]]) -> Rollout:
         keys = [(self.seed, EVALUATION_STEP, prompt, image) for prompt, image in piece]
@@ -93,11 +99,11 @@ class Evaluator:
         rollout = collect(policy, batch, self.images_per_pass, "evaluation")
         return replace(rollout, path=rollout.path[:, -1:])
 
-    def pictures(self, rollouts: list[Rollout], keys: Tensor) -> tuple[Tensor, Tensor]:
+    def pictures(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """The pictures to look at, of all processes, as bytes, and the index of their prompts."""
         count = len(self.prompts) * self.images_per_prompt
         chosen = set(range(0, count, max(1, count // self.shown)))
-        place = keys[:, 0] * self.images_per_prompt + keys[:, 1]
+        place = torch.tensor([prompt * self.images_per_prompt + image for prompt, image in self.members])
         kept = torch.tensor([int(p) in chosen for p in place], dtype=torch.bool)
         shape = rollouts[0].images.shape[1:] if rollouts else (3, 1, 1)
         images = torch.cat([torch.zeros(0, *shape).byte(), *(rollout.images for rollout in rollouts)])
@@ -141,12 +147,14 @@ def paired_difference(before: Scores, after: Scores) -> dict[str, tuple[float, f
     """{reward: (low, mean, high)}: the 95 % t-interval of the mean difference.
 
     Pictures of one prompt are not independent, so prompts are the units; pictures are where there is one prompt only.
+    Pictures that were not scored before or after are left out.
     """
     differences = {name: _interval((score - before.held_out[name]).double()) for name, score in after.held_out.items()}
     for name, score in after.rewards.items():
         difference = (score - before.rewards[name]).double()
-        _, unit = before.prompt.unique(return_inverse=True)
-        if unit.max() > 0:
+        scored = ~difference.isnan()
+        difference, (_, unit) = difference[scored], before.prompt[scored].unique(return_inverse=True)
+        if unit.numel() and unit.max() > 0:
             total = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(0, unit, difference)
             difference = total / torch.bincount(unit)
         differences[name] = _interval(difference)

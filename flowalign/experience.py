@@ -1,6 +1,7 @@
 """From prompts to judged rollouts: collect, and judge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,8 @@ from flowalign.data import Prompt
 from flowalign.errors import RunError, UserError
 from flowalign.flow import concatenate, PerImage
 from flowalign.policy import Policy
-from flowalign.rewards.base import Reward, score_all
+from flowalign.rewards.base import Learns, Reward
+from flowalign.rewards.combine import Combine
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,14 @@ def make_prompts(policy: Policy, prompts: list[Prompt], keys: list[tuple[int, in
 
 def collect(policy: Policy, prompts: Prompts, images_per_pass: int, purpose: str = "rollout") -> Rollout:
     """Images for the prompts, made by a gradient-free view in passes of equal size; rewards are still 0."""
+    return concatenate_rollouts(list(passes(policy, prompts, images_per_pass, purpose)))
+
+
+def passes(policy: Policy, prompts: Prompts, images_per_pass: int, purpose: str = "rollout") -> Iterator[Rollout]:
+    """As `collect`, pass by pass, each made when it is asked for."""
     seed, step = prompts.keys[0, :2].tolist()
     steps = policy.sampler.stochastic_steps(step, seed)
-    return concatenate_rollouts([_collect(policy, piece, steps, purpose) for piece in prompts.pieces(images_per_pass)])
+    return (_collect(policy, piece, steps, purpose) for piece in prompts.pieces(images_per_pass))
 
 
 @torch.no_grad()
@@ -87,7 +94,7 @@ def concatenate_rollouts(pieces: list[Rollout]) -> Rollout:
         return pieces[0]
     joined = {
         name: concatenate(getattr(p, name) for p in pieces)
-        for name in ("keys", "path", "log_prob", "images", "reward", "advantage")
+        for name in ("keys", "path", "log_prob", "images", "reward", "advantage", "weight", "prepared")
     }
     conds = [piece.cond for piece in pieces]
     embeds, pooled = concatenate(c.embeds for c in conds), concatenate(c.pooled for c in conds)
@@ -103,7 +110,7 @@ class Judge:
     """Scores rollouts and compares the images of each prompt, over all processes."""
 
     rewards: list[Reward]
-    combine: Callable[[dict[str, PerImage], dict[str, float]], PerImage]
+    combine: Combine
     advantage: Callable[[Rewards, torch.Tensor], PerImage]
     images_per_pass: int
     device: torch.device
@@ -114,39 +121,105 @@ class Judge:
     def weights(self) -> dict[str, float]:
         return {reward.name: reward.weight for reward in self.rewards}
 
-    def score(self, rollouts: list[Rollout]) -> dict[str, PerImage]:
-        """Every reward of this process's images, on the CPU. RunError on all processes when a reward fails on one."""
-        pieces = [piece for rollout in rollouts for piece in rollout.pieces(self.images_per_pass)]
-        try:
-            scored = [
-                score_all(self.rewards, piece.images.to(self.device).float() / 255, piece.prompts, piece.metadata)
-                for piece in pieces
-            ]
-        except RunError as error:
-            processes.fail_together(error)
-            raise
+    def score(self, made: Iterable[Rollout]) -> tuple[Rollout | None, dict[str, PerImage]]:
+        """All the images and every reward of them, on the CPU: pass by pass, while the next is being made.
+
+        Rewards of groups are asked when all is made. RunError on all processes when a reward fails on one.
+        """
+        pieces, waiting = [], []
+        with ThreadPoolExecutor(1) as aside:
+            for piece in made:
+                pieces.append(piece)
+                waiting += [aside.submit(self._pointwise, part) for part in piece.pieces(self.images_per_pass)]
+            try:
+                scored = [task.result() for task in waiting]
+                whole = concatenate_rollouts(pieces) if pieces else None
+                by_group = self._by_group(whole) if whole else {}
+            except RunError as error:
+                aside.shutdown(wait=False, cancel_futures=True)
+                processes.fail_together(error)
+                raise
         processes.fail_together(None)
         empty = torch.zeros(0)
-        return {reward.name: concatenate([empty, *(scores[reward.name] for scores in scored)]) for reward in self.rewards}
+        scores = {
+            reward.name: by_group.get(reward.name, empty)
+            if reward.of_groups
+            else concatenate([empty, *(scores[reward.name] for scores in scored)])
+            for reward in self.rewards
+        }
+        return whole, scores
 
-    def __call__(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
-        """The rollout with rewards and advantages, and what to log of them."""
+    def _pointwise(self, piece: Rollout) -> dict[str, PerImage]:
+        images = piece.images.to(self.device).float() / 255
+        return {r.name: r(images, piece.prompts, piece.metadata) for r in self.rewards if not r.of_groups}
+
+    def _by_group(self, rollout: Rollout) -> dict[str, PerImage]:
+        asked = [reward for reward in self.rewards if reward.of_groups]
+        scores = {reward.name: torch.zeros(len(rollout)) for reward in asked}
+        for label in rollout.group.unique().tolist() if asked else []:
+            members = (rollout.group == label).nonzero().flatten().tolist()
+            part = rollout[members]
+            images = part.images.to(self.device).float() / 255
+            for reward in asked:
+                scores[reward.name][members] = reward(images, part.prompts, part.metadata)
+        return scores
+
+    def __call__(self, made: Iterable[Rollout]) -> tuple[Rollout, dict[str, float]]:
+        """The whole rollout with rewards and advantages, and what to log of them. Images without a score teach nothing."""
+        rollout, scored = self.score(made)
+        assert rollout is not None
         names = [reward.name for reward in self.rewards]
-        local = torch.stack([*self.score([rollout]).values(), rollout.group.float()], 1)
-        everyone = processes.gather(local)
+        everyone = processes.gather(torch.stack([*scored.values(), rollout.group.float()], 1))
         scores = dict(zip(names, everyone.T, strict=False))
         group = everyone[:, -1].long()
+        self.combine.follow(scores)
         reward = self.combine(scores, self.weights)
+        incomplete = lacking(scores, group)
+        reward[incomplete] = torch.nan
+        compared = {name: score.masked_fill(incomplete, torch.nan) for name, score in scores.items()}
         try:
-            advantage = self.advantage(Rewards(reward, scores, self.weights), group)
+            advantage = self.advantage(Rewards(reward, compared, self.weights), group)
         except ValueError as error:
             raise RunError(str(error)) from error
         _, deviation = group_statistics(reward, group)
-        metrics = {f"reward/{name}": score.mean().item() for name, score in scores.items()}
-        metrics |= {"reward/combined": reward.mean().item(), "reward/spread_in_group": deviation.mean().item()}
+        metrics = {f"reward/{name}": score.nanmean().item() for name, score in scores.items()}
+        metrics |= {"reward/combined": reward.nanmean().item(), "reward/spread_in_group": deviation.nanmean().item()}
         metrics |= {"reward/groups_without_spread": (deviation == 0).float().mean().item()}
+        metrics |= {"reward/not_scored": reward.isnan().float().mean().item(), **self.combine.metrics()}
         start = processes.rank() * len(rollout)
         mine = slice(start, start + len(rollout))
-        weight = (deviation[mine] > 0).float() if self.drop_equal_groups else torch.ones(len(rollout))
-        judged = replace(rollout, reward=reward[mine].to(self.device), advantage=advantage[mine].to(self.device), weight=weight)
-        return judged, metrics
+        taught = ~reward[mine].isnan() & ((deviation[mine] > 0) | (not self.drop_equal_groups))
+        judged = {"reward": reward[mine].to(self.device), "advantage": advantage[mine].to(self.device)}
+        return replace(rollout, weight=taught.float(), **judged), metrics | self._teach(rollout)
+
+    def _teach(self, rollout: Rollout) -> dict[str, float]:
+        """Rewards that learn, learn from these images; what to log of it."""
+        figures: dict[str, float] = {}
+        for name, learner in self.learners.items():
+            learned = learner.update(rollout.images.to(self.device).float() / 255)
+            figures |= {f"{name}/{figure}": value for figure, value in learned.items()}
+        return figures
+
+    @property
+    def learners(self) -> dict[str, Learns]:
+        return {reward.name: reward.learner for reward in self.rewards if reward.learner}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was learned from step to step, as a checkpoint keeps it."""
+        parts = {"combine": self.combine.state(), **{f"rewards/{name}": found.state() for name, found in self.learners.items()}}
+        return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on exactly from what `state` returned."""
+        parts = {"combine": self.combine.load_state, **{f"rewards/{name}": r.load_state for name, r in self.learners.items()}}
+        for part, load in parts.items():
+            load({name.removeprefix(f"{part}/"): value for name, value in state.items() if name.startswith(f"{part}/")})
+
+
+def lacking(scores: dict[str, PerImage], group: torch.Tensor) -> torch.Tensor:
+    """(N,) whether an image lacks a score that another image of its prompt has: it cannot be compared with that one."""
+    together = group[:, None] == group[None]
+    found = torch.zeros(len(group), dtype=torch.bool)
+    for score in scores.values():
+        found |= score.isnan() & (together & ~score.isnan()[None]).any(1)
+    return found

@@ -26,7 +26,7 @@ MAY_CHANGE = (
 """Keys that may differ when a run goes on."""
 
 
-def open_folder(folder: Path, config: Config, policy: Policy, optimizer: torch.optim.Optimizer) -> checkpoint.State:
+def open_folder(folder: Path, config: Config, learned: checkpoint.Learned) -> checkpoint.State:
     """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
     resolved = resolve(config)
     if saved := checkpoint.checkpoints(folder):
@@ -34,7 +34,7 @@ def open_folder(folder: Path, config: Config, policy: Policy, optimizer: torch.o
         if changed := sorted(key for key in differing(before, resolved) if key not in MAY_CHANGE):
             another = f"{folder} holds a run with another {', '.join(changed)}"
             raise UserError(f"{another}. Choose another folder, output=outputs/NAME, or remove it.")
-        state = checkpoint.load_checkpoint(policy, optimizer, saved[-1])
+        state = checkpoint.load_checkpoint(learned, saved[-1])
         if processes.is_main():
             print(f"Going on from {saved[-1]}.")
     else:

@@ -45,13 +45,13 @@ def sample_run(run: Path, options: Namespace) -> None:
     rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
     judge = Judge(rewards, config.combine, config.advantage, at_once, device)
     evaluator = Evaluator(prompts, options.images, judge, at_once, options.seed, shown=count)
-    (made, keys), (remade, _) = evaluator.collect(policy.at("reference")), evaluator.collect(policy.at("policy"))
-    images, shown = evaluator.pictures(made, keys)
+    made, remade = (list(evaluator.passes(policy.at(weights))) for weights in ("reference", "policy"))
+    images, shown = evaluator.pictures(made)
     folder = Path(options.output or run / "samples")
     labels = [prompts[i].text for i in shown.tolist()]
-    before_after(images, evaluator.pictures(remade, keys)[0], labels, folder / "before-after.png")
+    before_after(images, evaluator.pictures(remade)[0], labels, folder / "before-after.png")
     print(f"Pictures: {folder / 'before-after.png'}")
-    before, after = evaluator.judged(made, keys), evaluator.judged(remade, keys)
+    before, after = evaluator.judged(made), evaluator.judged(remade)
     difference = paired_difference(before, after)
     figures = {"before": before.means, "after": after.means, "difference": difference, "adapter": str(adapter)}
     (folder / "rewards.json").write_text(to_json(figures, indent=2))

@@ -15,10 +15,11 @@ from flowalign import processes
 from flowalign.batch import Batch, Examples, Pairs, Prompts, Rollout, Scored
 from flowalign.data import Prompt, prompts_of_step
 from flowalign.errors import UserError
-from flowalign.experience import collect, Counts, Judge, make_prompts
+from flowalign.experience import Counts, Judge, make_prompts, passes
 from flowalign.flow import PerImage
 from flowalign.pairs import Bytes, Example, Latents
 from flowalign.policy import Policy
+from flowalign.rewards.base import Reward
 
 Source = Callable[[int], tuple[Any, dict[str, float]]]
 
@@ -77,13 +78,20 @@ def source_of(kind: type[Batch], supplies: Supplies) -> Source:
 
 def differentiable_prompts(supplies: Supplies) -> Source:
     """Prompts with the rewards that a gradient passes through."""
-    judge = supplies.judge
+    judge, size = supplies.judge, supplies.counts.images_per_prompt
 
     def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
-        scores = {reward.name: reward.with_gradient(images, prompts, metadata) for reward in judge.rewards}
+        scores = {reward.name: _with_gradient(reward, size, images, prompts, metadata) for reward in judge.rewards}
         return judge.combine(scores, judge.weights), scores
 
     return lambda step: (replace(supplies.step_prompts(step), reward=reward), {})
+
+
+def _with_gradient(reward: Reward, size: int, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    """The scores of a pass; a reward of groups is asked about the `size` images of one prompt at a time."""
+    size = size if reward.of_groups else len(images)
+    parts = [slice(start, start + size) for start in range(0, len(images), size)]
+    return torch.cat([reward.with_gradient(images[part], prompts[part], metadata[part]) for part in parts])
 
 
 def judged_rollouts(supplies: Supplies) -> Source:
@@ -91,7 +99,7 @@ def judged_rollouts(supplies: Supplies) -> Source:
 
     def source(step: int) -> tuple[Rollout, dict[str, float]]:
         prompts = supplies.step_prompts(step)
-        return supplies.judge(collect(supplies.policy.at(supplies.rollout_with), prompts, supplies.counts.images_per_pass))
+        return supplies.judge(passes(supplies.policy.at(supplies.rollout_with), prompts, supplies.counts.images_per_pass))
 
     return source
 
@@ -113,20 +121,28 @@ def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
     for label in rollout.group.unique().tolist():
         members = (rollout.group == label).nonzero().flatten()
         reward = rollout.reward.cpu()[members]
-        order = members[reward.argsort(descending=True, stable=True)].tolist()
+        order = members[ranked(reward)].tolist()
         top = min(ranking.top, len(order) // 2)
         better += [i for i in order[:top] for _ in range(top)]
         worse += [i for _ in range(top) for i in order[-top:]]
+        reward = reward[~reward.isnan()] if not reward.isnan().all() else torch.zeros(1)
         spread = (reward.max() - reward.min()).item()
         scale.append((((reward - reward.min()) / spread).std(correction=0).item() if spread else 0.0, spread or 1.0, top * top))
     chosen, rejected = rollout[better], rollout[worse]
     gap = chosen.reward - rejected.reward
     weight = (gap > ranking.min_gap).float()
     if ranking.weighted:
-        weight = weight * gap_weights(gap, scale)
+        weight = (weight * gap_weights(gap, scale)).nan_to_num(nan=0)
     keys = torch.cat([chosen.keys[:, :3], torch.arange(len(gap))[:, None]], 1)
     sides = chosen.path, rejected.path, chosen.log_prob, rejected.log_prob
     return Pairs(chosen.prompts, chosen.metadata, keys, chosen.cond, *sides, gap, weight, rollout.steps)
+
+
+def ranked(reward: PerImage) -> list[int]:
+    """Best first; what was not scored in the middle, where it is paired last."""
+    order = reward.argsort(descending=True, stable=True).tolist()
+    scored = [i for i in order if not reward[i].isnan()]
+    return [*scored[: len(scored) // 2], *(i for i in order if reward[i].isnan()), *scored[len(scored) // 2 :]]
 
 
 def gap_weights(gap: PerImage, scale: list[tuple[float, float, int]]) -> PerImage:
@@ -137,7 +153,7 @@ def gap_weights(gap: PerImage, scale: list[tuple[float, float, int]]) -> PerImag
     deviation = torch.tensor([entry[0] for entry in scale])
     between = deviation + 1 - processes.mean(deviation.mean())
     parts = zip(gap.split([entry[2] for entry in scale]), scale, between.tolist(), strict=True)
-    return torch.cat([(part / whole + 1 - (part / whole).mean()) * outer for part, (_, whole, _), outer in parts])
+    return torch.cat([(part / whole + 1 - (part / whole).nanmean()) * outer for part, (_, whole, _), outer in parts])
 
 
 def given_pairs(supplies: Supplies) -> Source:

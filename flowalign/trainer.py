@@ -13,9 +13,9 @@ import torch
 from torch import nn, Tensor
 from tqdm import tqdm
 
-from flowalign import checkpoint, processes
-from flowalign.batch import Batch, Pairs, Prompts
-from flowalign.config import Config, load_rewards
+from flowalign import checkpoint, probe, processes
+from flowalign.batch import Batch, Pairs, Prompts, Rollout
+from flowalign.config import Config, load_rewards, weight_and_settings
 from flowalign.data import Prompt, read_prompts
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import EVALUATION_STEP, Evaluator, HeldOut, paired_difference, Scores
@@ -97,14 +97,17 @@ class Run:
 
     config: Config
     folder: Path
-    policy: Policy
+    learned: checkpoint.Learned
     source: Source
     evaluator: Evaluator
-    optimizer: torch.optim.Optimizer
     counts: Counts
     state: checkpoint.State
     interrupted: bool = False
     """Whether this process was asked to stop; the loop ends when all know."""
+
+    @property
+    def policy(self) -> Policy:
+        return self.learned.policy
 
     @property
     def makes_images(self) -> bool:
@@ -153,7 +156,7 @@ class Run:
         batch, metrics = self.source(self.state.step)
         meter, norms = Meter(), []
         for update, piece in enumerate(batch.pieces(len(batch) // train.updates_per_step)):
-            self.optimizer.zero_grad()
+            self.learned.optimizer.zero_grad()
             compute_gradient(policy, objective, piece.taught(), train.images_per_pass, meter, update)
             norms.append(nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm).item())
             self.apply(norms[-1])
@@ -179,9 +182,9 @@ class Run:
             self.state.bad_steps += 1
             return
         self.state.bad_steps = 0
-        for group in self.optimizer.param_groups:
+        for group in self.learned.optimizer.param_groups:
             group["lr"] = train.learning_rate * min(1.0, (self.state.updates + 1) / max(1, train.warmup))
-        self.optimizer.step()
+        self.learned.optimizer.step()
         self.state.updates += 1
         if train.ema.decay:
             self.policy.follow("ema", train.ema.follow(self.state.updates))
@@ -207,7 +210,7 @@ class Run:
 
     def save(self) -> None:
         if processes.is_main():
-            checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
+            checkpoint.save_checkpoint(self.learned, self.state, self.folder, self.config.train.keep)
         processes.wait()
 
     def finish(self, before: Scores) -> dict[str, Any]:
@@ -272,7 +275,7 @@ class Run:
             yield
         except RunError as error:
             if self.state.step and processes.is_main():
-                checkpoint.save_checkpoint(self.policy, self.optimizer, self.state, self.folder, self.config.train.keep)
+                checkpoint.save_checkpoint(self.learned, self.state, self.folder, self.config.train.keep)
             processes.wait()
             raise RunError(f"{error}\n{self._where()}") from error
         except torch.OutOfMemoryError as error:
@@ -299,11 +302,9 @@ def prepare(config: Config) -> Run:
         else [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
     )
     evaluation_prompts = read_prompts(config.evaluation.prompts, "evaluation.prompts") if config.evaluation.prompts else prompts
-    rewards = evaluation_rewards = load_rewards(config.rewards)
-    if config.evaluation.rewards != config.rewards:
-        evaluation_rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
-    probe(rewards, prompts[:2] * 2, config.model, with_gradient=objective.learns_from is Prompts)
-    probe(evaluation_rewards, evaluation_prompts[:2] * 2, config.model)
+    rewards, evaluation_rewards = rewards_of(config)
+    look_at(rewards, prompts[:2] * 2, config.model, with_gradient=objective.learns_from is Prompts)
+    look_at(evaluation_rewards, evaluation_prompts[:2] * 2, config.model)
     if processes.is_main():
         where = f"{processes.count()} process(es) on {processes.device()}, {torch.get_num_threads()} threads each"
         print(f"{where}; {counts.images_per_step} images a step")
@@ -325,8 +326,41 @@ def prepare(config: Config) -> Run:
     )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
     folder = Path(config.output)
-    state = open_folder(folder, config, policy, optimizer)
-    return Run(config, folder, policy, source_of(objective.learns_from, supplies), evaluator, optimizer, counts, state)
+    learned = checkpoint.Learned(policy, optimizer, judge)
+    state = open_folder(folder, config, learned)
+    return Run(config, folder, learned, source_of(objective.learns_from, supplies), evaluator, counts, state)
+
+
+def rewards_of(config: Config) -> tuple[list[Reward], list[Reward]]:
+    """The rewards to train on and those to evaluate by; what stands in both is made once. UserError where they do not fit."""
+    rewards = load_rewards(config.rewards)
+    learning = [reward.name for reward in rewards if reward.learner]
+    if learning and config.objective.learns_from is not Rollout and config.objective.learns_from is not Pairs:
+        name = config.raw["objective"]["name"]
+        raise UserError(f"rewards.{learning[0]} learns from whole steps, but the objective {name} takes each image's gradient.")
+    comparing, train = [reward.name for reward in rewards if reward.of_groups], config.train
+    if comparing and config.objective.learns_from is Prompts and train.images_per_pass % train.images_per_prompt:
+        raise UserError(
+            f"train.images_per_pass is {train.images_per_pass}, but rewards.{comparing[0]} compares a prompt's images, and the "
+            f"objective takes its gradient pass by pass; use a multiple of train.images_per_prompt, {train.images_per_prompt}."
+        )
+    asked = config.evaluation.rewards
+    made = dict(zip(config.rewards, rewards, strict=True))
+    made = {name: made[name] for name in asked if name in made and same_settings(asked[name], config.rewards[name])}
+    others = {name: value for name, value in asked.items() if name not in made}
+    made |= dict(zip(others, load_rewards(others, "evaluation.rewards"), strict=True))
+    evaluation = [made[name] for name in asked]
+    if moving := [reward.name for reward in evaluation if reward.learner]:
+        raise UserError(
+            f"{moving[0]} learns as training goes, so before and after could not be compared by it; "
+            "name rewards that do not in evaluation.rewards."
+        )
+    return rewards, evaluation
+
+
+def same_settings(one: Any, other: Any) -> bool:
+    """Whether two entries of reward maps differ in weight at most."""
+    return weight_and_settings(one)[1] == weight_and_settings(other)[1]
 
 
 def held_out(config: Config, supplies: Supplies) -> HeldOut | None:
@@ -339,14 +373,17 @@ def held_out(config: Config, supplies: Supplies) -> HeldOut | None:
     return HeldOut((make_pairs if paired else make_examples)(supplies, examples, mine, EVALUATION_STEP))
 
 
-def probe(rewards: list[Reward], prompts: list[Prompt], model: ModelConfig, with_gradient: bool = False) -> None:
-    """Ask every reward about grey pictures of the first prompts, so that what is wrong with it shows before the model loads."""
-    images = torch.full((len(prompts), 3, model.height, model.width), 0.5, device=processes.device())
-    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+def look_at(rewards: list[Reward], prompts: list[Prompt], model: ModelConfig, with_gradient: bool = False) -> None:
+    """Ask every reward about pictures of noise, so that what is wrong with it shows before the model loads."""
+    samples = probe.noise_samples(prompts, model.height, model.width, processes.device())
     for reward in rewards:
         try:
-            reward(images, texts, metadata)
+            scores = probe.ask(reward, samples)
             if with_gradient:
+                images, texts, metadata = samples.some(samples.groups[0]).inputs
                 reward.with_gradient(images.clone().requires_grad_(), texts, metadata)
+            again = probe.ask(reward, samples)
         except RunError as error:
             raise UserError(str(error)) from error
+        if processes.is_main() and (off := (scores - again).abs().nan_to_num(nan=0).max()) > 0:
+            print(f"rewards.{reward.name} is not deterministic: about the same pictures it differs by up to {off:.3g}.")

@@ -47,3 +47,9 @@ def test_objectives_tell_when_a_target_was_reached():
     assert objectives.gain(points, 4000) == pytest.approx(0.3)
     assert objectives.until(points, 0.8)["images"] == 5760
     assert objectives.until(points, 0.9) is None
+
+
+def test_the_cost_of_rewards_is_measured(benchmark, tmp_path):
+    benchmark("rewards", "--repetitions", "1", "--images", "120", "--output", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert set(found["shares"]) >= {"scene_match", "clip_score"}

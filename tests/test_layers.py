@@ -11,19 +11,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 LAYERS = [
     "flow errors",
-    "batch dynamics advantage scenes processes",
+    "batch dynamics advantage scenes processes hub",
     "models rewards data",
     "policy pairs",
     "experience search objectives",
     "sources",
-    "config trainer folder checkpoint tracking evaluation report sampling",
+    "config trainer folder checkpoint tracking evaluation report sampling probe serving",
     "cli train sample",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOOP = LAYER["trainer"]
 """Here and above, files of one layer may use each other."""
 HEAVY = {"torch", "diffusers", "transformers"}
-WRAPPERS = {"models", "rewards", "objectives"}
+WRAPPERS = {"models", "rewards", "objectives", "hub"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]

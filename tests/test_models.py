@@ -9,8 +9,9 @@ from diffusers import StableDiffusion3Pipeline
 from torch.testing import assert_close
 
 from flowalign.errors import UserError
+from flowalign.hub import explain_loading
 from flowalign.models import load_model
-from flowalign.models.base import explain_loading, ModelConfig
+from flowalign.models.base import ModelConfig
 from flowalign.policy import Policy, Sampler
 from tests.tiny import make_policy, random_flux, random_sd35, ROOT, sd3_config, TEXTS, two_groups
 
@@ -143,12 +144,12 @@ def test_what_is_wrong_with_a_model_is_said(changes, expected, monkeypatch):
 
 
 def test_gated_and_missing_repositories_are_answered_with_what_to_do():
-    gated = explain_loading("stabilityai/stable-diffusion-3.5-medium", OSError("401 Client Error: gated repo"))
+    gated = explain_loading("model.path", "stabilityai/stable-diffusion-3.5-medium", OSError("401 Client Error: gated repo"))
     assert "Accept its licence" in gated
     assert "hf auth login" in gated
-    missing = explain_loading("nobody/nothing", OSError("RepositoryNotFoundError: 404 Client Error"))
+    missing = explain_loading("model.path", "nobody/nothing", OSError("RepositoryNotFoundError: 404 Client Error"))
     assert "no hub repository" in missing
-    offline = explain_loading("nobody/nothing", OSError("We couldn't connect to the hub"))
+    offline = explain_loading("model.path", "nobody/nothing", OSError("We couldn't connect to the hub"))
     assert "cannot be reached" in offline
 
 

@@ -24,7 +24,8 @@ from flowalign.objectives.kto import KTO
 from flowalign.objectives.prdp import PRDP
 from flowalign.pairs import load_picture, read_examples
 from flowalign.policy import Sampler
-from flowalign.rewards.base import Reward, weighted_sum
+from flowalign.rewards.base import Reward
+from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.pictures import brightness
 from flowalign.sources import (
     given_examples,
@@ -69,7 +70,7 @@ def supplies(pairs: Path | None = None, drop_equal_groups: bool = False, **count
     settings |= counts
     policy = make_policy(Sampler(steps=2, dynamics=flow_sde), snapshots=["old"])
     policy.model.remember(CAPTIONS)
-    judged = [Reward("brightness", brightness)], weighted_sum, group_advantage, settings["images_per_pass"], torch.device("cpu")
+    judged = [Reward("brightness", brightness)], WeightedSum(), group_advantage, settings["images_per_pass"], torch.device("cpu")
     judge = Judge(*judged, drop_equal_groups=drop_equal_groups)
     prompts = [Prompt(caption) for caption in CAPTIONS]
     return Supplies(policy, judge, prompts, examples, Counts(**settings), 0, "policy", Ranking())

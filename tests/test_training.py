@@ -200,7 +200,7 @@ def fails_later(images, prompts, metadata):
 
 
 def not_finite(images, prompts, metadata):
-    return [float("nan")] * len(images)
+    return [float("inf")] * len(images)
 
 
 def redness(images, prompts, metadata):
@@ -221,7 +221,7 @@ def user_rewards(tmp_path):
         ("wrong_shape", r"returned shape \(4, 3\).*expected 4 numbers"),
         ("raises", "ZeroDivisionError.*line 15"),
         ("library_fails", r"my_rewards\.py, line 7"),
-        ("not_finite", "nan"),
+        ("not_finite", "returned inf; expected 4 numbers"),
     ],
 )
 def test_a_reward_that_is_wrong_is_refused_before_training(name, message, user_rewards, tmp_path):

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
+from flowalign.hub import explain_loading, is_local
 
 CACHE_BYTES = 2**30
 ENCODE_AT_ONCE = 64
@@ -214,39 +215,7 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
     try:
         return pipeline_class.from_pretrained(config.path, revision=config.revision, dtype=dtype, **absent)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(explain_loading(config.path, error)) from error
-
-
-def is_local(path: str) -> bool:
-    """Whether a path can only mean a folder: a repository on the hub is owner/name."""
-    return path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).parent.is_dir()
-
-
-def explain_loading(path: str, error: BaseException) -> str:
-    """Why a model could not be opened, and what to do about it."""
-    causes, cause = [], error
-    while cause is not None:
-        causes.append(f"{type(cause).__name__} {cause}")
-        cause = cause.__cause__ or cause.__context__
-    story = "\n".join(causes)
-    if Path(path).is_dir():
-        return f"model.path: {path} cannot be opened as a model: {error}"
-    if any(word in story for word in ("GatedRepoError", "401", "403", "gated")):
-        return (
-            f"model.path: {path} is gated or private. Accept its licence at https://huggingface.co/{path}, then run "
-            "`hf auth login` (or set HF_TOKEN), or give a local folder."
-        )
-    if any(word in story for word in ("RepositoryNotFoundError", "404", "not a valid model identifier")):
-        return f"model.path: there is no folder and no hub repository named {path}. Check the spelling."
-    if any(
-        word in story
-        for word in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "Offline", "couldn't connect", "Max retries")
-    ):
-        return (
-            f"model.path: there is no folder {path}, and the hub cannot be reached. "
-            "Download the model first, or give a local folder."
-        )
-    return f"model.path: {path} cannot be opened as a model: {error}"
+        raise UserError(explain_loading("model.path", config.path, error)) from error
 
 
 def describe(path: str) -> ModelConfig:
@@ -257,7 +226,7 @@ def describe(path: str) -> ModelConfig:
         index: Any = DiffusionPipeline.load_config(path)
         vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
     except (OSError, ValueError) as error:
-        raise UserError(explain_loading(path, error)) from error
+        raise UserError(explain_loading("model.path", path, error)) from error
     families: dict[str, Literal["sd3", "flux"]] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
     if (kind := index.get("_class_name")) not in families:
         raise UserError(f"{path} holds a {kind}; pictures can be made with {' or '.join(families)}.")

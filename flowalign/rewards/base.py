@@ -1,9 +1,10 @@
 """A reward is a function (images, prompts, metadata) -> (B,), or a class whose instances are: built in, or yours by path."""
 
+import math
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,62 @@ from flowalign.errors import RunError
 from flowalign.flow import PerImage
 
 RewardFunction = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
+Written = TypeVar("Written", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a reward says of itself."""
+
+    level: Literal["pointwise", "pairwise", "group"] = "pointwise"
+    """pointwise: every image by itself. group: called with all images of one prompt. pairwise: called with two lists of images,
+    returns how likely each of the first is the better one, in [0, 1]; an image's score is the mean over its group."""
+    images: Literal["tensor", "pil"] = "tensor"
+    """What it is given: (B, 3, H, W) in [0, 1], or a list of PIL pictures."""
+    range: tuple[float, float] = (-math.inf, math.inf)
+    """Between what its scores lie."""
+
+
+def traits(
+    level: Literal["pointwise", "pairwise", "group"] = "pointwise",
+    images: Literal["tensor", "pil"] = "tensor",
+    range: tuple[float, float] = (-math.inf, math.inf),
+) -> Callable[[Written], Written]:
+    """Says of a function or a class what kind of reward it is; without it: pointwise, of tensors, any range."""
+
+    def say(written: Written) -> Written:
+        setattr(written, "traits", Traits(level, images, range))  # noqa: B010  functions have no such attribute for the type checker
+        return written
+
+    return say
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A reward that learns as the policy does. A call is a pure function; what was learned changes in `update` only."""
+
+    def update(self, images: Tensor) -> dict[str, float]:
+        """Learn from this process's images (B, 3, H, W) in [0, 1] of a training step; returns what to log.
+
+        Once a step, after they were scored, never in evaluation, and on all processes alike: they exchange what they need
+        and learn the same.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was learned, on the CPU, as a checkpoint keeps it."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on exactly from what `state` returned. UserError when it is of another reward."""
+        ...
+
+
+def numbers(scores: Any) -> Tensor:
+    """As float32 on the CPU; NaN for None."""
+    if isinstance(scores, list | tuple):
+        scores = [math.nan if score is None else score for score in scores]
+    return torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
 
 
 @dataclass(frozen=True)
@@ -21,51 +78,61 @@ class Reward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+    traits: Traits = Traits()
+    learner: Learns | None = None
+    """What learns as training goes, where the reward does."""
+
+    @property
+    def of_groups(self) -> bool:
+        """Whether it must see all images of a prompt at once."""
+        return self.traits.level != "pointwise"
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
-        """Scores of images (B, 3, H, W) in [0, 1], float32 on the CPU. RunError when there is not one finite score an image."""
+        """Scores of images (B, 3, H, W) in [0, 1], float32 on the CPU; NaN where an image was not scored.
+
+        RunError when there is not one number an image within the range the reward declares.
+        """
         try:
             with torch.no_grad():
                 scores = self.function(images, prompts, metadata)
+        except RunError:
+            raise
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            frame = [f for f in frames if "site-packages" not in f.filename][-1]
-            raise RunError(
-                f"rewards.{self.name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-            ) from error
+            raise self._failed(error) from error
         return self._checked(scores, len(images))
 
     def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
         """As a call, on the images' device and with the gradient. RunError when the scores carry none."""
-        scores = self.function(images, prompts, metadata)
+        try:
+            scores = self.function(images, prompts, metadata)
+        except (RunError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
         if not isinstance(scores, Tensor) or not scores.requires_grad:
             raise RunError(f"rewards.{self.name} carries no gradient from its scores to the images, and the objective needs one.")
-        self._checked(scores, len(images))
+        if self._checked(scores, len(images)).isnan().any():
+            raise RunError(f"rewards.{self.name} did not score an image; the objective needs the gradient of every one.")
         return scores.float()
+
+    def _failed(self, error: Exception) -> RunError:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = ([f for f in frames if "site-packages" not in f.filename] or frames)[-1]
+        return RunError(f"rewards.{self.name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})")
 
     def _checked(self, scores: Any, count: int) -> PerImage:
         expected = f"expected {count} numbers, one an image"
         try:
-            scores = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+            scores = numbers(scores)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RunError(f"rewards.{self.name} returned a {type(scores).__name__} ({error}); {expected}.") from error
         if scores.shape != (count,):
             raise RunError(f"rewards.{self.name} returned shape {tuple(scores.shape)}; {expected}: shape ({count},).")
-        if not scores.isfinite().all():
-            raise RunError(f"rewards.{self.name} returned {scores[~scores.isfinite()][0].item()}; {expected}, all finite.")
+        if scores.isinf().any():
+            raise RunError(f"rewards.{self.name} returned {scores[scores.isinf()][0].item()}; {expected}, finite or not scored.")
+        low, high = self.traits.range
+        slack = 1e-4 * max([1.0, *(abs(end) for end in (low, high) if math.isfinite(end))])
+        if (outside := scores[(scores < low - slack) | (scores > high + slack)]).numel():
+            given, said = f"{outside[0].item():g}", f"[{low:g}, {high:g}]"
+            raise RunError(f"rewards.{self.name} returned {given}, outside the range {said} it declares.")
         return scores
-
-
-def weighted_sum(scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
-    """Σ weight · score."""
-    return torch.stack([weights[name] * score for name, score in scores.items()]).sum(0)
-
-
-COMBINE = {"weighted_sum": weighted_sum}
-
-
-def score_all(
-    rewards: Iterable[Reward], images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-) -> dict[str, PerImage]:
-    """Every reward's scores by its name."""
-    return {reward.name: reward(images, prompts, metadata) for reward in rewards}

@@ -29,7 +29,8 @@ from flowalign.objectives.base import Objective
 from flowalign.objectives.draft_lv import DRaFTLV
 from flowalign.objectives.refl import ReFL
 from flowalign.policy import Policy, Sampler
-from flowalign.rewards.base import Reward, weighted_sum
+from flowalign.rewards.base import Reward
+from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.pictures import brightness, jpeg_size
 from flowalign.sources import differentiable_prompts, Ranking, Supplies
 from flowalign.trainer import compute_gradient, Meter
@@ -363,7 +364,7 @@ def test_a_reward_without_gradient_is_refused_by_name():
 
 def supplies(policy: Policy, rewards: list[Reward]) -> Supplies:
     counts = Counts(prompts_per_step=2, images_per_prompt=3, updates_per_step=1, images_per_pass=6)
-    judge = Judge(rewards, weighted_sum, group_advantage, 6, torch.device("cpu"))
+    judge = Judge(rewards, WeightedSum(), group_advantage, 6, torch.device("cpu"))
     return Supplies(policy, judge, [Prompt(text) for text in TEXTS], [], counts, 0, "policy", Ranking())
 
 

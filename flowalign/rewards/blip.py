@@ -1,0 +1,117 @@
+"""ImageReward: what people prefer, by a BLIP that reads the prompt while it looks at the picture (arXiv 2304.05977).
+
+    score = (w · h + b - mean) / std,   h = the text encoder's [CLS], with cross attention to the picture
+
+The published file holds the weights under BLIP's own names; here they fill transformers' classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from flowalign.errors import UserError
+from flowalign.flow import PerImage
+from flowalign.hub import pretrained
+from flowalign.rewards.clip import crop, Dtype, normalised, Tokens
+from flowalign.rewards.weights import affine, read_weights, renamed, with_weights
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the raw scores, as published."""
+TOKENS = 35
+HEAD = 64
+"""Width of an attention head, in both encoders."""
+VISION = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm(\d)\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+}
+"""Names in the published picture encoder, and in transformers' BlipVisionModel; the text encoders' are the same."""
+
+
+@dataclass
+class ImageReward:
+    """ImageReward, about -2.3 to 2, typically 0 to 1. Differentiable.
+
+    THUDM/ImageReward: 1.8 GB, permissive licence (see the model card). A prompt's first 35 tokens are read.
+    """
+
+    path: str = "THUDM/ImageReward/ImageReward.pt"
+    """The published weights, in a local file or as owner/name/file on the hub."""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """A local folder or a hub repository with BERT's vocabulary."""
+    dtype: Dtype = "float32"
+    """Of the encoders; the score is computed in float32."""
+
+    def __post_init__(self) -> None:
+        key, dtype = "rewards.image_reward.path", getattr(torch, self.dtype)
+        state = read_weights(key, self.path)
+        vision, text = renamed(below("blip.visual_encoder.", state, key), VISION), below("blip.text_encoder.", state, key)
+        self.vision: Any = with_weights(BlipVisionModel, vision_config(vision), vision, key)
+        self.text: Any = with_weights(BlipTextModel, text_config(text), text, key, add_pooling_layer=False)
+        for encoder in (self.vision, self.text):
+            encoder.to(dtype).eval().requires_grad_(False)
+        self.weight, self.bias = affine(state, "mlp.layers.", key)
+        tokenizer = pretrained(AutoTokenizer, "rewards.image_reward.tokenizer", self.tokenizer)
+        self.tokens = Tokens("image_reward", tokenizer, TOKENS)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+        for encoder in (self.vision, self.text):
+            encoder.to(images.device)
+        pixels = normalised(crop(images, self.vision.config.image_size), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        seen = self.vision(pixels).last_hidden_state
+        tokens = self.tokens(prompts).to(images.device)
+        read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen, is_decoder=False)
+        h = read.last_hidden_state[:, 0]
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        return (h @ self.weight.to(h) + self.bias - MEAN) / STD
+
+
+def below(prefix: str, state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+    """The weights whose names begin so, without that beginning. UserError when there are none."""
+    names = [name for name in state if name.startswith(prefix) and not name.endswith("position_ids")]
+    if not names:
+        raise UserError(
+            f"{key}: the file is not ImageReward's: no name begins with {prefix}. It has {', '.join(list(state)[:3])}, …"
+        )
+    return {name.removeprefix(prefix): state[name] for name in names}
+
+
+def vision_config(state: dict[str, Tensor]) -> BlipVisionConfig:
+    """Read from the weights' shapes."""
+    width, _, _, patch = state["embeddings.patch_embedding.weight"].shape
+    patches = state["embeddings.position_embedding"].shape[1] - 1
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=state["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=sum(name.endswith("mlp.fc1.weight") for name in state),
+        num_attention_heads=width // HEAD,
+        image_size=patch * math.isqrt(patches),
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+
+
+def text_config(state: dict[str, Tensor]) -> BlipTextConfig:
+    """Read from the weights' shapes."""
+    vocabulary, width = state["embeddings.word_embeddings.weight"].shape
+    return BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=state["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        num_hidden_layers=sum(name.endswith("intermediate.dense.weight") for name in state),
+        num_attention_heads=width // HEAD,
+        max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
+        bos_token_id=None,
+        sep_token_id=None,
+    )

@@ -1,0 +1,171 @@
+"""Rewards elsewhere: behind `flowalign reward serve`, in another environment or on another machine; JSON with PNG images.
+
+POST {url}/v1/score {"images": [base64 PNG], "prompts": [...], "metadata": [...]} -> {"scores": [number or null]};
+GET {url}/health -> {"name", "level", "range"}.
+"""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from PIL import Image
+from requests.adapters import HTTPAdapter
+from torch import Tensor
+from urllib3.exceptions import ReadTimeoutError
+from urllib3.util import Retry
+
+from flowalign.errors import RunError, UserError
+from flowalign.rewards.adapt import to_pil
+from flowalign.rewards.base import Traits
+
+TRANSIENT = {408, 429, *range(500, 600)}
+
+
+class Patience(Retry):
+    """Tries again, but not where the time was up."""
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Exception | None = None,
+        _pool: Any = None,
+        _stacktrace: Any = None,
+    ) -> Any:
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
+
+
+@dataclass
+class Server:
+    """Where a program answers JSON with JSON, and how long one waits for it."""
+
+    key: str
+    """For messages."""
+    url: str
+    token_variable: str
+    """The environment variable that holds the token; none is sent when it is not set."""
+    seconds: float
+    """How long to wait for an answer."""
+    concurrency: int
+    """How many questions are asked at once."""
+    retries: int
+    """How often a question is asked again when the connection fails or the server answers 408, 429 or 5xx."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"{self.key}.url is {self.url!r}; write an address, such as http://127.0.0.1:8000.")
+        if self.seconds <= 0 or self.concurrency < 1 or self.retries < 0:
+            raise UserError(f"{self.key}: seconds must be above 0, concurrency 1 or more, and retries 0 or more.")
+        self.session = requests.Session()
+        self.session.auth = _bearer(os.environ.get(self.token_variable))
+        again = Patience(self.retries, backoff_factor=0.5, backoff_max=8, status_forcelist=TRANSIENT)
+        again.allowed_methods, again.raise_on_status = None, False
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=again))
+
+    def source(self, path: str) -> str:
+        """For messages."""
+        return f"{self.key}: {self.url.rstrip('/')}{path}"
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> requests.Response:
+        """The answer to a POST, or without a body to a GET. RunError with the address when there is none."""
+        try:
+            method = "GET" if body is None else "POST"
+            reply = self.session.request(method, f"{self.url.rstrip('/')}{path}", json=body, timeout=self.seconds)
+        except requests.RequestException as error:
+            raise RunError(f"{self.source(path)} did not answer: {error}") from error
+        if not reply.ok:
+            raise RunError(f"{self.source(path)} answered {reply.status_code}: {reply.text[:300]}")
+        return reply
+
+    def together(self, ask: Callable[[Any], Any], questions: list[Any]) -> list[Any]:
+        """Answers in the order of the questions."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(ask, questions))
+
+
+@dataclass
+class WebReward:
+    """A reward behind `flowalign reward serve`; its level and range are those of the reward served."""
+
+    url: str
+    token_variable: str = "FLOWALIGN_TOKEN"
+    """The environment variable that holds the token; none is sent when it is not set."""
+    seconds: float = 60.0
+    """How long to wait for an answer."""
+    concurrency: int = 2
+    """How many requests are under way at once."""
+    retries: int = 8
+    """How often one is repeated when the connection fails or the server answers 408, 429 or 5xx: 8 are half a minute."""
+    batch: int = 32
+    """Images a request."""
+
+    def __post_init__(self) -> None:
+        key = f"rewards.{self.url}"
+        if self.batch < 1:
+            raise UserError(f"{key}.batch is {self.batch}; it must be 1 or more.")
+        self.server = Server(key, self.url, self.token_variable, self.seconds, self.concurrency, self.retries)
+        try:
+            self.traits = _traits(Server(key, self.url, self.token_variable, self.seconds, 1, 0).ask("/health"))
+        except RunError as error:
+            raise UserError(f"{error}\nStart one there: flowalign reward serve NAME --port PORT.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{key}: what answers there is no flowalign reward serve ({error}).") from error
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        pictures = [to_base64(picture) for picture in to_pil(images)]
+        size = self.batch if self.traits.level == "pointwise" else len(pictures)
+        bodies = [
+            {"images": pictures[i : i + size], "prompts": prompts[i : i + size], "metadata": metadata[i : i + size]}
+            for i in range(0, len(pictures), size)
+        ]
+        return [score for scores in self.server.together(self._score, bodies) for score in scores]
+
+    def _score(self, body: dict[str, Any]) -> list[float]:
+        reply = self.server.ask("/v1/score", body)
+        expected = len(body["prompts"])
+        try:
+            scores = [math.nan if score is None else float(score) for score in reply.json()["scores"]]
+        except (ValueError, LookupError, TypeError):
+            raise RunError(f"rewards.{self.url} answered what is no list of scores: {reply.text[:300]}") from None
+        if len(scores) != expected:
+            raise RunError(f"rewards.{self.url} answered {len(scores)} scores; expected {expected}, one an image.")
+        if any(math.isnan(score) for score, said in zip(scores, reply.json()["scores"], strict=True) if said is not None):
+            raise RunError(f"rewards.{self.url} answered NaN; what is not scored is null.")
+        return scores
+
+
+def _traits(health: requests.Response) -> Traits:
+    """What the server says of its reward. ValueError, LookupError or TypeError where it does not."""
+    found = health.json()
+    low, high = found["range"]
+    if found["level"] not in ("pointwise", "group"):
+        raise ValueError(f"level is {found['level']!r}")
+    return Traits(found["level"], "tensor", (-math.inf if low is None else float(low), math.inf if high is None else float(high)))
+
+
+def to_base64(picture: Image.Image) -> str:
+    """As a PNG, which loses nothing."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _bearer(token: str | None) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
+    """Sends the token and nothing else: without this, requests looks for passwords in ~/.netrc."""
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return sign

@@ -1,0 +1,131 @@
+"""What is answered where a reward is not one, or does not give scores, and the page about one's own, as printed."""
+
+import math
+import re
+import shlex
+
+import pytest
+import torch
+
+from flowalign.cli import main
+from flowalign.config import load_rewards
+from flowalign.errors import RunError, UserError
+from flowalign.rewards.adapt import make_reward
+from flowalign.rewards.base import Reward, Traits, traits
+from flowalign.tracking import read_metrics
+from tests.tiny import ROOT, SMALL
+
+LEVELS = [0.2, 0.4, 0.8]
+IMAGES = torch.tensor(LEVELS)[:, None, None, None].expand(3, 3, 4, 4)
+PROMPTS, METADATA = ["one", "two", "three"], [{}, {}, {}]
+
+
+def scores(reward: Reward) -> list[float]:
+    return reward(IMAGES, PROMPTS, METADATA).tolist()
+
+
+def no_module(device):
+    import no_such_module  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (lambda a, b: [], "rewards.mine takes (a, b); write one of (images, prompts, metadata), TRL's (prompts, completions, **"),
+        (lambda *inputs: [], "rewards.mine takes (inputs); write one of"),
+        (lambda device, score_dict: [], "rewards.mine takes (device, score_dict); write one of"),
+        (lambda: 5, "rewards.mine returned a int when it was called; write one of"),
+        (lambda: 1 / 0, "rewards.mine cannot be made: ZeroDivisionError: division by zero"),
+        (no_module, "rewards.mine cannot be made: ModuleNotFoundError: No module named 'no_such_module'"),
+        (object(), "rewards.mine is no function; write one of"),
+    ],
+)
+def test_what_is_not_understood_is_answered_with_what_to_write(written, message):
+    with pytest.raises(UserError) as caught:
+        make_reward("mine", written)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(3, 1), "returned shape (3, 1); expected 3 numbers, one an image: shape (3,)"),
+        (torch.zeros(2), "returned shape (2,); expected 3"),
+        (0.5, "returned shape (); expected 3"),
+        ([0.5, math.inf, 0], "returned inf; expected 3 numbers, one an image, finite"),
+        ([0.5, 1.01, 0], "returned 1.01, outside the range [0, 1] it declares"),
+        ([0.5, -2, math.nan], "returned -2, outside the range [0, 1] it declares"),
+        (["good", "bad", "good"], "returned a list"),
+        (None, "returned a NoneType"),
+    ],
+)
+def test_what_is_no_score_is_an_error_that_names_the_reward(result, message):
+    with pytest.raises(RunError) as caught:
+        scores(make_reward("mine", traits(range=(0, 1))(lambda images, prompts, metadata: result)))
+    assert f"rewards.mine {message}" in str(caught.value)
+
+
+def divides(images, prompts, metadata):
+    return images.mean((1, 2, 3)) * (1 // len(metadata[3:]))
+
+
+def test_an_exception_is_named_with_its_file_and_line():
+    where = rf"{re.escape(__file__)}, line {divides.__code__.co_firstlineno + 1}\)"
+    with pytest.raises(RunError, match=rf"rewards\.mine raised ZeroDivisionError: .* \({where}"):
+        scores(make_reward("mine", divides))
+    with pytest.raises(RunError, match=rf"rewards\.mine raised ZeroDivisionError: .* \({where}"):
+        make_reward("mine", divides).with_gradient(IMAGES.clone().requires_grad_(), PROMPTS, METADATA)
+
+
+# the page about it
+
+BLOCKS = [block.split("```")[0] for block in (ROOT / "docs" / "your-own-reward.md").read_text().split("```python\n")[1:]]
+TASTE = """
+from dataclasses import dataclass
+from torch import nn, Tensor
+
+
+def load(path):
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.AvgPool1d(3), nn.Flatten(0))
+
+
+"""
+
+
+def test_the_page_s_function_is_tried_out_and_trains_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "my_rewards.py"
+    file.write_text(BLOCKS[0])
+    page = (ROOT / "docs" / "your-own-reward.md").read_text()
+    test, train = (
+        shlex.split(line.replace("my_rewards.py", str(file)))
+        for line in page.splitlines()
+        if line.startswith(("flowalign reward test", "python train.py"))
+    )
+    assert main(test[1:]) == 0
+    assert "reaches 8 of 8 pictures" in capsys.readouterr().out
+    (tmp_path / "few.txt").write_text("a red circle")
+    small = [*SMALL, "train.steps=1", f"evaluation.prompts={tmp_path / 'few.txt'}", f"output={tmp_path / 'run'}"]
+    (evaluation,) = [part for part in page.split("`") if part.startswith("'evaluation.rewards")]
+    assert main(["train", *train[2:-1], shlex.split(evaluation.replace("my_rewards.py", str(file)))[0], *small]) == 0
+    assert "reward/redness" in read_metrics(tmp_path / "run")[0]
+
+
+def test_the_page_s_settings_reach_the_function(tmp_path):
+    (tmp_path / "floored.py").write_text(BLOCKS[0])
+    (reward,) = load_rewards({f"{tmp_path}/floored.py:redness": {"weight": 1.0, "floor": 0.5}})
+    assert scores(reward) == [0.5] * 3
+
+
+def test_the_page_s_class_scores_as_printed(tmp_path):
+    (tmp_path / "taste.py").write_text(TASTE + BLOCKS[1])
+    (reward,) = load_rewards({f"{tmp_path}/taste.py:Taste": {"path": "elsewhere"}})
+    assert scores(reward) == pytest.approx(LEVELS)
+
+
+def test_the_page_s_traits_say_what_they_are_printed_to_say(tmp_path):
+    (tmp_path / "kinds.py").write_text(BLOCKS[2])
+    names = ["legible", "variety", "prefers"]
+    rewards = load_rewards({f"{tmp_path}/kinds.py:{name}": 1.0 for name in names})
+    assert [reward.traits for reward in rewards] == [Traits("pointwise", "pil", (0, 1)), Traits("group"), Traits("pairwise")]
+    assert len(BLOCKS) == 3

@@ -1,0 +1,188 @@
+"""Several rewards made into one, by hand; what is learned from step to step goes on where it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from flowalign import trainer
+from flowalign.checkpoint import checkpoints, read_tensors
+from flowalign.config import load_config
+from flowalign.errors import UserError
+from flowalign.rewards.combine import Combine, Constrained, Gate, Minimum, Normalised, Uncertainty, WeightedSum
+from flowalign.tracking import read_metrics
+from tests.tiny import ROOT, SMALL, TINY
+
+NONE = float("nan")
+WEIGHTS = {"a": 2.0, "b": 0.5}
+SCORES = {"a": torch.tensor([1.0, 2, NONE, NONE, 3]), "b": torch.tensor([10.0, NONE, 2, NONE, 4])}
+"""Weighted: 2 and 5; 4 alone; 1 alone; none; 6 and 2."""
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [
+        (WeightedSum(), [7, 4, 1, NONE, 8]),
+        (Minimum(), [2, 4, 1, NONE, 2]),
+        (Uncertainty(caution=0.5), [3.5 - 0.5 * 2.25, 4, 1, NONE, 4 - 0.5 * 4]),
+        (Uncertainty(caution=0), [3.5, 4, 1, NONE, 4]),
+        (Gate(base={"a": 1.5}), [2, 4, 1, NONE, 8]),
+        (Gate(base={"b": 4}), [7, 4, 1, NONE, 8]),
+        (Gate(base={"b": 5}), [7, 4, 1, NONE, 2]),
+    ],
+    ids=repr,
+)
+def test_every_combination_by_hand(combine, expected):
+    """A reward that an image lacks leaves it to the others."""
+    assert_close(combine(SCORES, WEIGHTS), torch.tensor(expected), equal_nan=True)
+
+
+def z_score(new: Tensor, all_so_far: Tensor) -> Tensor:
+    seen = all_so_far[~all_so_far.isnan()]
+    return (new - seen.mean()) / seen.std(correction=0)
+
+
+def test_normalised_is_the_sum_of_z_scores_over_all_scores_so_far():
+    steps = [{"a": torch.randn(6), "b": 100 + 20 * torch.randn(6)} for _ in range(3)]
+    steps[1]["a"][2], steps[1]["b"][:] = NONE, NONE
+    combine = Normalised()
+    for count, scores in enumerate(steps, 1):
+        combine.follow(scores)
+        z = {name: z_score(scores[name], torch.cat([step[name] for step in steps[:count]])) for name in scores}
+        expected = 2 * z["a"] + 0.5 * z["b"] if count != 2 else 2 * z["a"]
+        assert_close(combine(scores, WEIGHTS), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_a_reward_without_deviation_is_normalised_to_nothing():
+    combine = Normalised()
+    combine.follow({"a": torch.full((4,), 3.0)})
+    assert combine({"a": torch.full((4,), 3.0)}, {"a": 1.0}).tolist() == [0] * 4
+
+
+def test_the_multiplier_after_two_steps_by_hand():
+    combine = Constrained(at_least={"b": 0.5}, rate=0.1)
+    combine.follow({"a": torch.ones(3), "b": torch.tensor([0.0, 0.2, NONE])})  # 0.1 · (0.5 - 0.1)
+    combine.follow({"a": torch.ones(2), "b": torch.tensor([0.1, 0.3])})  # + 0.1 · (0.5 - 0.2)
+    assert combine.metrics() == {"multiplier/b": pytest.approx(0.07)}
+    scores = {"a": torch.tensor([1.0, 2, 3]), "b": torch.tensor([0.5, 1.5, NONE])}
+    assert_close(combine(scores, WEIGHTS), torch.tensor([2.0, 4.07, 6]))
+
+
+def test_a_multiplier_is_never_below_0():
+    combine = Constrained(at_least={"b": 0.5}, rate=0.1)
+    for mean, expected in ((0.0, 0.05), (9.0, 0.0), (9.0, 0.0), (0.4, 0.01), (NONE, 0.01)):
+        combine.follow({"b": torch.full((2,), mean)})
+        assert combine.multipliers["b"] == pytest.approx(expected)
+    assert combine({"a": torch.ones(1), "b": torch.ones(1)}, WEIGHTS).tolist() == pytest.approx([2.005])
+
+
+@pytest.mark.parametrize("kind", [Normalised, lambda: Constrained(at_least={"b": 50})], ids=["normalised", "constrained"])
+def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
+    steps = [{"a": torch.rand(5), "b": 7 * torch.rand(5)} for _ in range(4)]
+    whole, begun, resumed = kind(), kind(), kind()
+    for scores in steps[:2]:
+        whole.follow(scores)
+        begun.follow(scores)
+    save_file(begun.state(), tmp_path / "state.safetensors")
+    resumed.load_state(load_file(tmp_path / "state.safetensors"))
+    for scores in steps[2:]:
+        for combine in (whole, resumed):
+            combine.follow(scores)
+        assert torch.equal(resumed(scores, WEIGHTS), whole(scores, WEIGHTS))
+    assert whole.state().keys() == resumed.state().keys() != set()
+    assert all(torch.equal(value, resumed.state()[name]) for name, value in whole.state().items())
+
+
+@pytest.mark.parametrize("combine", [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1})], ids=repr)
+def test_the_others_remember_nothing(combine: Combine):
+    combine.follow(SCORES)
+    assert combine.state() == combine.metrics() == {}
+
+
+TWO = "rewards={brightness: 1, jpeg_size: 1}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([TWO, "combine={name: gate}"], "combine.base is empty; write thresholds by reward, for example {brightness: 0.5}"),
+        ([TWO, "combine={name: gate, base: {bright: 1}}"], "combine.base names 'bright'; the rewards are brightness, jpeg_size"),
+        ([TWO, "combine={name: gate, base: {brightness: 1, jpeg_size: 1}}"], "combine.base names all rewards; leave out"),
+        ([TWO, "combine={name: constrained}"], "combine.at_least is empty"),
+        ([TWO, "combine={name: constrained, at_least: {size: 1}}"], "combine.at_least names 'size'; the rewards are brightness"),
+        (["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: 1}}"], "at_least names all rewards"),
+        ([TWO, "combine={name: constrained, at_least: {brightness: 1}, rate: 0}"], "combine.rate is 0.0; it must be above 0"),
+        ([TWO, "combine={name: uncertainty, caution: -1}"], "combine.caution is -1.0; it must be 0 or more"),
+        ([TWO, "combine={name: minimal}"], "Did you mean 'minimum'"),
+        (
+            ["rewards={brightness: 1, contrast: 1}", "combine={name: constrained, at_least: {brightness: 1}}", "ALIGN"],
+            "combine.name is constrained, which looks at whole steps, but the objective alignprop takes the gradient",
+        ),
+        (
+            ["rewards={brightness: 1}", "combine={name: normalised}", "ALIGN"],
+            "choose from weighted_sum, minimum, uncertainty, gate",
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_answered(overrides, message):
+    overrides = [override.replace("ALIGN", "objective={name: alignprop}") for override in overrides]
+    with pytest.raises(UserError) as caught:
+        load_config(TINY, [*SMALL, *overrides])
+    assert message in str(caught.value)
+
+
+# rewards that learn, in runs
+
+
+@pytest.fixture
+def reds(tmp_path) -> Path:
+    folder = tmp_path / "reds"
+    folder.mkdir()
+    for level in (180, 200, 220):
+        Image.new("RGB", (64, 64), (level, 25, 30)).save(folder / f"{level}.png")
+    return folder
+
+
+def learning(reds: Path, *overrides: str) -> list[str]:
+    settings = f"{{weight: 1.0, pictures: {reds}, learning_rate: 1e-2}}"
+    return [*SMALL, f"rewards={{brightness: 1.0, adversarial: {settings}}}", *overrides]
+
+
+def test_stopping_and_going_on_equals_never_stopping(reds, tmp_path):
+    """With a multiplier that grows, and a reward that learns."""
+    (tmp_path / "few.txt").write_text("a red circle")
+    constrained = "combine={name: constrained, at_least: {brightness: 1}, rate: 1}"
+    few = [f"evaluation.prompts={tmp_path / 'few.txt'}", "evaluation.rewards={brightness: 1}", "train.learning_rate=1e-2"]
+    for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
+        changes = [*few, constrained, f"train.steps={steps}", f"output={tmp_path / name}"]
+        trainer.train(load_config(TINY, learning(reds, *changes)))
+    whole, parts = (checkpoints(tmp_path / name)[-1] for name in ("whole", "parts"))
+    for file in ("pytorch_lora_weights.safetensors", "rewards.safetensors"):
+        one, other = read_tensors(whole / file), read_tensors(parts / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    learned, lines = read_tensors(parts / "rewards.safetensors"), read_metrics(tmp_path / "parts")
+    name = "adversarial"
+    assert learned[f"rewards/{name}/head.2.weight"].abs().max() > 0
+    assert learned["combine/brightness"].item() == pytest.approx(sum(1 - line["reward/brightness"] for line in lines), rel=1e-5)
+    assert [line["multiplier/brightness"] for line in lines][-1] == learned["combine/brightness"].item()
+    assert all(f"{name}/loss" in line for line in lines)
+
+
+def test_a_reward_that_learns_cannot_be_evaluated_by(reds):
+    with pytest.raises(UserError, match=r"adversarial learns as training goes.*name rewards that do not in evaluation\.rewards"):
+        trainer.rewards_of(load_config(TINY, learning(reds, "evaluation.rewards={}")))
+
+
+def test_a_reward_that_learns_needs_whole_steps(reds):
+    with pytest.raises(UserError, match="adversarial learns from whole steps, but the objective alignprop takes each image's"):
+        trainer.rewards_of(load_config(TINY, learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}")))

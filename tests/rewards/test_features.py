@@ -1,0 +1,139 @@
+"""Backbones of the real classes, small and random, behind a preprocessing that agrees with their processors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from flowalign.errors import UserError
+from flowalign.rewards.adapt import to_pil
+from flowalign.rewards.clip import TINY
+from flowalign.rewards.features import picture_files, read_picture, Tower
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def random_dinov2(folder: Path) -> str:
+    """Shows itself pictures as facebook/dinov2-base does, at a seventh of the size."""
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(image_size=32, patch_size=8, **SMALL)).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessor(resample=3, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], **sizes).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def random_siglip(folder: Path) -> str:
+    """Two towers, and a processor that squeezes instead of cutting."""
+    torch.manual_seed(0)
+    text = {**SMALL, "vocab_size": 20, "max_position_embeddings": 8}
+    SiglipModel(SiglipConfig(text_config=text, vision_config={**SMALL, "image_size": 32, "patch_size": 8})).save_pretrained(
+        folder
+    )
+    SiglipImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["clip", "dinov2", "siglip"])
+def tower(request, tmp_path) -> Tower:
+    paths = {"clip": lambda folder: TINY, "dinov2": random_dinov2, "siglip": random_siglip}
+    return Tower(paths[request.param](tmp_path / "backbone"), "key")
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """Pictures as files hold them, in 256 steps, away from black and white: Pillow cuts off there between its two passes."""
+    blocks = torch.rand(shape[0], 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(0.25 + 0.5 * blocks, shape[1:], mode="bilinear").mul(255).round() / 255
+
+
+@pytest.mark.parametrize("size", [(50, 71), (41, 32), (20, 33), (64, 64)])
+def test_the_preprocessing_is_the_processors(tower, size):
+    """Up to the processor's rounding to 8 bits after each of two passes, over the deviation it divides by."""
+    images = noise(2, *size)
+    expected = tower.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(tower.pixels(images), expected, atol=1.5 / 255 / 0.224, rtol=0)
+
+
+def test_features_are_unit_vectors_of_the_models_own_output(tower):
+    images = noise(3, 64, 64)
+    features = tower(images)
+    assert features.shape == (3, tower.width)
+    assert features.dtype == torch.float32
+    own = tower.encode(pixel_values=tower.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]).pooler_output
+    torch.testing.assert_close(features, own / own.norm(dim=1, keepdim=True), atol=0.02, rtol=0)
+    torch.testing.assert_close(tower.embed(images[1:2]), features[1:2])
+
+
+def test_the_gradient_reaches_the_pixels_as_finite_differences_say(tower):
+    tower.model.double()
+    images = noise(1, 40, 48).double().requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(1, tower.width, generator=generator, dtype=torch.float64)
+    direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+
+    (tower(images) * weights).sum().backward()
+    assert images.grad is not None
+    with torch.no_grad():
+        up, down = ((tower(images + h * direction) * weights).sum() for h in (1e-6, -1e-6))
+    assert ((images.grad * direction).sum() - (up - down) / 2e-6).abs() < 1e-5 * images.grad.norm()
+
+
+def test_dinov2_sees_larger_squares_where_asked(tmp_path):
+    tower = Tower(random_dinov2(tmp_path), "key", size=48)
+    assert tower.pixels(noise(1, 64, 80)).shape == (1, 3, 48, 48)
+    assert tower(noise(1, 64, 80)).shape == (1, 16)
+
+
+def test_a_backbone_that_cannot_be_used_is_named():
+    with pytest.raises(UserError, match=r"rewards.vendi.path: there is no folder \./none"):
+        Tower("./none", "rewards.vendi.path")
+    with pytest.raises(UserError, match=r"rewards\.adversarial\.path: .* does not make one vector of a picture"):
+        Tower(TINY, "rewards.adversarial.path", size=518)
+
+
+def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
+    sizes = {**SMALL, "image_size": 32, "patch_size": 8}
+    models = {"lacks": ViTModel(ViTConfig(**sizes), add_pooling_layer=False), "has none": ViTMAEModel(ViTMAEConfig(**sizes))}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match=r"key: .* lacks pooler\.dense\.bias, which would be drawn at random"):
+        Tower(str(tmp_path / "lacks"), "key")
+    with pytest.raises(UserError, match=r"key: .* does not make one vector of a picture"):
+        Tower(str(tmp_path / "has none"), "key")
+
+
+def test_pictures_are_found_in_folders_and_lists(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.png", "a.JPG", "more/c.webp"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert [file.name for file in picture_files(str(tmp_path), "key")] == ["a.JPG", "b.png", "c.webp"]
+    assert picture_files([str(tmp_path / "b.png")], "key") == [tmp_path / "b.png"]
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(UserError, match="key: there is no file or folder"):
+        picture_files(str(tmp_path / "none"), "key")
+    with pytest.raises(UserError, match=r"key: .* has no pictures; their names end in \.bmp"):
+        picture_files(str(tmp_path), "key")
+    with pytest.raises(UserError, match="write a folder, or a list of picture files"):
+        picture_files(3, "key")
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"key: .*a\.png is no picture"):
+        read_picture(tmp_path / "a.png", "key")
