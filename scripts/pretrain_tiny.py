@@ -58,6 +58,14 @@ BATCH = 64
 SD3_STEPS, FLUX_STEPS = 10_000, 10_000
 
 
+def forget_places(folder: Path) -> None:
+    """Take out of the saved configurations where on this machine their parts were loaded from."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None):
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def main() -> None:
     stages: dict[str, Callable[[float], None]] = {"vae": train_vae, "sd3": train_sd3, "flux": train_flux, "clip": train_clip}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +143,7 @@ def train_vae(scale: float) -> None:
             latents = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in pictures[:2000].split(100)])
         vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
         vae.save_pretrained(ASSETS / "tiny-sd3" / "vae")
+        forget_places(ASSETS / "tiny-sd3")
 
     progress = Progress("vae", steps, save)
     for step, index in zip(range(steps), batches(len(pictures), 32, SEED), strict=False):
@@ -292,6 +301,7 @@ def train_sd3(scale: float) -> None:
 
     def save() -> None:
         pipe.save_pretrained(ASSETS / "tiny-sd3")
+        forget_places(ASSETS / "tiny-sd3")
         for guidance in (1.0, 3.0):
             print(f"guidance {guidance}:", {k: round(v, 2) for k, v in score(pipe, guidance).items()}, flush=True)
 
@@ -342,6 +352,7 @@ def train_flux(scale: float) -> None:
 
     def save() -> None:
         pipe.save_pretrained(ASSETS / "tiny-flux")
+        forget_places(ASSETS / "tiny-flux")
         print({k: round(v, 2) for k, v in score(pipe, 1.0, TOKENS).items()}, flush=True)
 
     print(f"flux: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters", flush=True)

@@ -16,6 +16,11 @@ from flowalign.policy import Policy, Sampler
 from tests.tiny import make_policy, random_flux, random_sd35, ROOT, sd3_config, TEXTS, two_groups
 
 
+def test_the_bundled_models_do_not_say_where_they_were_made():
+    for file in (ROOT / "assets").rglob("*.json"):
+        assert '_name_or_path": "/' not in file.read_text(), file
+
+
 def pictures_of(policy: Policy, images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """The initial noise of two groups, and the pictures it becomes."""
     batch = two_groups(policy, images)
