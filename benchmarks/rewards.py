@@ -24,7 +24,7 @@ from flowalign.data import read_prompts
 from flowalign.experience import Judge, make_prompts, passes
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward
-from flowalign.serving import make_app
+from flowalign.rewards.serving import make_app
 from flowalign.tracking import environment
 from flowalign.trainer import prepare
 

@@ -20,18 +20,16 @@ import torch
 from architectures import ARCHITECTURES
 from torch import nn, Tensor
 
+from flowalign.assembly import assemble, Inputs
 from flowalign.batch import Rollout
-from flowalign.checkpoint import Learned, State
+from flowalign.checkpoint import State
 from flowalign.config import build_config, Config, load_rewards
 from flowalign.data import Prompt
 from flowalign.errors import UserError
-from flowalign.evaluation import Evaluator
-from flowalign.experience import collect, Counts, Judge
+from flowalign.experience import collect, Counts
 from flowalign.folder import peak_memory
 from flowalign.models import load_model
 from flowalign.models.base import describe
-from flowalign.policy import Policy
-from flowalign.sources import judged_rollouts, Ranking, Supplies
 from flowalign.tracking import environment
 from flowalign.trainer import Run
 
@@ -82,9 +80,9 @@ class Bench:
     """A run without a folder, and the calls that one of its steps makes."""
 
     run: Run
-    supplies: Supplies
 
     def __post_init__(self) -> None:
+        self.counts, self.supplies = self.run.assembly.counts, self.run.assembly.supplies
         model, train = self.run.policy.model, self.run.config.train
         self.batch = self.supplies.step_prompts(0)
         self.rollout = self.collect()
@@ -92,11 +90,11 @@ class Bench:
         with self.network.recording(), self.decoder.recording():
             self.run.step()
         self.peak_memory = peak_memory(model.device)
-        passes = self.run.counts.images_per_step // train.images_per_pass
+        passes = self.counts.images_per_step // train.images_per_pass
         made, trained = self.network.count(gradient=False), self.network.count(gradient=True)
         assert made == passes * self.run.config.sampler.steps, f"{made} forwards for {passes} passes"
         assert trained == passes * len(self.rollout.steps), f"{trained} trained forwards for {passes} passes"
-        assert self.decoder.count(gradient=False) in (passes, self.run.counts.images_per_step)
+        assert self.decoder.count(gradient=False) in (passes, self.counts.images_per_step)
 
     def collect(self) -> Rollout:
         return collect(self.run.policy.at("policy"), self.batch, self.run.config.train.images_per_pass)
@@ -140,14 +138,14 @@ def results(bench: Bench, seconds: dict[str, list[float]]) -> dict[str, Any]:
         return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
     return {
-        "images_per_second": bench.run.counts.images_per_step / statistics.median(seconds["rollout"]),
+        "images_per_second": bench.counts.images_per_step / statistics.median(seconds["rollout"]),
         "step_seconds": statistics.median(seconds["step"]),
         "rollout_ratio": ratio(seconds["rollout"], bare_rollout),
         "step_ratio": ratio(seconds["step"], bare_step),
         "decode_share": ratio(seconds["bare decode"], seconds["step"]),
         "reward_share": ratio(seconds["reward"], seconds["step"]),
         "peak_memory_bytes": bench.peak_memory,
-        "images_per_step": bench.run.counts.images_per_step,
+        "images_per_step": bench.counts.images_per_step,
         "forwards": bench.network.count(gradient=False),
         "forwards_and_backwards": bench.network.count(gradient=True),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
@@ -160,14 +158,10 @@ def build(options: argparse.Namespace) -> Bench:
     config = configuration(options)
     family = ARCHITECTURES[options.architecture][1] if options.architecture else None
     model = family(config.model, device) if family else load_model(config.model, device)
-    train, policy = config.train, Policy(model, config.sampler)
+    train, rewards = config.train, load_rewards(config.rewards)
     counts = Counts(train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass)
-    judge = Judge(load_rewards(config.rewards), config.combine, config.advantage, train.images_per_pass, model.device)
-    supplies = Supplies(policy, judge, PROMPTS, [], counts, train.seed, config.objective.rollout_with, Ranking())
-    source = judged_rollouts(supplies)
-    evaluator = Evaluator(PROMPTS, 1, judge, train.images_per_pass, train.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
-    return Bench(Run(config, Path(), Learned(policy, optimizer, judge), source, evaluator, counts, State()), supplies)
+    assembly = assemble(Inputs(config, counts, PROMPTS, PROMPTS, [], [], rewards, rewards), model)
+    return Bench(Run(assembly, Path(), State()))
 
 
 def configuration(options: argparse.Namespace) -> Config:
@@ -184,7 +178,7 @@ def configuration(options: argparse.Namespace) -> Config:
         "prompts_per_step": options.prompts,
         "images_per_prompt": options.images_per_prompt,
         "images_per_pass": images // options.passes,
-        "max_bad_steps": 10**9,
+        "max_bad_steps": 10**6,
     }
     dynamics = {"name": "flow_sde", "eta": 0.7}
     sampler = {"steps": options.steps, "guidance": options.guidance, "window": {"size": options.window}, "dynamics": dynamics}

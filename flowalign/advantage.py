@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import PerImage
+from flowalign.settings import NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def deviation_of(reward: PerImage) -> Tensor:
 
 
 def group_advantage(
-    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "global", epsilon: float = 1e-4, clip: float = 5.0
+    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "global", epsilon: NonNegative = 1e-4, clip: Positive = 5.0
 ) -> PerImage:
     """Flow-GRPO's (arXiv 2505.05470): the combined reward, normalised. A group of equal rewards gets zeros.
 
@@ -57,7 +58,7 @@ def group_advantage(
     return normalised(rewards.combined, group, std, epsilon, clip)
 
 
-def gdpo(rewards: Rewards, group: Tensor, epsilon: float = 1e-4, clip: float = 5.0) -> PerImage:
+def gdpo(rewards: Rewards, group: Tensor, epsilon: NonNegative = 1e-4, clip: Positive = 5.0) -> PerImage:
     """GDPO (arXiv 2601.05242): every reward normalised by itself within its group, weighted, and the sum normalised over all.
 
     So a reward with a wide scale does not drown the others.
@@ -71,7 +72,7 @@ def gdpo(rewards: Rewards, group: Tensor, epsilon: float = 1e-4, clip: float = 5
 
 
 def win_rate(
-    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "group", epsilon: float = 1e-4, clip: float = 5.0
+    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "group", epsilon: NonNegative = 1e-4, clip: Positive = 5.0
 ) -> PerImage:
     """Pref-GRPO (arXiv 2508.20751): the share of its group that an image beats, ties a half, normalised.
 
@@ -87,7 +88,7 @@ def win_rate(
 
 
 def log_tamed(
-    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "global", epsilon: float = 1e-4, clip: float = 5.0
+    rewards: Rewards, group: Tensor, std: Literal["group", "global"] = "global", epsilon: NonNegative = 1e-4, clip: Positive = 5.0
 ) -> PerImage:
     """PaCo-GRPO (arXiv 2512.04784): rewards that vary more than the others, over their mean, enter as log(1 + reward).
 

@@ -1,11 +1,13 @@
 """Checkpoints that appear whole or not at all, adapters in diffusers' LoRA format; safetensors and JSON, never pickle."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +19,8 @@ from flowalign.experience import Judge
 from flowalign.policy import Policy
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+SUMS = "sha256.json"
+"""Of every file beside it, so that one changed bit is found."""
 
 
 @dataclass
@@ -29,6 +33,9 @@ class State:
     images: int = 0
     seconds: float = 0.0
     bad_steps: int = 0
+    """Updates in a row that were not applied."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of every step that was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +48,79 @@ class Learned:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place, flush it, then put it there under its name."""
-    beside = folder.with_name(f".{folder.name}.part")
+    """Fill a folder beside its place, flush it, then put it there under its name; what stood there stays until then."""
+    beside, before = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "before"))
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    write(beside)
-    for file in beside.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+    try:
+        write(beside)
+        for path in (*beside.rglob("*"), beside):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(before)
     beside.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Onto the disk, a file or a folder's list of names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """UserError that names the file unless every file is as `save_checkpoint` left it."""
+    for name, expected in read_json(folder / SUMS).items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing.")
+        if sha256(file) != expected:
+            raise UserError(f"{file} is damaged: it is not what was written.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object. UserError when it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: it holds no object.")
+    return found
 
 
 def save_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:
-    """One adapter as diffusers' `load_lora_weights` reads it, its alpha in the metadata."""
+    """One adapter as diffusers' `load_lora_weights` reads it, its alpha in the metadata. Equal adapters are equal files."""
     policy.model.pipeline_class.save_lora_weights(
         folder,
         transformer_lora_layers={key: value.contiguous().cpu() for key, value in policy.state(name).items()},
-        transformer_lora_adapter_metadata=policy.lora.to_dict(),
+        transformer_lora_adapter_metadata={**policy.lora.to_dict(), "target_modules": sorted(policy.lora.target_modules or [])},
     )
+    order_header(Path(folder) / ADAPTER_FILE)
+
+
+def order_header(file: Path) -> None:
+    """safetensors writes the entries of its header in any order; sort them."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def load_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:
@@ -79,27 +138,37 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def save_checkpoint(learned: Learned, state: State, run: Path, keep: int) -> Path:
-    """checkpoints/step-000100 with adapter, snapshots, optimiser, rewards and state; older ones beyond `keep` are removed."""
-    policy = learned.policy
+def save_checkpoint(learned: Learned, state: State, run: Path, keep: int, best: int | None = None) -> Path:
+    """checkpoints/step-000100 with adapter, snapshots, optimiser, rewards and state.
 
-    def write(folder: Path) -> None:
-        save_adapter(policy, folder)
-        for name in policy.snapshots:
-            save_adapter(policy, folder / "snapshots" / name, name)
-        save_file(_optimizer_tensors(learned.optimizer), folder / "optimizer.safetensors")
-        save_file(learned.judge.state(), folder / "rewards.safetensors")
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
-
-    folder = run / "checkpoints" / f"step-{state.step:06d}"
-    write_whole(folder, write)
+    Older ones beyond `keep` are removed, but not that of step `best`.
+    """
+    folder = place_of(run, state.step)
+    if not folder.exists():
+        write_whole(folder, lambda beside: write_learned(learned, state, beside))
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if best is None or old != place_of(run, best):
+            old.rename(gone := old.with_name(f".{old.name}.gone"))  # never half removed under its name
+            shutil.rmtree(gone)
     return folder
 
 
+def write_learned(learned: Learned, state: State, folder: Path) -> None:
+    """What a checkpoint holds, into a folder that is there."""
+    policy = learned.policy
+    save_adapter(policy, folder)
+    for name in policy.snapshots:
+        save_adapter(policy, folder / "snapshots" / name, name)
+    save_file(_optimizer_tensors(learned.optimizer), folder / "optimizer.safetensors")
+    save_file(learned.judge.state(), folder / "rewards.safetensors")
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
+    sums = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    (folder / SUMS).write_text(json.dumps(sums, indent=2))
+
+
 def load_checkpoint(learned: Learned, folder: Path) -> State:
-    """Put everything back as `save_checkpoint` found it."""
+    """Put everything back as `save_checkpoint` found it. UserError that names the file where it is damaged or another."""
+    verify(folder)
     policy = learned.policy
     load_adapter(policy, folder)
     for name in policy.snapshots:
@@ -107,14 +176,24 @@ def load_checkpoint(learned: Learned, folder: Path) -> State:
     _load_optimizer(learned.optimizer, read_tensors(folder / "optimizer.safetensors"))
     learned.judge.load_state(read_tensors(folder / "rewards.safetensors"))
     try:
-        return State(**json.loads((folder / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return State(**read_json(folder / "state.json"))
+    except TypeError as error:
         raise UserError(f"{folder / 'state.json'} is damaged: {error}") from None
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
+
+
+def place_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what a run that was killed had not finished writing or removing."""
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

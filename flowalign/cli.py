@@ -1,4 +1,4 @@
-"""The command line: flowalign train | sample. Exit status 0, 1 when a run failed, 2 when the input was wrong."""
+"""The command line: flowalign train | check | plan | sample | reward. Status 0, 1 for a failed run, 2 for wrong input."""
 
 import argparse
 import os
@@ -12,6 +12,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flowalign", description="Align text-to-image flow models with rewards.")
     commands = parser.add_subparsers(dest="command", required=True)
     _train_arguments(commands.add_parser("train", help="train an adapter as a YAML file says"))
+    _check_arguments(commands.add_parser("check", help="measure on its own model what could be wrong with a run"))
+    _plan_arguments(commands.add_parser("plan", help="what a run will need, before any weight is loaded"))
     _sample_arguments(commands.add_parser("sample", help="pictures of a model, or of a run before and after"))
     _reward_arguments(commands.add_parser("reward", help="try a reward out, or serve it to other machines"))
     options = parser.parse_args(argv)
@@ -30,9 +32,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.set_defaults(action=_train)
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.set_defaults(action=_check)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="how long a step takes by it: h100, a100-80, rtx-4090, ...")
+    parser.add_argument("--memory", type=float, metavar="GB", help="which train.images_per_pass fits; by default the GPU's")
+    parser.set_defaults(action=_plan)
+
+
+def _configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, such as configs/tiny/flow_grpo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
-    parser.set_defaults(action=_train)
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +76,7 @@ def _reward_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1 is this machine alone, 0.0.0.0 the network")
     serve.add_argument("--port", type=positive, default=8000)
     serve.add_argument("--token-variable", default="FLOWALIGN_TOKEN", help="environment variable that holds the token to ask for")
-    serve.add_argument("--max-megabytes", type=positive, default=256, help="the largest request that is read")
+    serve.add_argument("--max-megabytes", type=positive, default=256, help="the largest request, as sent and unpacked")
     serve.set_defaults(action=_reward_serve)
     listed = actions.add_parser("list", help="the built-in rewards")
     listed.set_defaults(action=_reward_list)
@@ -79,12 +97,35 @@ def _quiet() -> None:
 
 def _train(options: argparse.Namespace) -> None:
     _quiet()
-    from flowalign.config import load_config
+    from flowalign.config import load_config, naming
 
     config = load_config(options.config, options.overrides)
     from flowalign.trainer import train
 
-    train(config)
+    with naming(options.config):
+        train(config)
+
+
+def _check(options: argparse.Namespace) -> int:
+    _quiet()
+    from flowalign.config import load_config, naming
+
+    config = load_config(options.config, options.overrides)
+    from flowalign.check import check
+
+    with naming(options.config):
+        return 0 if check(config) else 1
+
+
+def _plan(options: argparse.Namespace) -> None:
+    _quiet()
+    from flowalign.config import load_config, naming
+    from flowalign.plan import report
+
+    config = load_config(options.config, options.overrides)
+    with naming(options.config):
+        for line in report(config, options.gpu, options.memory):
+            print(line)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -97,7 +138,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _reward_test(options: argparse.Namespace) -> int:
     _quiet()
     from flowalign.config import load_reward
-    from flowalign.probe import bundled_samples, samples_from, show
+    from flowalign.rewards.probe import bundled_samples, samples_from, show
 
     samples = samples_from(options.images) if options.images else bundled_samples()
     return 0 if show(load_reward(options.spec), samples) else 1
@@ -108,7 +149,7 @@ def _reward_serve(options: argparse.Namespace) -> None:
     from flowalign.config import load_reward
 
     try:
-        from flowalign.serving import serve
+        from flowalign.rewards.serving import serve
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'flowalign[serve]'.") from None
     serve(load_reward(options.spec), options.host, options.port, options.token_variable, options.max_megabytes)

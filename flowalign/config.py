@@ -1,29 +1,27 @@
 """From YAML to dataclasses: `extends`, overrides, and errors that name the file, the key and what to type."""
 
-import copy
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
 from flowalign.advantage import ADVANTAGES
 from flowalign.batch import Examples, Pairs, Prompts
 from flowalign.dynamics import DYNAMICS, ode
-from flowalign.errors import UserError
-from flowalign.models import MODELS
+from flowalign.errors import did_you_mean, similar_file, UserError
 from flowalign.models.base import ModelConfig
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.base import Objective
@@ -32,7 +30,9 @@ from flowalign.rewards import REWARDS
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import COMBINE, Combine
+from flowalign.settings import build, configure, Count, CountOrZero, mapping, Positive, Settings, Share
 from flowalign.sources import Ranking
+from flowalign.stopping import StopRule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS: dict[str, Any] = {
@@ -41,21 +41,19 @@ DEFAULTS: dict[str, Any] = {
     "advantage": {"name": "group"},
     "combine": {"name": "weighted_sum"},
 }
+WATCHED = ("diversity", "velocity_norm", "velocity_moved", "reconstruction_error", "chosen_preferred")
+"""What an evaluation says beside the rewards."""
 REPLACED = ("rewards",)
 """Maps that a child YAML or an override replaces as a whole."""
 
 
 @dataclass
-class Ema:
+class Ema(Settings):
     """An average of the trained adapter, evaluated and saved instead of it. `decay` 0 for none."""
 
-    decay: float = 0.0
-    every: int = 1
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    every: Count = 1
     """Updates between two steps of the average."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1 or self.every < 1:
-            raise UserError(f"train.ema is decay {self.decay} every {self.every}; write 0 <= decay < 1 and every >= 1.")
 
     @property
     def follow(self) -> Decay:
@@ -63,64 +61,42 @@ class Ema:
 
 
 @dataclass
-class Train:
+class Train(Settings):
     """The loop. The experiment is prompts, images and updates per step; memory only decides images_per_pass."""
 
-    steps: int = 100
-    prompts_per_step: int = 8
-    images_per_prompt: int = 8
-    updates_per_step: int = 1
+    steps: Count = 100
+    prompts_per_step: Count = 8
+    images_per_prompt: Count = 8
+    updates_per_step: Count = 1
     """Each on its share of the step's prompts; the later ones are off-policy, as published."""
-    images_per_pass: int = 8
-    learning_rate: float = 3e-4
-    warmup: int = 0
+    images_per_pass: Count = 8
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
+    warmup: CountOrZero = 0
     """Updates in which the learning rate rises from 0."""
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
+    weight_decay: Share = 1e-4
+    max_grad_norm: Positive = 1.0
     ema: Ema = field(default_factory=Ema)
-    seed: int = 0
-    save_every: int = 50
-    evaluate_every: int = 50
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    save_every: Count = 50
+    evaluate_every: CountOrZero = 50
     """Steps; 0 for only before and after."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints that stay."""
     drop_equal_groups: bool = False
     """Whether images of a prompt whose rewards are all equal are left out, instead of having advantage 0."""
-    max_bad_steps: int = 3
+    max_bad_steps: Count = 3
     """Updates with a loss or gradient that is not finite, which are not applied, before the run stops."""
-
-    def __post_init__(self) -> None:
-        counts = (
-            "steps",
-            "prompts_per_step",
-            "images_per_prompt",
-            "updates_per_step",
-            "images_per_pass",
-            "save_every",
-            "keep",
-            "max_bad_steps",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
-        if self.evaluate_every < 0:
-            raise UserError(f"train.evaluate_every is {self.evaluate_every}; write 0 for never, or a number of steps.")
-        for name in ("warmup", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be 0 or more.")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"train.max_grad_norm is {self.max_grad_norm}; it must be above 0.")
-        if not 0 < self.learning_rate < 1:
-            raise UserError(f"train.learning_rate is {self.learning_rate}; write a number above 0 and below 1, such as 3e-4.")
+    stop: dict[str, StopRule] = field(default_factory=dict)
+    """Of metrics by name, when to stop early; the best evaluated weights are handed over then."""
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Settings):
     """Fixed prompts and noise, before and after, by the ODE."""
 
     prompts: str = ""
     """A prompt file; empty for the training prompts."""
-    images_per_prompt: int = 1
+    images_per_prompt: Count = 1
     rewards: dict[str, Any] = field(default_factory=dict)
     """As the training rewards; none for the training rewards themselves."""
     pairs: str = ""
@@ -158,6 +134,16 @@ class Config:
     raw: dict[str, Any]
 
     @property
+    def judged_by(self) -> tuple[str, int]:
+        """The metric by which one evaluation is better than another, and 1 where more of it is better, or -1."""
+        for name, rule in self.train.stop.items():
+            if rule.falling or rule.rising:
+                return name, 1 if rule.falling else -1
+        if self.evaluation.rewards:
+            return f"eval/{reward_name(next(iter(self.evaluation.rewards)))}", 1
+        return ("eval/chosen_preferred", 1) if self.objective.learns_from is Pairs else ("eval/reconstruction_error", -1)
+
+    @property
     def evaluation_sampler(self) -> Sampler:
         return dataclasses.replace(self.sampler, dynamics=ode, same_noise=False, **self.evaluation.sampler)
 
@@ -165,10 +151,15 @@ class Config:
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read, merge and check a YAML file. UserError says what to type instead; no weights are loaded."""
     raw = read_yaml(Path(path))
-    for override in overrides or []:
-        raw = merge(raw, parse_override(override))
+    with naming(path):
+        return build_config(overridden(raw, overrides or []), Path(path))
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """What is wrong in here is said of this file."""
     try:
-        return build_config(raw, Path(path))
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -178,34 +169,81 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in [child.resolve() for child in children]:
         raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, children))}.")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}.{_similar_file(path)}") from None
+        raise UserError(f"there is no file {path}.{similar_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read: {error}; give a YAML file, saved as UTF-8.") from None
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections such as `model:` and `train:`, found {type(raw).__name__}.")
-    parent = raw.pop("extends", None)
-    if parent is None:
+        found = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"{path}: expected sections such as `model:` and `train:`, found {found}.")
+    if "extends" not in raw:
         return raw
-    for place in (path.parent / str(parent), CONFIGS / str(parent)):
-        if place.is_file():
+    parent = raw.pop("extends")
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends is {parent!r}; write one file, such as base/tiny-sd3.yaml.")
+    for place in (path.parent / parent, CONFIGS / parent):
+        if os.path.isfile(place):
             return merge(read_yaml(place, (*children, path)), raw)
-    raise UserError(
-        f"{path}: extends: there is no file {parent} beside it or under configs/.{_similar_file(CONFIGS / str(parent))}"
-    )
+    raise UserError(f"{path}: extends: there is no file {parent} beside it or under configs/.{similar_file(CONFIGS / parent)}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; this reads it as the number it is."""
+    """Numbers are decimal: 1e-4 is one, and neither 010 nor 1:30 is 8 or 90. Keys written twice are refused, and loops."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark)
+        return node
+
+    def construct_document(self, node: Any) -> Any:
+        return self.construct_object(node, deep=True)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
 )
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """UserError where it is not YAML, or has a value that its tag cannot read."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise UserError(f"{what} is not YAML: {reason}") from None
+
+
+def overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A file with overrides laid over it, in their order. UserError for one that would have no effect."""
+    given = [(text.partition("=")[0], text, parse_override(text)) for text in overrides]
+    for key, _, nested in given:
+        raw = merge(raw, nested, replaced=() if {*key.split(".")[:-1]} & {*REPLACED} else REPLACED)
+    for i, (key, text, nested) in enumerate(given):
+        if key not in [later for later, _, _ in given[i + 1 :]] and not _holds(raw, nested):
+            raise UserError(
+                f"{text!r} would have no effect: an empty map changes nothing, and a section whose name changes later loses "
+                f"its other keys; name a key of {key.partition('.')[0]}, and a section's name before its other keys."
+            )
+    return raw
+
+
+def _holds(raw: Any, asked: Any) -> bool:
+    """Whether every key that was asked for is there; what is asked for as an empty map must be one."""
+    if not isinstance(asked, dict):
+        return True
+    return isinstance(raw, dict) and (all(key in raw and _holds(raw[key], asked[key]) for key in asked) if asked else not raw)
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -213,23 +251,20 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{text!r} is not an override; write section.key=value, for example train.steps=10.")
-    try:
-        nested: Any = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    nested: Any = parse_yaml(value, f"{text!r}: the value")
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return nested
 
 
-def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+def merge(parent: dict[str, Any], child: dict[str, Any], replaced: tuple[str, ...] = REPLACED) -> dict[str, Any]:
     """The child over the parent. Reward maps replace; so does a section whose `name` changes; others merge."""
     merged = dict(parent)
     for key, value in child.items():
         before = merged.get(key)
-        if isinstance(before, dict) and isinstance(value, dict) and key not in REPLACED:
+        if isinstance(before, dict) and isinstance(value, dict) and key not in replaced:
             renamed = "name" in value and value["name"] != before.get("name")
-            merged[key] = value if renamed else merge(before, value)
+            merged[key] = value if renamed else merge(before, value, replaced)
         else:
             merged[key] = value
     return merged
@@ -240,40 +275,30 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "raw"]
     for key in raw:
         if key not in sections:
-            raise UserError(
-                f"Key {key!r} is not a section.{_did_you_mean(key, sections)} The sections are {', '.join(sections)}."
-            )
+            near = did_you_mean(key, [*sections, "extends"]) if key != "extends" else " It belongs in the file."
+            raise UserError(f"Key {key!r} is not a section.{near} The sections are {', '.join(sections)}.")
     raw = merge(DEFAULTS, raw)
     for key in ("model", "data"):
         if key not in raw:
-            raise UserError(f"the section {key!r} is missing.")
-    model = raw["model"]
-    name = model.get("name") if isinstance(model, dict) else model
-    if not isinstance(name, str) or name not in MODELS:
-        raise UserError(f"model.name is {name!r}; the models are {', '.join(MODELS)}.{_did_you_mean(name, MODELS)}")
+            raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
     config = Config(
-        model=build(ModelConfig, model, "model"),
+        model=build(ModelConfig, raw["model"], "model"),
         sampler=build_sampler(raw["sampler"]),
-        objective=checked_objective(build_named(OBJECTIVES, raw["objective"], "objective")),
-        advantage=build_named(ADVANTAGES, raw["advantage"], "advantage"),
-        combine=build_named(COMBINE, raw["combine"], "combine"),
+        objective=build_named(OBJECTIVES, raw["objective"], "objective", Objective),
+        advantage=build_named(ADVANTAGES, raw["advantage"], "advantage", ("rewards", "group")),
+        combine=build_named(COMBINE, raw["combine"], "combine", Combine),
         rewards=checked_rewards(raw.get("rewards", {}), "rewards"),
         data=build(Data, raw["data"], "data"),
         train=build(Train, raw.get("train", {}), "train"),
         evaluation=build(Evaluation, raw.get("evaluation", {}), "evaluation"),
-        output=checked_output(raw.get("output") or str(Path("outputs") / path.stem)),
+        output=checked_output(raw.get("output", str(Path("outputs") / path.stem))),
         raw=raw,
     )
     check_evaluation(config)
     check_experience(config)
     check_combine(config)
+    check_stop(config)
     return config
-
-
-def checked_objective(objective: Any) -> Objective:
-    if not isinstance(objective, Objective):
-        raise UserError(f"objective: {type(objective).__name__} must be a subclass of flowalign.objectives.base.Objective.")
-    return objective
 
 
 def check_experience(config: Config) -> None:
@@ -299,6 +324,17 @@ def check_experience(config: Config) -> None:
         raise UserError(f"{found}; name at least one, for example rewards: {{scene_match: 1.0}}.")
     if kind is not Prompts and train.images_per_prompt < 2:
         raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
+    if config.sampler.same_noise and not config.sampler.stochastic_steps(0, 0):
+        raise UserError(
+            "sampler.same_noise is true, but sampler.dynamics adds no noise, so all images of a prompt would be one; write false."
+        )
+    if objective.learns_once and train.updates_per_step > 1:
+        raise UserError(f"train.updates_per_step is {train.updates_per_step}, but {name} learns from a rollout once; write 1.")
+    if kind is Pairs and 2 * data.ranking.top > train.images_per_prompt:
+        half = train.images_per_prompt // 2
+        raise UserError(
+            f"data.ranking.top is {data.ranking.top}, but a prompt has {train.images_per_prompt} images; write {half}."
+        )
     objective.check(config.sampler)
 
 
@@ -315,89 +351,85 @@ def check_combine(config: Config) -> None:
         )
 
 
+def check_stop(config: Config) -> None:
+    """Whether the metrics that may stop the run are looked at."""
+    if config.train.stop and not config.train.evaluate_every:
+        raise UserError("train.stop looks at evaluations, but train.evaluate_every is 0; write a number of steps.")
+    known = [f"eval/{reward_name(name)}" for name in config.evaluation.rewards] + [f"eval/{name}" for name in WATCHED]
+    for name in config.train.stop:
+        if name.startswith("eval/") and name not in known:
+            raise UserError(
+                f"train.stop: there is no metric {name!r}; choose from {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+
+
 def reward_name(spec: str) -> str:
     """What a reward is logged by."""
     return spec.partition("://")[2] or spec.rpartition(":")[2]
 
 
 def checked_output(output: Any) -> str:
-    if not isinstance(output, str) or "${" in output:
+    if not isinstance(output, str) or not output or "${" in output:
         raise UserError(f"output is {output!r}; write a folder, such as outputs/first.")
+    try:
+        possible = stat.S_ISDIR(os.stat(output).st_mode)
+    except (FileNotFoundError, PermissionError):
+        possible = True
+    except (OSError, ValueError):
+        possible = False
+    if not possible:
+        raise UserError(f"output is {output!r}, which cannot be a folder; write another, such as outputs/first.")
     return output
 
 
 def check_evaluation(config: Config) -> None:
     """The evaluation's own rewards and sampler."""
     evaluation = config.evaluation
-    if evaluation.images_per_prompt < 1:
-        raise UserError(f"evaluation.images_per_prompt is {evaluation.images_per_prompt}; it must be 1 or more.")
     evaluation.rewards = checked_rewards(evaluation.rewards, "evaluation.rewards") if evaluation.rewards else config.rewards
     allowed = ("steps", "guidance", "embedded_guidance")
     for key in evaluation.sampler:
         if key not in allowed:
-            raise UserError(f"Key {key!r} is not one of evaluation.sampler: {', '.join(allowed)}.{_did_you_mean(key, allowed)}")
+            near = did_you_mean(key, allowed)
+            raise UserError(f"Key evaluation.sampler.{key} is not known.{near} evaluation.sampler has {', '.join(allowed)}.")
     checked = build(Sampler, dict(evaluation.sampler), "evaluation.sampler")
     evaluation.sampler = {key: getattr(checked, key) for key in evaluation.sampler}
+    for key, sampler in (("sampler", config.sampler), ("evaluation.sampler", config.evaluation_sampler)):
+        if config.model.name != "flux" and sampler.embedded_guidance != Sampler.embedded_guidance:
+            found = f"{key}.embedded_guidance is {sampler.embedded_guidance}"
+            raise UserError(f"{found}, but model.name is {config.model.name}, and only flux is told it; write guidance instead.")
 
 
 def build_sampler(section: Any) -> Sampler:
-    section = _mapping(section, "sampler")
-    dynamics = build_named(DYNAMICS, section["dynamics"], "sampler.dynamics")
-    eta = dynamics.keywords["eta"] if isinstance(dynamics, partial) else 0
-    if not 0 <= eta < math.inf or (section["dynamics"]["name"] == "cps" and eta > 1):
-        raise UserError(f"sampler.dynamics.eta is {eta}; write a number of 0 or more, for cps at most 1.")
+    section = mapping(section, "sampler")
+    dynamics = build_named(DYNAMICS, section["dynamics"], "sampler.dynamics", ("x", "v", "t", "s"))
     settings = build(Sampler, {k: v for k, v in section.items() if k != "dynamics"}, "sampler")
-    return dataclasses.replace(settings, dynamics=dynamics)
+    sampler = dataclasses.replace(settings, dynamics=dynamics)
+    sampler.stochastic_steps(0, 0)  # UserError where the window does not fit
+    return sampler
 
 
-def build(cls: Any, section: Any, key: str) -> Any:
-    """A dataclass from a mapping: types checked, unknown keys answered with the nearest, `__post_init__` run."""
-    section = _mapping(section, key)
-    _check_keys(section, cls, key)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), section))
-    except OmegaConfBaseException as error:
-        where = ".".join(filter(None, (key, error.full_key)))
-        reason = str(error).splitlines()[0]
-        if "MISSING" in reason or "mandatory" in reason.lower():
-            raise UserError(f"{where} is missing.") from None
-        raise UserError(f"{where}: {reason}") from None
-
-
-def build_named(table: dict[str, Any], section: Any, key: str) -> Any:
-    """The entry of the table that `name` asks for, with the section's other fields as its settings."""
-    section = _mapping(section, key)
+def build_named(table: dict[str, Any], section: Any, key: str, kind: type | tuple[str, ...]) -> Any:
+    """What `name` asks for, with the section's other fields as its settings: of a class, or a function of these arguments."""
+    section = mapping(section, key)
     name = section.get("name")
     if not isinstance(name, str):
         raise UserError(f"{key}.name is {'missing' if name is None else repr(name)}; choose from {', '.join(table)}.")
     place = table.get(name, name)
-    entry = imported(place, key, table) if isinstance(place, str) else place
-    return configure(entry, {k: v for k, v in section.items() if k != "name"}, key)
+    entry = imported(place, f"{key}.name", table) if isinstance(place, str) else place
+    made = configure(entry, {k: v for k, v in section.items() if k != "name"}, key, ("name",))
+    if isinstance(kind, type) and not isinstance(made, kind):
+        raise UserError(f"{key}.name: {type(made).__name__} must be a subclass of {kind.__module__}.{kind.__name__}.")
+    if isinstance(kind, tuple) and not takes(made, len(kind)):
+        raise UserError(f"{key}.name: {name} must be a function of ({', '.join(kind)}).")
+    return made
 
 
-def configure(entry: Any, settings: dict[str, Any], key: str) -> Any:
-    """An instance of a class, or a function with its keyword settings bound. UserError when that cannot be."""
-    if not callable(entry):
-        raise UserError(f"{key}: {entry!r} is neither a function nor a class.")
+def takes(function: Any, count: int) -> bool:
+    """Whether it can be called with so many arguments."""
     try:
-        if dataclasses.is_dataclass(entry):
-            return build(entry, settings, key)
-        arguments = dataclasses.asdict(build(settings_class(entry), settings, key))
-        return entry(**arguments) if inspect.isclass(entry) else partial(entry, **arguments) if arguments else entry
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{key} cannot be made: {type(error).__name__}: {error}") from error
-
-
-def settings_class(entry: Callable[..., Any]) -> type:
-    """A dataclass of a function's arguments that have defaults."""
-    fields = [
-        (p.name, Any if p.annotation is p.empty else p.annotation, field(default_factory=partial(copy.deepcopy, p.default)))
-        for p in inspect.signature(entry).parameters.values()
-        if p.default is not p.empty
-    ]
-    return dataclasses.make_dataclass("Settings", fields)
+        return bool(inspect.signature(function).bind(*range(count)))
+    except (TypeError, ValueError):
+        return False
 
 
 def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
@@ -406,18 +438,18 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
     if not colon:
         raise UserError(
             f"{key}: there is no {spec!r}; choose from {', '.join(table)}, "
-            f'or name your own: "my_file.py:{spec}".{_did_you_mean(spec, table)}'
+            f'or name your own: "my_file.py:{spec}".{did_you_mean(spec, table)}'
         )
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except FileNotFoundError:
-        raise UserError(f"{key}: there is no file {place} (looked in {Path.cwd()}).") from None
+        raise UserError(f"{key}: there is no file {place} (looked in {Path.cwd()}).{similar_file(place)}") from None
     except Exception as error:
         raise UserError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     if name not in vars(module):
         public = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         raise UserError(
-            f"{key}: {place} has no {name!r}; it has {', '.join(public) or 'no functions'}.{_did_you_mean(name, public)}"
+            f"{key}: {place} has no {name!r}; it has {', '.join(public) or 'no functions'}.{did_you_mean(name, public)}"
         )
     return vars(module)[name]
 
@@ -445,12 +477,15 @@ def _import_file(path: Path) -> Any:
 
 def checked_rewards(section: Any, key: str) -> dict[str, Any]:
     """A map of names to weights or settings, checked but not loaded."""
-    section = _mapping(section, key)
+    section = mapping(section, key)
+    names = [reward_name(name) for name in section]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{key}: two rewards are called {twice[0]!r}; they are logged by name, so rename one.")
     for name, value in section.items():
         if name not in REWARDS and ":" not in str(name):
             raise UserError(
                 f"{key}: there is no reward {name!r}; choose from {', '.join(REWARDS)}, "
-                f'or name your own: "my_rewards.py:{name}".{_did_you_mean(name, REWARDS)}'
+                f'or name your own: "my_rewards.py:{name}".{did_you_mean(name, REWARDS)}'
             )
         weight = value.get("weight", 1.0) if isinstance(value, dict) else value
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -473,20 +508,14 @@ def load_rewards(section: dict[str, Any], key: str = "rewards") -> list[Reward]:
             place, settings = "flowalign.rewards.web:WebReward", {"url": name, **settings}
         else:
             place = REWARDS.get(name, name)
-        function = configure(imported(place, f"{key}.{name}", REWARDS), settings, f"{key}.{name}")
+        function = configure(imported(place, f"{key}.{name}", REWARDS), settings, f"{key}.{name}", ("weight",))
         rewards.append(make_reward(reward_name(name), function, weight))
-    names = [reward.name for reward in rewards]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{key}: two rewards are called {twice.pop()!r}; they are logged by name, so rename one.")
     return rewards
 
 
 def load_reward(spec: str) -> Reward:
     """One reward as the command line names it: its name, or a map of it with its settings."""
-    try:
-        section = yaml.load(spec, Loader=_Loader) if spec.lstrip().startswith("{") else {spec: 1.0}
-    except yaml.YAMLError as error:
-        raise UserError(f"{spec!r} is not YAML: {' '.join(str(error).split())}") from None
+    section = parse_yaml(spec, repr(spec)) if spec.lstrip().startswith("{") else {spec: 1.0}
     rewards = load_rewards(checked_rewards(section, "reward"), "reward")
     if len(rewards) != 1:
         raise UserError(f"{spec} names {len(rewards)} rewards; write one, such as '{{clip_score: {{path: FOLDER}}}}'.")
@@ -497,35 +526,3 @@ def describe_rewards() -> dict[str, str]:
     """The first sentence of every built-in reward."""
     entries = {name: imported(place, name, REWARDS) for name, place in REWARDS.items()}
     return {name: (inspect.getdoc(entry) or "").splitlines()[0] for name, entry in entries.items()}
-
-
-def _mapping(section: Any, key: str) -> dict[str, Any]:
-    if not isinstance(section, dict):
-        raise UserError(f"{key} is {section!r}; write its settings as {key}: {{...}}.")
-    for name, value in section.items():
-        if isinstance(value, str) and "${" in value:
-            raise UserError(f"{key}.{name} is {value!r}; values are taken as they stand, ${{...}} is not filled in.")
-    return {str(name): value for name, value in section.items()}
-
-
-def _check_keys(section: dict[str, Any], cls: Any, key: str) -> None:
-    """Unknown keys, here and in nested dataclasses, answered with the nearest."""
-    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    if section and not known:
-        raise UserError(f"{key} has no settings, but {', '.join(section)} is given.")
-    for name, value in section.items():
-        if name not in known:
-            raise UserError(f"Key {key}.{name} is not known.{_did_you_mean(name, known)} {key} has {', '.join(known)}.")
-        kind = known[name].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            _check_keys(_mapping(value, f"{key}.{name}"), kind, f"{key}.{name}")
-
-
-def _did_you_mean(word: Any, choices: Any) -> str:
-    near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _similar_file(path: Path) -> str:
-    folder = path.parent
-    return _did_you_mean(path.name, [p.name for p in folder.iterdir()]) if folder.is_dir() else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from flowalign.errors import UserError
+from flowalign.errors import similar_file, UserError
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
     """Prompts of a `.txt` (one a line) or `.jsonl` file (objects with `prompt`). UserError names the file and the line."""
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{key}: {path} is neither a .txt nor a .jsonl file.")
+        raise UserError(f"{key}: {path} is neither a .txt nor a .jsonl file; write one of these, with a prompt a line.")
     if path.suffix == ".txt":
         prompts = [Prompt(line.strip()) for line, _ in _lines(path, key)]
     else:
         prompts = [_prompt_of(found, where) for found, where in read_objects(path, key)]
     if not prompts:
-        raise UserError(f"{key}: {path} has no prompts.")
+        raise UserError(f"{key}: {path} has no prompts; write one a line.")
     return prompts
 
 
@@ -37,7 +37,7 @@ def read_objects(path: Path, key: str) -> list[tuple[dict[str, Any], str]]:
     for line, where in _lines(path, key):
         try:
             found = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         objects.append((found if isinstance(found, dict) else {}, where))
     return objects
@@ -47,9 +47,9 @@ def _lines(path: Path, key: str) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{key}: there is no file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path} cannot be read: {error}") from None
+        raise UserError(f"{key}: there is no file {path}.{similar_file(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {path} cannot be read: {error}; give a file of text, saved as UTF-8.") from None
     return [(line, f"{key}: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 

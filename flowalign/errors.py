@@ -1,4 +1,10 @@
-"""The two ways a run ends badly; `cli.main` turns them into one message and an exit status."""
+"""The two ways a run ends badly, which `cli.main` turns into one message and an exit status, and what was probably meant."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -7,3 +13,15 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run failed while running, by a reward for example: exit status 1."""
+
+
+def did_you_mean(word: Any, choices: Iterable[Any]) -> str:
+    """The nearest choice as the end of a message, or nothing."""
+    near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def similar_file(path: str | Path) -> str:
+    """The nearest name in the same folder as the end of a message, or nothing."""
+    folder, name = os.path.split(path)
+    return did_you_mean(name, os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ""

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
 from flowalign import processes
 from flowalign.batch import Examples, Pairs, Rollout
+from flowalign.checkpoint import read_tensors
 from flowalign.data import Prompt
+from flowalign.errors import RunError
 from flowalign.experience import collect, Judge, make_prompts
 from flowalign.flow import add_noise, mean_square, PerImage
 from flowalign.objectives.base import ForwardTimes
@@ -33,6 +35,8 @@ class Scores:
     shown: Tensor  # (n,)  index of their prompts
     held_out: dict[str, Tensor] = field(default_factory=dict)
     """(M,) each: figures of every entry of evaluation.pairs."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What tells of over-optimisation: `diversity`, `velocity_norm` and `velocity_moved`."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -42,11 +46,14 @@ class Scores:
         path.parent.mkdir(parents=True, exist_ok=True)
         figures = {"reward": self.rewards, "held_out": self.held_out}
         named = {f"{kind}/{name}": score.contiguous() for kind, scores in figures.items() for name, score in scores.items()}
-        save_file({"prompt": self.prompt, "images": self.images, "shown": self.shown, **named}, path)
+        beside = path.with_name(f".{path.name}.part")
+        save_file({"prompt": self.prompt, "images": self.images, "shown": self.shown, **named}, beside)
+        beside.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> "Scores":
-        found = load_file(path)
+        """UserError when the file is damaged."""
+        found = read_tensors(path)
         rewards, held_out = (
             {name.removeprefix(kind): found[name] for name in found if name.startswith(kind)} for kind in ("reward/", "held_out/")
         )
@@ -67,8 +74,9 @@ class Evaluator:
     held_out: "HeldOut | None" = None
 
     def __call__(self, policy: Policy) -> Scores:
-        scores = self.judged(self.passes(policy))
-        return replace(scores, held_out=self.held_out(policy)) if self.held_out else scores
+        rollout, scores = self._judged(self.passes(policy))
+        held_out = self.held_out(policy) if self.held_out else {}
+        return replace(scores, held_out=held_out, figures=watched(policy, rollout))
 
     @property
     def members(self) -> list[tuple[int, int]]:
@@ -77,14 +85,20 @@ class Evaluator:
         return [(prompt, image) for prompt in mine for image in range(self.images_per_prompt)]
 
     def judged(self, made: Iterable[Rollout]) -> Scores:
-        """The scores of this process's pictures, pass by pass."""
+        """The scores of this process's pictures, pass by pass. RunError when one is infinite."""
+        return self._judged(made)[1]
+
+    def _judged(self, made: Iterable[Rollout]) -> tuple[Rollout | None, Scores]:
         names = [reward.name for reward in self.judge.rewards]
         rollout, scores = self.judge.score(made)
         keys = torch.tensor(self.members).view(-1, 2)
         table = processes.gather(torch.cat([keys, *(score[:, None] for score in scores.values())], 1))
         table = table[sorted(range(len(table)), key=lambda row: table[row, :2].tolist())]
+        by_name = dict(zip(names, table[:, 2:].T, strict=True))
+        if infinite := [name for name, score in by_name.items() if score.isinf().any()]:
+            raise RunError(f"evaluation.rewards.{infinite[0]} was infinite for a picture.")
         images, shown = self.pictures([rollout] if rollout else [])
-        return Scores(table[:, 0].long(), dict(zip(names, table[:, 2:].T, strict=True)), images, shown)
+        return rollout, Scores(table[:, 0].long(), by_name, images, shown)
 
     def passes(self, policy: Policy) -> Iterator[Rollout]:
         """This process's pictures, without their paths."""
@@ -97,7 +111,8 @@ class Evaluator:
         keys = [(self.seed, EVALUATION_STEP, prompt, image) for prompt, image in piece]
         batch = make_prompts(policy, [self.prompts[prompt] for prompt, _ in piece], keys)
         rollout = collect(policy, batch, self.images_per_pass, "evaluation")
-        return replace(rollout, path=rollout.path[:, -1:])
+        without = rollout.cond.map(lambda embeds: embeds[..., :0])  # of thousands of pictures they would fill a GPU
+        return replace(rollout, path=rollout.path[:, -1:], cond=without)
 
     def pictures(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
         """The pictures to look at, of all processes, as bytes, and the index of their prompts."""
@@ -141,6 +156,43 @@ class HeldOut:
         number = self.batch.keys[:, 2].to(self.batch.device)
         table = processes.gather(torch.stack([number, *figures.values()], 1))
         return dict(zip(figures, table[table[:, 0].argsort()][:, 1:].T, strict=True))
+
+
+@torch.no_grad()
+def watched(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
+    """How different the pictures of a prompt are, and how far the velocities stand from the base model's, over all processes.
+
+    `diversity`: the mean over prompts of the root mean square difference of two of its pictures, of 16 × 16 pixels in [0, 1],
+    where prompts have several. `velocity_norm`: ‖v‖ / ‖v_ref‖, `velocity_moved`: ‖v - v_ref‖² / ‖v_ref‖²; the means over each
+    process's first pass of pictures, at fixed times and noise.
+    """
+    mine = [[diversity(rollout), *departure(policy, rollout[: policy.images_per_pass])]] if rollout else []
+    everyone = processes.gather(torch.tensor(mine).view(-1, 3)).nanmean(0)
+    names = "diversity", "velocity_norm", "velocity_moved"
+    return {name: value for name, value in zip(names, everyone.tolist(), strict=True) if not math.isnan(value)}
+
+
+def departure(policy: Policy, rollout: Rollout) -> tuple[float, float]:
+    """`velocity_norm` and `velocity_moved` of a few pictures."""
+    cond = policy.encode(rollout.prompts)
+    norm, moved = [], []
+    for draw in ForwardTimes(count=4)(rollout):
+        xt, _ = add_noise(rollout.x0, draw.t, draw.noise)
+        v, v_ref = policy.velocity(xt, draw.t, cond), policy.at("reference").velocity(xt, draw.t, cond)
+        norm.append((mean_square(v) / mean_square(v_ref)).sqrt())
+        moved.append(mean_square(v - v_ref) / mean_square(v_ref))
+    return torch.stack(norm).mean().item(), torch.stack(moved).mean().item()
+
+
+def diversity(rollout: Rollout) -> float:
+    """Of this process's pictures; NaN where no prompt has two."""
+    small = torch.nn.functional.adaptive_avg_pool2d(rollout.images.float() / 255, 16).flatten(1)
+    means = []
+    for label in rollout.group.unique():
+        pixels = small[rollout.group == label]
+        if len(pixels) > 1:
+            means.append(torch.nn.functional.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
+    return torch.stack(means).mean().item() if means else math.nan
 
 
 def paired_difference(before: Scores, after: Scores) -> dict[str, tuple[float, float, float]]:

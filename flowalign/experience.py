@@ -1,5 +1,6 @@
 """From prompts to judged rollouts: collect, and judge."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ class Counts:
             )
         total = self.images_per_update
         if total % self.images_per_pass:
-            fitting = [n for n in range(1, total + 1) if total % n == 0]
+            fitting = sorted({d for n in range(1, math.isqrt(total) + 1) if total % n == 0 for d in (n, total // n)})
             near = [max(n for n in fitting if n <= self.images_per_pass), *(n for n in fitting if n > self.images_per_pass)]
             raise UserError(
                 f"train.images_per_pass is {self.images_per_pass}, but an update has {total} images on each "
@@ -59,6 +60,14 @@ class Counts:
         share = self.prompts_per_step // self.updates_per_step // self.processes
         starts = [(update * self.processes + rank) * share for update in range(self.updates_per_step)]
         return [slot for start in starts for slot in range(start, start + share)]
+
+
+class NotFinite(RunError):
+    """A reward was infinite, so nothing can be learned from this rollout."""
+
+    def __init__(self, message: str, rollout: Rollout):
+        super().__init__(message)
+        self.rollout = rollout
 
 
 def make_prompts(policy: Policy, prompts: list[Prompt], keys: list[tuple[int, int, int, int]]) -> Prompts:
@@ -126,19 +135,12 @@ class Judge:
 
         Rewards of groups are asked when all is made. RunError on all processes when a reward fails on one.
         """
-        pieces, waiting = [], []
-        with ThreadPoolExecutor(1) as aside:
-            for piece in made:
-                pieces.append(piece)
-                waiting += [aside.submit(self._pointwise, part) for part in piece.pieces(self.images_per_pass)]
-            try:
-                scored = [task.result() for task in waiting]
-                whole = concatenate_rollouts(pieces) if pieces else None
-                by_group = self._by_group(whole) if whole else {}
-            except RunError as error:
-                aside.shutdown(wait=False, cancel_futures=True)
-                processes.fail_together(error)
-                raise
+        try:
+            whole, scored = self._made_and_scored(made)
+            by_group = self._by_group(whole) if whole else {}
+        except RunError as error:
+            processes.fail_together(error)
+            raise
         processes.fail_together(None)
         empty = torch.zeros(0)
         scores = {
@@ -148,6 +150,21 @@ class Judge:
             for reward in self.rewards
         }
         return whole, scores
+
+    def _made_and_scored(self, made: Iterable[Rollout]) -> tuple[Rollout | None, list[dict[str, PerImage]]]:
+        """The images, and the scores of every pass; no more is made or asked once a reward has failed."""
+        pieces, waiting = [], []
+        aside = one_thread(self.device)
+        try:
+            for piece in made:
+                pieces.append(piece)
+                waiting += [aside.submit(self._pointwise, part) for part in piece.pieces(self.images_per_pass)]
+                if any(task.done() and task.exception() for task in waiting):
+                    break
+            scored = [task.result() for task in waiting]
+        finally:
+            aside.shutdown(wait=False, cancel_futures=True)
+        return concatenate_rollouts(pieces) if pieces else None, scored
 
     def _pointwise(self, piece: Rollout) -> dict[str, PerImage]:
         images = piece.images.to(self.device).float() / 255
@@ -165,13 +182,18 @@ class Judge:
         return scores
 
     def __call__(self, made: Iterable[Rollout]) -> tuple[Rollout, dict[str, float]]:
-        """The whole rollout with rewards and advantages, and what to log of them. Images without a score teach nothing."""
+        """The whole rollout with rewards and advantages, and what to log of them. Images without a score teach nothing.
+
+        NotFinite, on all processes, when a reward is infinite.
+        """
         rollout, scored = self.score(made)
         assert rollout is not None
         names = [reward.name for reward in self.rewards]
         everyone = processes.gather(torch.stack([*scored.values(), rollout.group.float()], 1))
         scores = dict(zip(names, everyone.T, strict=False))
         group = everyone[:, -1].long()
+        if infinite := [name for name, score in scores.items() if score.isinf().any()]:
+            raise NotFinite(f"rewards.{infinite[0]} was infinite", rollout)
         self.combine.follow(scores)
         reward = self.combine(scores, self.weights)
         incomplete = lacking(scores, group)
@@ -214,6 +236,13 @@ class Judge:
         parts = {"combine": self.combine.load_state, **{f"rewards/{name}": r.load_state for name, r in self.learners.items()}}
         for part, load in parts.items():
             load({name.removeprefix(f"{part}/"): value for name, value in state.items() if name.startswith(f"{part}/")})
+
+
+def one_thread(device: torch.device) -> ThreadPoolExecutor:
+    """Works on the same GPU as this thread; a new thread would begin on the first."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1)
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
 
 
 def lacking(scores: dict[str, PerImage], group: torch.Tensor) -> torch.Tensor:

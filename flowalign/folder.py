@@ -2,51 +2,80 @@
 
 import json
 import resource
-from dataclasses import asdict, is_dataclass
+import shutil
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from flowalign import checkpoint, processes
+from flowalign.batch import Batch
 from flowalign.config import Config
 from flowalign.data import read_prompts
 from flowalign.errors import UserError
 from flowalign.pairs import read_examples
 from flowalign.policy import Policy
-from flowalign.tracking import environment
+from flowalign.tracking import environment, to_json
 
 BEFORE = Path("evaluation") / "before.safetensors"
+FAILURES = "failures"
 MAY_CHANGE = (
-    *("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep"),
+    *("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep", "train.stop", "train.max_bad_steps"),
     *("train.learning_rate", "train.images_per_pass", "model.gradient_checkpointing", "model.attention"),
 )
-"""Keys that may differ when a run goes on."""
+"""Keys that may differ, with all below them, when a run goes on."""
 
 
 def open_folder(folder: Path, config: Config, learned: checkpoint.Learned) -> checkpoint.State:
     """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
     resolved = resolve(config)
     if saved := checkpoint.checkpoints(folder):
-        before = yaml.safe_load((folder / "config.yaml").read_text())
-        if changed := sorted(key for key in differing(before, resolved) if key not in MAY_CHANGE):
+        if changed := sorted(key for key in differing(read_config(folder), resolved) if not may_change(key)):
             another = f"{folder} holds a run with another {', '.join(changed)}"
             raise UserError(f"{another}. Choose another folder, output=outputs/NAME, or remove it.")
-        state = checkpoint.load_checkpoint(learned, saved[-1])
+        try:
+            state = checkpoint.load_checkpoint(learned, saved[-1])
+        except UserError as error:
+            then = f"to go on from {saved[-2]}" if saved[1:] else "to begin again"
+            raise UserError(f"{error} Remove {saved[-1]} {then}.") from None
         if processes.is_main():
             print(f"Going on from {saved[-1]}.")
     else:
         state = checkpoint.State()
-        (folder / BEFORE).unlink(missing_ok=True)
+    processes.wait()  # until all have read
     if processes.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        found = environment(processes.device(), processes.count())
-        (folder / "environment.json").write_text(json.dumps(found, indent=2))
+        try:
+            if not saved:
+                (folder / BEFORE).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear_unfinished(folder)
+            (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+            found = environment(processes.device(), processes.count())
+            (folder / "environment.json").write_text(json.dumps(found, indent=2))
+        except OSError as error:
+            raise UserError(f"output: {folder} cannot be written: {error}. Choose another folder, output=FOLDER.") from None
     processes.wait()
     return state
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a run in the folder was started with."""
+    file = folder / "config.yaml"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is missing or damaged; choose another folder, output=outputs/NAME, or remove {folder}.")
+    return found
+
+
+def may_change(key: str) -> bool:
+    return any(key == known or key.startswith(f"{known}.") for known in MAY_CHANGE)
 
 
 def resolve(config: Config) -> dict[str, Any]:
@@ -124,6 +153,25 @@ pipe({first_prompt(config)!r}, {call}).images[0].save("picture.png")
         (beside / "README.md").write_text(readme)
 
     checkpoint.write_whole(folder, write)
+
+
+def write_failure(
+    run: Path, learned: checkpoint.Learned, state: checkpoint.State, batch: Batch, facts: dict[str, Any], keep: int
+) -> Path:
+    """failures/step-000012-process-0: everything as before an update that is not applied, its batch, and why; `keep` stay."""
+    folder = run / FAILURES / f"step-{state.step:06d}-process-{processes.rank()}"
+    tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)}
+
+    def write(beside: Path) -> None:
+        checkpoint.write_learned(learned, state, beside)
+        save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, beside / "batch.safetensors")
+        about = {"prompts": batch.prompts, "metadata": batch.metadata, **facts}
+        (beside / "failure.json").write_text(to_json(about, indent=2))
+
+    checkpoint.write_whole(folder, write)
+    for old in sorted(folder.parent.glob(f"step-*-process-{processes.rank()}"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
 
 
 def first_prompt(config: Config) -> str:

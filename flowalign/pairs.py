@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowalign.data import Prompt, read_objects
-from flowalign.errors import UserError
+from flowalign.errors import similar_file, UserError
 from flowalign.flow import Latent
 from flowalign.models.base import FlowModel
 
@@ -42,8 +42,8 @@ class Example:
 def read_examples(path: str, key: str, paired: bool) -> list[Example]:
     """The examples of a file or folder; `paired` ones only, where a worse picture is needed. UserError names what is missing."""
     place = Path(path)
-    if not place.exists():
-        raise UserError(f"{key}: there is no file or folder {path}.")
+    if not os.path.exists(place):
+        raise UserError(f"{key}: there is no file or folder {path}.{similar_file(path)}")
     metadata = place / "metadata.jsonl" if place.is_dir() else place
     if metadata.suffix == ".jsonl" and metadata.is_file():
         examples = [_from_object(entry, metadata, where) for entry, where in read_objects(metadata, key)]
@@ -65,7 +65,7 @@ def _from_object(entry: dict[str, Any], file: Path, where: str) -> Example:
         wanted = '{"prompt": "a red circle", "chosen": "a.png", "rejected": "b.png"} or {"prompt": ..., "image": "a.png"}'
         raise UserError(f"{where}: write {wanted}.")
     for name in filter(None, found.values()):
-        if not (file.parent / str(name)).is_file():
+        if not os.path.isfile(file.parent / str(name)):
             raise UserError(f"{where}: there is no picture {file.parent / str(name)}.")
     pictures = {role: (file.parent / name).read_bytes if name else None for role, name in found.items()}
     better, worse = entry.get("score_chosen", 1.0), entry.get("score_rejected", 0.0)
@@ -116,17 +116,21 @@ def _bytes_of(cell: Any) -> bytes:
     return cell["bytes"] if isinstance(cell, dict) else cell
 
 
-def load_picture(data: bytes, height: int, width: int) -> Tensor:
-    """(3, H, W) in [0, 1]: turned as its camera says, on white where it is transparent, scaled to fill, cut to the middle.
-
-    UserError where the bytes are no picture.
-    """
+def open_picture(data: bytes) -> Image.Image:
+    """Turned as its camera says, on white where it is transparent. ValueError where the bytes are no picture."""
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"data.pairs holds something that is no picture: {error}") from error
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no picture: {error}") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def load_picture(data: bytes, height: int, width: int) -> Tensor:
+    """(3, H, W) in [0, 1], scaled to fill and cut to the middle. UserError where the bytes are no picture."""
+    try:
+        image = open_picture(data)
+    except ValueError as error:
+        raise UserError(f"data.pairs holds something that is {error}") from error
     return pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)).float() / 255
 
 

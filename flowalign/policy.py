@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast, Self
+from typing import Annotated, Any, cast, Self
 
 import torch
 from peft import get_peft_model_state_dict, LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,29 +20,27 @@ from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage
 from flowalign.models.base import FlowModel
+from flowalign.settings import Count, CountOrZero, Guidance, NonNegative, Settings, Share, WrongSetting
 
 
 @dataclass
-class Sampler:
+class Sampler(Settings):
     """How images are made."""
 
-    steps: int = 10
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
     dynamics: Any = None
     """(x, v, t, s) -> Gaussian; the ODE when there is none. In a YAML by name, with its fields: {name: flow_sde, eta: 0.7}."""
-    guidance: float = 1.0
+    guidance: Guidance = 1.0
     """Classifier-free; 1 for none."""
-    embedded_guidance: float = 3.5
+    embedded_guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
     """What Flux-dev is told."""
     window: Window = field(default_factory=Window)
     same_noise: bool = False
     """Whether the rollouts of a group start from one noise and differ by their stochastic steps alone (DanceGRPO)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.dynamics = self.dynamics or ode
-        if self.steps < 1:
-            raise UserError(f"sampler.steps is {self.steps}; it must be 1 or more.")
-        if not 1 <= self.guidance < math.inf:
-            raise UserError(f"sampler.guidance is {self.guidance}; it must be 1 (none) or more.")
 
     def stochastic_steps(self, step: int, seed: int) -> range:
         """Of a path, in this training step."""
@@ -49,17 +48,22 @@ class Sampler:
 
 
 @dataclass
-class Decay:
+class Decay(Settings):
     """How a copy follows the policy: copy ← decay · copy + (1 - decay) · policy, `decay` a function of the step.
 
     decay(step) = value + slope · (step - start), at most `end`; `value` before `start`. 0 copies, 1 never follows.
     """
 
-    start: int = 0
-    value: float = 0.0
-    slope: float = 0.0
-    end: float = 1.0
-    every: int = 1
+    start: CountOrZero = 0
+    value: Share = 0.0
+    slope: NonNegative = 0.0
+    end: Share = 1.0
+    every: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value > self.end:
+            raise WrongSetting(f"value is {self.value}, but end {self.end}; write value <= end.")
 
     def __call__(self, step: int) -> float:
         if step % self.every:

@@ -1,7 +1,8 @@
 """Which process this is, of how many, and what they tell each other; accelerate starts them."""
 
 import os
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, cast, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,6 +13,8 @@ from accelerate.utils import reduce as accelerate_reduce
 from torch import Tensor
 
 from flowalign.errors import RunError, UserError
+
+Made = TypeVar("Made")
 
 
 def state() -> PartialState:
@@ -59,6 +62,18 @@ def gather_objects(value: Any) -> list[Any]:
 def mean(values: Tensor) -> Tensor:
     """Element by element over processes."""
     return cast(Tensor, accelerate_reduce(values, "mean")) if count() > 1 else values
+
+
+def together(make: Callable[[], Made]) -> Made:
+    """What `make` returns; a UserError of one process is raised on all, so that the first, which prints, can say it."""
+    made, message = [], ""
+    try:
+        made.append(make())
+    except UserError as error:
+        message = str(error)
+    if messages := [text for text in gather_objects(message) if text]:
+        raise UserError(messages[0])
+    return made[0]
 
 
 def fail_together(error: RunError | None) -> None:

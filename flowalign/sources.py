@@ -14,29 +14,25 @@ from torch import Tensor
 from flowalign import processes
 from flowalign.batch import Batch, Examples, Pairs, Prompts, Rollout, Scored
 from flowalign.data import Prompt, prompts_of_step
-from flowalign.errors import UserError
 from flowalign.experience import Counts, Judge, make_prompts, passes
 from flowalign.flow import PerImage
 from flowalign.pairs import Bytes, Example, Latents
 from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
+from flowalign.settings import Count, NonNegative, Settings
 
 Source = Callable[[int], tuple[Any, dict[str, float]]]
 
 
 @dataclass
-class Ranking:
+class Ranking(Settings):
     """Which pairs are made of the ranked images of a prompt: each of the best `top` with each of the worst."""
 
-    top: int = 1
-    min_gap: float = 0.0
+    top: Count = 1
+    min_gap: NonNegative = 0.0
     """Pairs whose rewards differ by this or less teach nothing."""
     weighted: bool = False
     """Whether pairs, and prompts, whose rewards lie further apart count more (DP²O, arXiv 2510.18851)."""
-
-    def __post_init__(self) -> None:
-        if self.top < 1 or not self.min_gap >= 0:
-            raise UserError(f"data.ranking has top {self.top} and min_gap {self.min_gap}; write top >= 1 and min_gap >= 0.")
 
 
 @dataclass

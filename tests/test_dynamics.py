@@ -213,10 +213,10 @@ def test_the_same_key_gives_the_same_window():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"range": (4, 2)}, r"sampler.window.range is \[4, 2\]"),
-        ({"range": (-1, 2)}, r"sampler.window.range is \[-1, 2\]"),
-        ({"size": 4, "range": (0, 3)}, r"sampler.window.size is 4, but range \[0, 3\] has 3 steps"),
-        ({"size": -1}, "sampler.window.size is -1"),
+        ({"range": (4, 2)}, r"range is \[4, 2\]"),
+        ({"range": (-1, 2)}, r"range is \[-1, 2\]"),
+        ({"size": 4, "range": (0, 3)}, r"size is 4, but range \[0, 3\] has 3 steps"),
+        ({"size": -1}, "size is -1"),
     ],
 )
 def test_a_window_that_cannot_be_is_refused(settings, message):

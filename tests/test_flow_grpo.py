@@ -184,5 +184,5 @@ def test_the_draws_are_the_stochastic_steps_the_noisiest_first():
 
 @pytest.mark.parametrize("settings", [{"clip_range": 0.0}, {"clip_range": -1e-4}, {"kl_weight": -0.1}])
 def test_a_range_or_weight_that_means_nothing_is_refused(settings):
-    with pytest.raises(UserError, match="write a range above 0 and a weight of 0 or more"):
+    with pytest.raises(UserError, match="it must be greater than"):
         FlowGRPO(**settings)

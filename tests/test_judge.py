@@ -1,6 +1,8 @@
 """Who is compared with whom: images without a score, rewards of groups, and when the rewards are asked."""
 
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from threading import current_thread, Event, main_thread
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from flowalign import trainer
+from flowalign import assembly
 from flowalign.advantage import ADVANTAGES, group_advantage, win_rate
 from flowalign.batch import Cond, Rollout
 from flowalign.config import load_config
@@ -194,6 +196,46 @@ def test_a_reward_that_fails_in_the_middle_ends_the_scoring(level):
         judge(Reward("fails", fails, traits=Traits(level)))(grey([1, 2, 3], [4, 5, 6], [7, 8, 9]).pieces(3))
 
 
+def test_nothing_more_is_made_or_asked_once_a_reward_has_failed():
+    asked, made = [], []
+
+    def fails(images, prompts, metadata):
+        asked.append(level_of(images))
+        raise ConnectionError("the scorer is gone")
+
+    def passes() -> Iterator[Rollout]:
+        for level in range(100_000):
+            made.append(level)
+            yield grey([1])
+            time.sleep(1e-3)
+
+    with pytest.raises(RunError, match="the scorer is gone"):
+        judge(Reward("fails", fails)).score(passes())
+    assert len(asked) <= len(made) < 100_000
+
+
+def test_an_interruption_waits_for_no_reward():
+    asked, workers, begun, over = [], [], Event(), Event()
+
+    def waits(images, prompts, metadata):
+        asked.append(level_of(images))
+        workers.append(current_thread())
+        begun.set()
+        assert over.wait(60)
+        return images.mean((1, 2, 3))
+
+    def passes() -> Iterator[Rollout]:
+        yield from grey([1, 2, 3, 4]).pieces(2)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(Reward("waits", waits)).score(passes())
+    over.set()
+    workers[0].join()
+    assert asked == [[1, 2]]
+
+
 def test_rewards_of_groups_that_a_gradient_passes_through_are_asked_prompt_by_prompt():
     seen = []
 
@@ -212,4 +254,4 @@ def test_rewards_of_groups_that_a_gradient_passes_through_are_asked_prompt_by_pr
 def test_passes_that_part_a_prompt_are_refused_where_a_gradient_is_taken_through_its_group():
     vendi = ["objective={name: alignprop}", "rewards={vendi: 1}", "evaluation.rewards={brightness: 1}", "train.images_per_pass=2"]
     with pytest.raises(UserError, match=r"train\.images_per_pass is 2, but rewards\.vendi compares.*images_per_prompt, 3"):
-        trainer.rewards_of(load_config(TINY, [*SMALL, *vendi]))
+        assembly.rewards_of(load_config(TINY, [*SMALL, *vendi]))

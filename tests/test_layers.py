@@ -11,12 +11,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 LAYERS = [
     "flow errors",
-    "batch dynamics advantage scenes processes hub",
-    "models rewards data",
+    "settings",
+    "batch dynamics advantage scenes processes hub data stopping",
+    "models",
     "policy pairs",
+    "rewards",
     "experience search objectives",
     "sources",
-    "config trainer folder checkpoint tracking evaluation report sampling probe serving",
+    "config trainer assembly folder checkpoint tracking evaluation report sampling check plan gradient",
     "cli train sample",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

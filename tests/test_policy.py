@@ -8,10 +8,10 @@ from flowalign.config import load_config
 from flowalign.dynamics import cps, dance_sde, flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.experience import collect
+from flowalign.gradient import compute_gradient, Meter
 from flowalign.models import load_model
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.policy import Decay, Policy, Sampler
-from flowalign.trainer import compute_gradient, Meter
 from tests.tiny import make_policy, sd3_config, stir, TEXTS, two_groups
 
 STOCHASTIC = [flow_sde, dance_sde, cps]

@@ -19,6 +19,7 @@ from flowalign.data import Prompt
 from flowalign.dynamics import flow_sde
 from flowalign.errors import UserError
 from flowalign.experience import collect, Counts, Judge
+from flowalign.gradient import compute_gradient, Meter
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.kto import KTO
 from flowalign.objectives.prdp import PRDP
@@ -39,7 +40,6 @@ from flowalign.sources import (
     Supplies,
 )
 from flowalign.tracking import read_metrics
-from flowalign.trainer import compute_gradient, Meter
 from tests.tiny import make_policy, ROOT, SMALL, TINY, two_groups
 
 CAPTIONS = ["a red circle", "a blue square", "a green triangle", "a circle and a square"]

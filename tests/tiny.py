@@ -38,6 +38,7 @@ SMALL = [
         "sampler.steps=4",
         "sampler.window.range=[0, 2]",
         "evaluation.sampler.steps=4",
+        "evaluation.prompts=tests/prompts.jsonl",
         "evaluation.images_per_prompt=1",
         "train.evaluate_every=0",
     ),

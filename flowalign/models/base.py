@@ -2,50 +2,52 @@
 
 import contextlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flowalign.batch import Cond
-from flowalign.errors import UserError
+from flowalign.errors import did_you_mean, similar_file, UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.hub import explain_loading, is_local
+from flowalign.settings import Count, Settings, WrongSetting
 
 CACHE_BYTES = 2**30
 ENCODE_AT_ONCE = 64
+ATTENTION = {"sd3": ["native", "xformers"], "flux": [name.value for name in AttentionBackendName]}
+Side = Annotated[int, Field(ge=16, le=4096)]
 
 
 @dataclass
-class Lora:
+class Lora(Settings):
     """A low-rank adapter (arXiv 2106.09685) on the transformer's linear layers, in float32."""
 
-    rank: int = 32
-    alpha: int = 64
+    rank: Annotated[int, Field(ge=1, le=4096)] = 32
+    alpha: Count = 64
     """The adapter's output is scaled by alpha / rank."""
     targets: list[str] = field(default_factory=list)
     """Endings of the names of the adapted layers; none for the family's published choice."""
     init: Literal["default", "gaussian"] = "gaussian"
 
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha < 1:
-            raise UserError(f"model.lora has rank {self.rank} and alpha {self.alpha}; both must be 1 or more.")
-
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """A model in diffusers' folder layout."""
 
     name: Literal["sd3", "flux"]
@@ -54,14 +56,27 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the transformer and the text encoders. Adapters, latents and the autoencoder stay in float32."""
-    height: int = 512
-    width: int = 512
-    max_sequence_length: int = 256
+    height: Side = 512
+    width: Side = 512
+    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 256
     """T5 tokens a prompt. 0 leaves T5 out."""
     attention: str = "native"
     """native, xformers, or (Flux) any attention backend of diffusers."""
     gradient_checkpointing: bool = False
     lora: Lora = field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % 16:
+                raise WrongSetting(
+                    f"{name} is {side}; it must be a multiple of 16, the nearest is {max(1, round(side / 16)) * 16}."
+                )
+        if self.name == "flux" and not self.max_sequence_length:
+            raise WrongSetting("max_sequence_length is 0, but Flux reads its prompts by T5; write 1 to 512.")
+        if self.attention not in ATTENTION[self.name]:
+            known, near = ", ".join(ATTENTION[self.name]), did_you_mean(self.attention, ATTENTION[self.name])
+            raise WrongSetting(f"attention is {self.attention!r}; choose from {known}.{near}")
 
 
 class FlowModel(ABC):
@@ -111,8 +126,12 @@ class FlowModel(ABC):
         """The transformer's velocity for these embeddings, in the dtype of x: float32."""
 
     @abstractmethod
+    def scheduler(self, steps: int) -> Any:
+        """A scheduler of diffusers, set to so many steps as the family's pipeline sets it."""
+
     def schedule(self, steps: int) -> list[float]:
         """Times from 1 to 0, `steps + 1` of them, as the family's pipeline chooses them."""
+        return self.scheduler(steps).sigmas.tolist()
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -183,10 +202,10 @@ class FlowModel(ABC):
         z = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mode()
         return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
-    def _times(self, **arguments: Any) -> list[float]:
+    def _scheduler(self, **arguments: Any) -> Any:
         scheduler = deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(**arguments)
-        return scheduler.sigmas.tolist()
+        return scheduler
 
 
 def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]) -> Any:
@@ -194,10 +213,11 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    folder = Path(config.path)
+    path = os.path.expanduser(config.path)
+    folder = Path(path)
     dtype = {"default": getattr(torch, config.dtype), "vae": torch.float32}
     absent = dict.fromkeys(optional)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         index = folder / "model_index.json"
         if not index.is_file():
             wanted = "Give the folder that a diffusers pipeline was saved to."
@@ -210,16 +230,17 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
             needed = f"model.name {config.name!r} needs a {pipeline_class.__name__}"
             raise UserError(f"model.path: {folder} holds a {kind}, but {needed}.")
         absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if found.get(name) == [None, None]}
-    elif is_local(config.path):
-        raise UserError(f"model.path: there is no folder {config.path}.")
+    elif is_local(path):
+        raise UserError(f"model.path: there is no folder {config.path}.{similar_file(config.path)}")
     try:
-        return pipeline_class.from_pretrained(config.path, revision=config.revision, dtype=dtype, **absent)
+        return pipeline_class.from_pretrained(path, revision=config.revision, dtype=dtype, **absent)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(explain_loading("model.path", config.path, error)) from error
 
 
 def describe(path: str) -> ModelConfig:
     """The configuration of a model folder or repository, read from its own files, for making pictures with it."""
+    path = os.path.expanduser(path)
     if not Path(path).is_dir() and is_local(path):
         raise UserError(f"there is no folder {path}.")
     try:

@@ -1,6 +1,6 @@
 """Flux (dev: guidance embedded; schnell: none) over diffusers' own classes."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,12 +41,12 @@ class Flux(FlowModel):
         )[0].to(x.dtype)
         return rearrange(packed, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
 
-    def schedule(self, steps: int) -> list[float]:
+    def scheduler(self, steps: int) -> Any:
         _, height, width = self.latent_shape
         limits = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
         config = self.pipe.scheduler.config
         mu = calculate_shift(height * width // 4, *(config.get(name, default) for name, default in limits))
-        return self._times(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return self._scheduler(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeds, pooled, _ = self.pipe.encode_prompt(

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 over diffusers' own classes."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor
@@ -30,8 +30,8 @@ class SD3(FlowModel):
         inputs = (x.to(dtype), cond.embeds.to(dtype), cond.pooled.to(dtype), 1000 * t)
         return self.transformer(*inputs, return_dict=False)[0].to(x.dtype)
 
-    def schedule(self, steps: int) -> list[float]:
-        return self._times(num_inference_steps=steps)
+    def scheduler(self, steps: int) -> Any:
+        return self._scheduler(num_inference_steps=steps)
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = self.pipe.encode_prompt(

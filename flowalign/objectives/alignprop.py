@@ -15,25 +15,25 @@ import torch
 from flowalign.batch import Batch, Prompts
 from flowalign.errors import UserError
 from flowalign.objectives.base import Loss, Objective, rewarded
-from flowalign.policy import Policy
+from flowalign.policy import Policy, Sampler
+from flowalign.settings import CountOrZero, NonNegative, Share
 
 
 @dataclass
 class AlignProp(Objective):
     """Any sampler's steps, taken by the ODE. Every reward must carry a gradient."""
 
-    depth: int = 0
+    depth: CountOrZero = 0
     """K of DRaFT-K: how many last steps carry the gradient; 0 to draw the first of them."""
-    start: float = 0.84
+    start: Share = 0.84
     """Where on the schedule the gradient starts on average, of 0 to 1, and"""
-    spread: float = 0.1
+    spread: NonNegative = 0.1
     """its standard deviation."""
     learns_from: ClassVar[type[Batch]] = Prompts
 
-    def __post_init__(self) -> None:
-        if self.depth < 0 or not 0 <= self.start <= 1 or not self.spread >= 0:
-            found = f"depth {self.depth}, start {self.start} and spread {self.spread}"
-            raise UserError(f"objective has {found}; write depth and spread of 0 or more and 0 <= start <= 1.")
+    def check(self, sampler: Sampler) -> None:
+        if self.depth > sampler.steps:
+            raise UserError(f"objective.depth is {self.depth}, but sampler.steps is {sampler.steps}; write at most that.")
 
     def loss(self, policy: Policy, prompts: Prompts, _: int) -> Loss:
         steps, first = policy.sampler.steps, self.first_step(policy.sampler.steps, prompts)

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square, PerImage
 from flowalign.objectives.base import Anchor, Draw, ForwardObjective, Loss
 from flowalign.policy import Decay, Policy
+from flowalign.settings import NonNegative, Positive
 
 WEIGHTINGS = {
     "uniform": lambda e, t: e,
@@ -32,19 +32,14 @@ class AWM(ForwardObjective):
     """Any sampler."""
 
     weighting: Literal["uniform", "t", "t_squared", "huber", "ghuber"] = "ghuber"
-    clip_range: float = 1.0
+    clip_range: Positive = 1.0
     """ε; it matters from a step's second update on."""
-    scale: float = 0.2
+    scale: Positive = 0.2
     """Of the advantages, which are cut to [-5, 5]."""
-    trust: float = 1.0
+    trust: NonNegative = 1.0
     """β_old."""
     kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-3))
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
-
-    def __post_init__(self) -> None:
-        if not self.clip_range > 0 or not self.scale > 0 or not self.trust >= 0:
-            found = f"clip_range {self.clip_range}, scale {self.scale} and trust {self.trust}"
-            raise UserError(f"objective has {found}; the first two must be above 0, trust 0 or more.")
 
     @property
     def snapshots(self) -> dict[str, Decay]:

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts, Rollout
 from flowalign.errors import UserError
 from flowalign.flow import Latent, mean_square, PerImage
 from flowalign.policy import Decay, Policy, Sampler
+from flowalign.settings import Count, Guidance, NonNegative, Positive, Settings, Share, WrongSetting
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Loss:
     stats: dict[str, Tensor]
 
 
-class Objective:
+class Objective(Settings):
     """The loop reads, for every objective: experience, the loss at each draw, an update, then the snapshots follow."""
 
     learns_from: ClassVar[type[Batch]] = Rollout
@@ -36,6 +38,16 @@ class Objective:
     def snapshots(self) -> dict[str, Decay]:
         """Copies of the policy it compares with or samples from, and how they follow it once a step."""
         return {}
+
+    @property
+    def learns_once(self) -> bool:
+        """Whether a rollout serves for one update only: `train.updates_per_step: 1`."""
+        return False
+
+    @property
+    def clips_at(self) -> float:
+        """Log-ratios beyond this are clipped; infinite where none is."""
+        return math.inf
 
     def check(self, sampler: Sampler, /) -> None:
         """UserError where it cannot work with the sampler."""
@@ -54,15 +66,11 @@ class Objective:
 
 
 @dataclass
-class PathSteps:
+class PathSteps(Settings):
     """Draws for objectives on trajectories: the stochastic steps of the path, all or evenly thinned."""
 
-    fraction: float = 1.0
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the stochastic steps that is trained, the noisiest first."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"objective.steps.fraction is {self.fraction}; write a share above 0 and at most 1.")
 
     def __call__(self, batch: Rollout | Pairs) -> range:
         return batch.steps[: max(1, round(self.fraction * len(batch.steps)))]
@@ -78,22 +86,22 @@ class Draw:
 
 
 @dataclass
-class ForwardTimes:
+class ForwardTimes(Settings):
     """Draws for objectives on the forward process: times in [low, high), one from each of `count` equal strata."""
 
-    count: int = 3
-    low: float = 0.0
-    high: float = 1.0
+    count: Count = 3
+    low: Share = 0.0
+    high: Share = 1.0
     distribution: Literal["uniform", "logit_normal"] = "uniform"
-    shift: float = 1.0
+    shift: Positive = 1.0
     """t becomes shift · t / (1 + (shift - 1) t), as SD3 shifts its schedule."""
     shared: bool = True
     """Whether the images of a prompt share times and noise."""
 
     def __post_init__(self) -> None:
-        if self.count < 1 or not 0 <= self.low < self.high <= 1 or not self.shift > 0:
-            found = f"count {self.count}, low {self.low}, high {self.high}, shift {self.shift}"
-            raise UserError(f"objective.times is {found}; write a count of 1 or more, 0 <= low < high <= 1 and a shift above 0.")
+        super().__post_init__()
+        if self.low >= self.high:
+            raise WrongSetting(f"low is {self.low} and high {self.high}; write low < high.")
 
     def __call__(self, batch: Rollout | Pairs | Examples) -> Iterator[Draw]:
         for index in range(self.count):
@@ -162,12 +170,12 @@ def relative_error(x0_hat: Latent, x0: Latent) -> PerImage:
 
 
 @dataclass
-class Anchor:
+class Anchor(Settings):
     """weight · ‖v - v_ref‖²: the KL to the model without adapter on the forward process, up to the weight of each time."""
 
-    weight: float = 0.0
+    weight: NonNegative = 0.0
     """0 never asks the reference."""
-    guidance: float = 1.0
+    guidance: Guidance = 1.0
     """Of the reference; the policy itself may be trained to do without."""
 
     def __call__(self, loss: Loss, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> Loss:

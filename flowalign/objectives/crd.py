@@ -18,37 +18,35 @@ import torch
 from torch import Tensor
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
 from flowalign.objectives.base import Anchor, Draw, ForwardObjective, goodness, group_mean, group_softmax, Loss, relative_error
 from flowalign.policy import Decay, Policy
+from flowalign.settings import NonNegative, Positive, WrongSetting
 
 
 @dataclass
 class CRD(ForwardObjective):
     """Any sampler. `train.images_per_prompt` of 2 or more."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """Temperature of the distilled reward."""
     adaptive: bool = True
     """Whether errors are divided by their own mean size, as released."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Of the centring weights p = softmax(±R / temperature), both signs in turn; 0 for equal weights."""
-    limit: float = 5.0
+    limit: Positive = 5.0
     """A_max: R is 1 at this advantage and 0 at its negative."""
     kl: Anchor = field(default_factory=lambda: Anchor(weight=0.1, guidance=4.5))
-    kl_least: float = 1e-4
+    kl_least: NonNegative = 1e-4
     """The weight of the KL where R is 0; it rises to kl.weight where R is 1."""
     old: Decay = field(default_factory=lambda: Decay(value=0.25, slope=0.005, end=0.999))
     sampler: Decay = field(default_factory=lambda: Decay(start=75, slope=0.0075, end=0.999))
     rollout_with: ClassVar[str] = "sampler"
 
     def __post_init__(self) -> None:
-        if not self.beta > 0 or not self.limit > 0 or not self.temperature >= 0:
-            found = f"beta {self.beta}, limit {self.limit} and temperature {self.temperature}"
-            raise UserError(f"objective has {found}; beta and limit must be above 0, temperature 0 or more.")
-        if self.kl.weight and not 0 <= self.kl_least <= self.kl.weight:
-            raise UserError(f"objective.kl_least is {self.kl_least}; it must be between 0 and kl.weight, {self.kl.weight}.")
+        super().__post_init__()
+        if self.kl.weight and self.kl_least > self.kl.weight:
+            raise WrongSetting(f"kl_least is {self.kl_least}; it must be between 0 and kl.weight, {self.kl.weight}.")
 
     @property
     def snapshots(self) -> dict[str, Decay]:

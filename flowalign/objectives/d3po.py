@@ -9,15 +9,16 @@ there, of Stable Diffusion 1.5.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 
 from flowalign.batch import Batch, Pairs
-from flowalign.errors import UserError
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
+from flowalign.settings import Positive
 
 
 @dataclass
@@ -25,15 +26,9 @@ class D3PO(PathObjective):
     """Needs a stochastic sampler. Pairs are the ranked images of a prompt; best with sampler.same_noise: true, as published."""
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    beta: float = 1.0
-    clip_range: float = 0.1
+    beta: Positive = 1.0
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """ε: beyond it a path gives no gradient."""
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0 or not 0 < self.clip_range < 1:
-            raise UserError(
-                f"objective has beta {self.beta} and clip_range {self.clip_range}; write beta > 0, 0 < clip_range < 1."
-            )
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()

@@ -7,16 +7,17 @@ Differences from the paper: the log-probability is the mean over latent elements
 compare the images of a prompt in one step instead of a running buffer of that prompt's rewards.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
+from flowalign.settings import Positive
 
 
 def score_function(log_prob: PerImage, old_log_prob: PerImage, advantage: PerImage, clip_range: float) -> PerImage:
@@ -36,12 +37,16 @@ class DDPO(PathObjective):
     """Needs a stochastic sampler, and with `score_function` train.updates_per_step: 1."""
 
     estimator: Literal["score_function", "importance_sampling"] = "score_function"
-    clip_range: float = 1e-4
+    clip_range: Positive = 1e-4
     """ε of importance_sampling."""
 
-    def __post_init__(self) -> None:
-        if not self.clip_range > 0:
-            raise UserError(f"objective.clip_range is {self.clip_range}; it must be above 0.")
+    @property
+    def learns_once(self) -> bool:
+        return self.estimator == "score_function"
+
+    @property
+    def clips_at(self) -> float:
+        return self.clip_range if self.estimator == "importance_sampling" else math.inf
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         step = policy.step(rollout.path[:, k], k, rollout.cond)

@@ -14,26 +14,22 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
 from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_mean, Loss
 from flowalign.policy import Decay, Policy
+from flowalign.settings import Positive
 
 
 @dataclass
 class DGPO(ForwardObjective):
     """Any sampler. `train.images_per_prompt` of 2 or more."""
 
-    beta: float = 100.0
-    clip_range: float = 1e-2
+    beta: Positive = 100.0
+    clip_range: Positive = 1e-2
     """ε."""
     kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-3))
     """Its guidance is also that of e_ref."""
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0 or not self.clip_range > 0:
-            raise UserError(f"objective has beta {self.beta} and clip_range {self.clip_range}; both must be above 0.")
 
     @property
     def snapshots(self) -> dict[str, Decay]:

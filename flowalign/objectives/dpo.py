@@ -7,17 +7,18 @@ Chosen and rejected share time and noise. Errors are means over latent elements,
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowalign.batch import Batch, Pairs
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square, PerImage
 from flowalign.objectives.base import Draw, ForwardTimes, Loss, Objective
 from flowalign.policy import Policy
+from flowalign.settings import NonNegative, Positive
 
 
 def sigmoid(s: Tensor) -> Tensor:
@@ -47,18 +48,13 @@ class DPO(Objective):
 
     learns_from: ClassVar[type[Batch]] = Pairs
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
-    beta: float = 500.0
+    beta: Positive = 500.0
     beta_over_time: Literal["constant", "of_noise_error"] = "constant"
     form: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a pair is the wrong way round."""
-    imitate: float = 0.0
+    imitate: NonNegative = 0.0
     """Weight of the chosen image's own flow-matching loss, against both errors rising together (RPO)."""
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0 or not 0 <= self.label_smoothing < 0.5 or not self.imitate >= 0:
-            found = f"beta {self.beta}, label_smoothing {self.label_smoothing} and imitate {self.imitate}"
-            raise UserError(f"objective has {found}; write beta above 0, 0 <= label_smoothing < 0.5, imitate 0 or more.")
 
     def draws(self, batch: Pairs) -> list[Draw]:
         return list(self.times(batch))

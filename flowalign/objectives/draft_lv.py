@@ -5,30 +5,28 @@ From the finished x0, without gradient, go back to the last step's time t with n
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from flowalign.batch import Batch, Prompts
 from flowalign.errors import UserError
 from flowalign.flow import add_noise
 from flowalign.objectives.base import Loss, Objective, rewarded
 from flowalign.policy import Policy, Sampler
+from flowalign.settings import Count
 
 
 @dataclass
 class DRaFTLV(Objective):
     """Any sampler's steps, taken by the ODE. Every reward must carry a gradient."""
 
-    copies: int = 2
+    copies: Count = 2
     """n."""
-    step: int = -1
+    step: Annotated[int, Field(ge=-1000, le=-1)] = -1
     """Which step is taken again, counted from the end; at the last step of SD3's schedule t is near 0.01."""
     learns_from: ClassVar[type[Batch]] = Prompts
-
-    def __post_init__(self) -> None:
-        if self.copies < 1 or self.step >= 0:
-            raise UserError(f"objective has copies {self.copies} and step {self.step}; write copies >= 1 and step <= -1.")
 
     def check(self, sampler: Sampler) -> None:
         if -self.step > sampler.steps:

@@ -19,10 +19,10 @@ import torch
 
 from flowalign.batch import Rollout
 from flowalign.dynamics import Gaussian
-from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
+from flowalign.settings import NonNegative, Positive
 
 
 def log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
@@ -57,18 +57,17 @@ STEP_WEIGHTS = {"even": even, "noise": by_noise, "inverse_time": by_inverse_time
 class FlowGRPO(PathObjective):
     """Needs a stochastic sampler: `sampler: {dynamics: {name: flow_sde}}`."""
 
-    clip_range: float = 1e-4
+    clip_range: Positive = 1e-4
     """ε. For log-probabilities that are means over latent elements, 1e-5 to 1e-3."""
-    kl_weight: float = 0.0
+    kl_weight: NonNegative = 0.0
     """β. 0 never asks the reference."""
     kl: Literal["exact", "per_time"] = "exact"
     ratio: Literal["plain", "normalised"] = "plain"
     step_weight: Literal["even", "noise", "inverse_time"] = "even"
 
-    def __post_init__(self) -> None:
-        if not self.clip_range > 0 or not self.kl_weight >= 0:
-            found = f"clip_range is {self.clip_range} and kl_weight {self.kl_weight}"
-            raise UserError(f"objective: {found}; write a range above 0 and a weight of 0 or more.")
+    @property
+    def clips_at(self) -> float:
+        return self.clip_range
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         step, advantage = policy.step(rollout.path[:, k], k, rollout.cond), rollout.advantage

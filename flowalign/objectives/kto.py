@@ -12,10 +12,10 @@ import torch
 
 from flowalign import processes
 from flowalign.batch import Batch, Pairs
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square, PerImage
 from flowalign.objectives.base import Draw, ForwardTimes, Loss, Objective
 from flowalign.policy import Policy
+from flowalign.settings import NonNegative, Positive
 
 
 @dataclass
@@ -24,16 +24,11 @@ class KTO(Objective):
 
     learns_from: ClassVar[type[Batch]] = Pairs
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
-    beta: float = 1000.0
-    liked: float = 1.0
+    beta: Positive = 1000.0
+    liked: NonNegative = 1.0
     """λ of liked images."""
-    disliked: float = 1.0
+    disliked: NonNegative = 1.0
     """λ of disliked images."""
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0 or not self.liked >= 0 or not self.disliked >= 0:
-            found = f"beta {self.beta}, liked {self.liked} and disliked {self.disliked}"
-            raise UserError(f"objective has {found}; write beta above 0 and weights of 0 or more.")
 
     def draws(self, batch: Pairs) -> list[Draw]:
         return list(self.times(batch))

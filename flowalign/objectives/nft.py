@@ -8,29 +8,25 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
 from flowalign.objectives.base import Anchor, Draw, ForwardObjective, goodness, Loss, relative_error
 from flowalign.policy import Decay, Policy
+from flowalign.settings import Positive
 
 
 @dataclass
 class NFT(ForwardObjective):
     """Any sampler; the lagging copy `old` samples."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """How far the implicit good and bad policies stand from the old one."""
     adaptive: bool = True
     """Whether errors of x0 are divided by their own mean size, as released, or errors of v are taken as they are."""
-    limit: float = 5.0
+    limit: Positive = 5.0
     """A_max: r is 1 at this advantage and 0 at its negative."""
     kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-4))
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.5))
     rollout_with: ClassVar[str] = "old"
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0 or not self.limit > 0:
-            raise UserError(f"objective has beta {self.beta} and limit {self.limit}; both must be above 0.")
 
     @property
     def snapshots(self) -> dict[str, Decay]:

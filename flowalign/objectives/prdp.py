@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from flowalign.batch import Batch, Pairs
-from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
+from flowalign.settings import Positive
 
 
 @dataclass
@@ -26,16 +26,10 @@ class PRDP(PathObjective):
     """Needs a stochastic sampler. Pairs are the ranked images of a prompt."""
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """τ."""
-    clip_range: float = 1e-2
+    clip_range: Positive = 1e-2
     """ε."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0 or not self.clip_range > 0:
-            raise UserError(
-                f"objective has temperature {self.temperature} and clip_range {self.clip_range}; both must be above 0."
-            )
 
     def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
         """Sums over the steps: ρ(chosen) - ρ(rejected), and the same of clipped terms."""

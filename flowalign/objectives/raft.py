@@ -6,24 +6,20 @@ loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G / n for the n 
 from dataclasses import dataclass, field, replace
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square
 from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_mean, Loss
 from flowalign.policy import Policy
+from flowalign.settings import Count
 
 
 @dataclass
 class RAFT(ForwardObjective):
     """Any sampler. A prompt whose images are all equally good teaches as plain imitation would."""
 
-    keep: int = 1
+    keep: Count = 1
     """How many of a prompt's images are imitated."""
     kl: Anchor = field(default_factory=Anchor)
     """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(f"objective.keep is {self.keep}; it must be 1 or more.")
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """The weights, which need whole groups."""

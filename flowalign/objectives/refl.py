@@ -11,25 +11,26 @@ from typing import ClassVar
 import torch
 
 from flowalign.batch import Batch, Prompts
-from flowalign.errors import UserError
 from flowalign.objectives.base import Loss, Objective, rewarded
 from flowalign.policy import Policy
+from flowalign.settings import Share, WrongSetting
 
 
 @dataclass
 class ReFL(Objective):
     """Any sampler's steps, taken by the ODE. Every reward must carry a gradient."""
 
-    low: float = 0.75
+    low: Share = 0.75
     """k is drawn evenly between these shares of the schedule."""
-    high: float = 0.975
+    high: Share = 0.975
     enough: float = math.inf
     """c: an image with this reward teaches no more."""
     learns_from: ClassVar[type[Batch]] = Prompts
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
-            raise UserError(f"objective has low {self.low} and high {self.high}; write 0 <= low <= high <= 1.")
+        super().__post_init__()
+        if self.low > self.high:
+            raise WrongSetting(f"low is {self.low} and high {self.high}; write low <= high.")
 
     def loss(self, policy: Policy, prompts: Prompts, _: int) -> Loss:
         k = self.late_step(policy.sampler.steps, prompts)

@@ -6,24 +6,20 @@ loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G softmax(reward
 from dataclasses import dataclass, field, replace
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square
 from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_softmax, Loss
 from flowalign.policy import Policy
+from flowalign.settings import Positive
 
 
 @dataclass
 class RWR(ForwardObjective):
     """Any sampler."""
 
-    temperature: float = 0.2
+    temperature: Positive = 0.2
     """τ, in units of the reward."""
     kl: Anchor = field(default_factory=Anchor)
     """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"objective.temperature is {self.temperature}; it must be above 0.")
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """The weights, which need whole groups."""

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 
 from flowalign.batch import Batch, Examples
-from flowalign.errors import UserError
 from flowalign.flow import add_noise, Latent, mean_square, over_latent, PerImage
 from flowalign.objectives.base import Draw, ForwardObjective, ForwardTimes, Loss
 from flowalign.policy import Policy
+from flowalign.settings import Count, Guidance, NonNegative
 
 
 @dataclass
@@ -23,20 +23,15 @@ class SOAR(ForwardObjective):
     """From the pictures of `data.pairs`; of pairs, the chosen."""
 
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
-    guidance: float = 4.5
+    guidance: Guidance = 4.5
     """Of the step that errs."""
-    sampling_steps: int = 40
+    sampling_steps: Count = 40
     """Its length is one of so many steps."""
-    points: int = 6
+    points: Count = 6
     """How many s' are drawn."""
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     """λ of each of them; the loss is a mean over the plain term and the points."""
     learns_from: ClassVar[type[Batch]] = Examples
-
-    def __post_init__(self) -> None:
-        if not self.guidance >= 1 or self.sampling_steps < 1 or self.points < 1 or not self.weight >= 0:
-            found = f"guidance {self.guidance}, sampling_steps {self.sampling_steps}, points {self.points}, weight {self.weight}"
-            raise UserError(f"objective has {found}; the first three must be 1 or more, the weight 0 or more.")
 
     def loss(self, policy: Policy, examples: Examples, draw: Draw) -> Loss:
         x0, t = examples.x0, draw.t

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import nn, Tensor
 
+from flowalign import processes
 from flowalign.errors import UserError
 from flowalign.rewards.base import Learns, numbers, Reward, RewardFunction, Traits
 
 FORMS = "(images, prompts, metadata), TRL's (prompts, completions, **columns), or a function that returns one of them"
+PAIRS = "(first, second, prompts, metadata), which a pairwise reward is given"
 
 
 def make_reward(name: str, written: Any, weight: float = 1.0) -> Reward:
@@ -27,12 +29,13 @@ def make_reward(name: str, written: Any, weight: float = 1.0) -> Reward:
     said = _traits(written)
     written = _made(name, _free(written))
     said = _traits(written) or said or Traits()
-    parameters = inspect.signature(written).parameters
+    signature = _signature(written)
+    _check_inputs(name, signature, said)
     function = _answered(written)
     if said.level == "pairwise":
         function = partial(win_rates, _pil(function, 2) if said.images == "pil" else function)
-    elif "completions" in parameters:
-        function = partial(_as_trl, function, _columns(parameters))
+    elif "completions" in signature.parameters:
+        function = partial(_as_trl, function, _columns(signature.parameters))
     elif said.images == "pil":
         function = _pil(function, 1)
     return Reward(name, function, weight, said, written if isinstance(written, Learns) else None)
@@ -45,24 +48,29 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def win_rates(prefers: Callable[..., Any], images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    """Of every image of one prompt, the mean probability of being better than another; each two are shown both ways round."""
+    """Of every image of one prompt, the mean probability of being better than another; each two are shown both ways round.
+
+    One image is shown beside all the others at a time, so that memory grows with the images and not with the pairs.
+    """
     count = len(images)
-    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
-    if not pairs:
-        return torch.full((count,), 0.5)
-    first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    texts, entries = [prompts[i] for i, _ in pairs], [metadata[i] for i, _ in pairs]
-    better = numbers(prefers(images[first], images[second], texts, entries))
-    if better.shape != (len(pairs),) or ((better < 0) | (better > 1)).any():
-        raise ValueError(f"{len(pairs)} pairs were shown, so {len(pairs)} numbers from 0 to 1 were expected, not {better}")
-    won = torch.zeros(count).index_add_(0, first, better).index_add_(0, second, 1 - better)
+    if count == 1:
+        return torch.full((1,), 0.5)
+    won = torch.zeros(count)
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        same = [i] * len(others)
+        better = numbers(prefers(images[same], images[others], [prompts[i]] * len(others), [metadata[i]] * len(others)))
+        if better.shape != (len(others),) or ((better < 0) | (better > 1)).any():
+            raise ValueError(f"{len(others)} pairs were shown, so {len(others)} numbers from 0 to 1 were expected, not {better}")
+        won[i] += better.sum()
+        won[others] += 1 - better
     return won / (2 * (count - 1))
 
 
 def _made(name: str, written: Any) -> Any:
     """What a factory returns, or the function itself. A device that has a default is a setting of the factory."""
     try:
-        parameters = inspect.signature(written).parameters
+        parameters = _signature(written).parameters
     except (TypeError, ValueError):
         raise UserError(f"rewards.{name} is no function; write one of {FORMS}.") from None
     asked = [p.name for p in parameters.values() if p.default is p.empty]
@@ -71,7 +79,7 @@ def _made(name: str, written: Any) -> Any:
     if asked not in ([], ["device"]):
         raise UserError(f"rewards.{name} takes ({', '.join(asked)}); write one of {FORMS}.")
     try:
-        made = written("cuda" if torch.cuda.is_available() else "cpu") if asked else written()
+        made = written(str(processes.device())) if asked else written()
     except UserError:
         raise
     except Exception as error:
@@ -79,6 +87,24 @@ def _made(name: str, written: Any) -> Any:
     if not callable(made):
         raise UserError(f"rewards.{name} returned a {type(made).__name__} when it was called; write one of {FORMS}.")
     return made
+
+
+def _signature(written: Any) -> inspect.Signature:
+    """Of a module of torch, what its `forward` takes."""
+    return inspect.signature(written.forward if type(written).__call__ is nn.Module.__call__ else written)
+
+
+def _check_inputs(name: str, signature: inspect.Signature, said: Traits) -> None:
+    """UserError where it cannot be called with what it will be given."""
+    parameters, pairwise = signature.parameters, said.level == "pairwise"
+    try:
+        if "completions" in parameters:
+            signature.bind(**dict.fromkeys({"prompts", "completions"} | (_columns(parameters) or set())))
+        else:
+            signature.bind(*range(4 if pairwise else 3))
+    except TypeError:
+        wanted = PAIRS if pairwise else f"one of {FORMS}"
+        raise UserError(f"rewards.{name} takes ({', '.join(parameters)}); write {wanted}.") from None
 
 
 def _free(written: Any) -> Any:
@@ -97,12 +123,13 @@ def _traits(written: Any) -> Traits | None:
 
 
 def _answered(written: Callable[..., Any]) -> RewardFunction:
-    """Scores without extras, waited for where they are promised."""
+    """Scores without extras, waited for where they are promised: in one event loop, which clients may be bound to."""
+    runner = asyncio.Runner()
 
     def function(*inputs: Any, **columns: Any) -> Any:
         scores = written(*inputs, **columns)
         if inspect.isawaitable(scores):
-            scores = asyncio.run(_waited(scores))
+            scores = runner.run(_waited(scores))
         return scores[0] if isinstance(scores, tuple) and len(scores) == 2 and _several(scores[0]) else scores
 
     return function

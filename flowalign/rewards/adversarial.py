@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from flowalign import processes
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
-from flowalign.rewards.clip import TINY
-from flowalign.rewards.features import picture_files, Tower
+from flowalign.rewards.features import TINY, Tower
+from flowalign.rewards.files import picture_files
 
 HIDDEN = 512
 
@@ -32,8 +32,8 @@ class Adversarial:
     """Logit of being a reference picture; any range, 0 where undecided, and of meaning only within a step: the head moves.
 
     Differentiable. Prompts play no part, so combine it with a reward that reads them. The references should have the size and
-    the file format of what is generated, or the head learns to see those. As published: facebook/dinov2-base at 518 pixels,
-    0.35 GB; licence: see the model card.
+    the file format of what is generated, or the head learns to see those. The bundled CLIP takes little memory; for pictures
+    above 128 pixels, and as published: facebook/dinov2-base at 518 pixels, 0.35 GB, Apache-2.0.
     """
 
     pictures: Any

@@ -1,9 +1,12 @@
 """A reward is a function (images, prompts, metadata) -> (B,), or a class whose instances are: built in, or yours by path."""
 
 import math
+import os
+import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable, TypeVar
 
 import torch
@@ -14,11 +17,13 @@ from flowalign.flow import PerImage
 
 RewardFunction = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 Written = TypeVar("Written", bound=Callable[..., Any])
+LIBRARIES = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+PACKAGE = os.path.join(Path(__file__).parents[1], "")
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a reward says of itself."""
+    """What a reward says of itself; a decorator that says it of a function or a class."""
 
     level: Literal["pointwise", "pairwise", "group"] = "pointwise"
     """pointwise: every image by itself. group: called with all images of one prompt. pairwise: called with two lists of images,
@@ -28,19 +33,12 @@ class Traits:
     range: tuple[float, float] = (-math.inf, math.inf)
     """Between what its scores lie."""
 
-
-def traits(
-    level: Literal["pointwise", "pairwise", "group"] = "pointwise",
-    images: Literal["tensor", "pil"] = "tensor",
-    range: tuple[float, float] = (-math.inf, math.inf),
-) -> Callable[[Written], Written]:
-    """Says of a function or a class what kind of reward it is; without it: pointwise, of tensors, any range."""
-
-    def say(written: Written) -> Written:
-        setattr(written, "traits", Traits(level, images, range))  # noqa: B010  functions have no such attribute for the type checker
+    def __call__(self, written: Written) -> Written:
+        setattr(written, "traits", self)  # noqa: B010  functions have no such attribute for the type checker
         return written
 
-    return say
+
+traits = Traits
 
 
 @runtime_checkable
@@ -94,7 +92,7 @@ class Reward:
         """
         try:
             with torch.no_grad():
-                scores = self.function(images, prompts, metadata)
+                scores = self.function(images.clone(), prompts, metadata)  # it may write into its own
         except RunError:
             raise
         except Exception as error:
@@ -104,7 +102,7 @@ class Reward:
     def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
         """As a call, on the images' device and with the gradient. RunError when the scores carry none."""
         try:
-            scores = self.function(images, prompts, metadata)
+            scores = self.function(images.clone(), prompts, metadata)
         except (RunError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -116,8 +114,8 @@ class Reward:
         return scores.float()
 
     def _failed(self, error: Exception) -> RunError:
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = ([f for f in frames if "site-packages" not in f.filename] or frames)[-1]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
+        frame = ([f for f in frames if not f.filename.startswith(PACKAGE)] or frames)[-1]
         return RunError(f"rewards.{self.name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})")
 
     def _checked(self, scores: Any, count: int) -> PerImage:
@@ -128,8 +126,6 @@ class Reward:
             raise RunError(f"rewards.{self.name} returned a {type(scores).__name__} ({error}); {expected}.") from error
         if scores.shape != (count,):
             raise RunError(f"rewards.{self.name} returned shape {tuple(scores.shape)}; {expected}: shape ({count},).")
-        if scores.isinf().any():
-            raise RunError(f"rewards.{self.name} returned {scores[scores.isinf()][0].item()}; {expected}, finite or not scored.")
         low, high = self.traits.range
         slack = 1e-4 * max([1.0, *(abs(end) for end in (low, high) if math.isfinite(end))])
         if (outside := scores[(scores < low - slack) | (scores > high + slack)]).numel():

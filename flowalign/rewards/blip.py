@@ -42,7 +42,8 @@ VISION = {
 class ImageReward:
     """ImageReward, about -2.3 to 2, typically 0 to 1. Differentiable.
 
-    THUDM/ImageReward: 1.8 GB, permissive licence (see the model card). A prompt's first 35 tokens are read.
+    THUDM/ImageReward: 1.8 GB, Apache-2.0; vocabulary of google-bert/bert-base-uncased, Apache-2.0. A prompt's first 35 tokens
+    are read.
     """
 
     path: str = "THUDM/ImageReward/ImageReward.pt"

@@ -9,24 +9,23 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 from torchvision.transforms import InterpolationMode
 from transformers import AutoTokenizer, BatchEncoding, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from flowalign.errors import RunError, UserError
+from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.hub import pretrained
 from flowalign.rewards.base import traits
+from flowalign.rewards.features import check_world, TINY, Tower
+from flowalign.rewards.files import as_images, read_reference, reference_file
 from flowalign.rewards.weights import affine, from_open_clip, read_weights, with_weights
 
-TINY = str(Path(__file__).parents[2] / "assets" / "tiny-clip")
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
@@ -38,7 +37,7 @@ class Clip:
     """What the rewards of this family share: features of pictures, with gradient, and of prompts, each encoded once."""
 
     path: str = TINY
-    """A local folder or a hub repository; the bundled CLIP for the bundled world."""
+    """A local folder or a hub repository; the bundled CLIP for pictures of the bundled world."""
     processor: str = ""
     """Where the tokenizer and the pictures' mean and deviation lie; with the model when empty."""
     dtype: Dtype = "float32"
@@ -59,6 +58,7 @@ class Clip:
 
     def pictures(self, images: Tensor) -> Tensor:
         """Features of length 1, (B, D)."""
+        check_world(self.path, images, self._key("path"))
         self.model.to(images.device)
         return unit(self.model.get_image_features(self._pixels(images)).pooler_output)
 
@@ -90,8 +90,8 @@ class Clip:
 class ClipScore(Clip):
     """Cosine of picture and prompt, in [-1, 1]; about 0.2 to 0.35 by openai/clip-vit-large-patch14.
 
-    That model takes 1.7 GB; for its licence see the model card. CLIPScore as published (arXiv 2104.08718) is
-    2.5 max(cosine, 0): `{weight: 2.5, path: openai/clip-vit-base-patch32, prefix: "A photo depicts "}`.
+    That model: 1.7 GB, MIT; the bundled CLIP, for pictures up to 128 pixels, takes little memory. CLIPScore as published
+    (arXiv 2104.08718) is 2.5 max(cosine, 0): `{weight: 2.5, path: openai/clip-vit-base-patch32, prefix: "A photo depicts "}`.
     """
 
     prefix: str = ""
@@ -106,7 +106,8 @@ class ClipScore(Clip):
 class PickScore(Clip):
     """Which picture people pick (arXiv 2305.01569), divided by 26 as RL does; about 0.65 to 0.95.
 
-    yuvalkirstain/PickScore_v1: 4 GB, permissive licence (see the model card). Compare means only at equal resolution.
+    yuvalkirstain/PickScore_v1: 4 GB, licence: see its card; processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, MIT. Compare
+    means only at equal resolution.
     """
 
     path: str = "yuvalkirstain/PickScore_v1"
@@ -122,7 +123,8 @@ class PickScore(Clip):
 class HPSv2(Clip):
     """Human preference score v2.1 (arXiv 2306.09341): a cosine, in [-1, 1]; about 0.2 to 0.35.
 
-    xswu/HPSv2: 4 GB; for the licence see the model card. Pictures are shown whole, on black where they are not square.
+    xswu/HPSv2: 4 GB, Apache-2.0; processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, MIT. Pictures are shown whole, on black
+    where they are not square.
     """
 
     path: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"
@@ -148,7 +150,7 @@ class HPSv2(Clip):
 class Aesthetic(Clip):
     """LAION's aesthetic score v2, from 1 to 10, mostly 5 to 7; the prompt plays no part, and it is easily hacked.
 
-    openai/clip-vit-large-patch14 and sac+logos+ava1-l14-linearMSE.pth: 1.7 GB; for the licences see their pages.
+    openai/clip-vit-large-patch14, MIT, and sac+logos+ava1-l14-linearMSE.pth, Apache-2.0: 1.7 GB.
     """
 
     path: str = VIT_L
@@ -172,37 +174,30 @@ class Aesthetic(Clip):
 
 @traits(range=(-1, 1))
 @dataclass
-class ClipImage(Clip):
+class ClipImage:
     """Cosine of picture and reference picture (CLIP-I), in [-1, 1], mostly 0.5 to 0.95; not scored where that is null.
 
-    The reference is the file that the prompt's field `ref_image` names. Memory and licence: as clip_score.
+    The reference is the file that the prompt's field `ref_image` names. Memory and licence as of clip_score; facebook/dinov2-base
+    (DINO-I): 0.35 GB, Apache-2.0.
     """
 
-    name: ClassVar[str] = "clip_image"
+    path: str = TINY
+    """The backbone: a local folder or a hub repository; the image side of the bundled CLIP for pictures of the bundled world."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.tower = Tower(self.path, "rewards.clip_image.path")
         self.references = Remembered(lambda files: torch.stack([self._read(file) for file in files]))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
-        if lacking := [prompt for prompt, entry in zip(prompts, metadata, strict=True) if "ref_image" not in entry]:
-            raise RunError(
-                f"rewards.clip_image: the prompt {lacking[0]!r} has no reference picture. Write it in a .jsonl file as "
-                '{"prompt": "...", "ref_image": "picture.png"}, or with null to leave it unscored.'
-            )
-        pictures = self.pictures(images)
-        return (pictures * self.references([entry["ref_image"] for entry in metadata], images.device)).sum(1)
+        files = [reference_file("clip_image", prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
+        return (self.tower(images) * self.references(files, self.tower.device)).sum(1)
 
     @torch.no_grad()
     def _read(self, file: str | None) -> Tensor:
         """The feature of the picture in a file; NaN without a file."""
         if file is None:
-            return torch.full((self.model.config.projection_dim,), math.nan)
-        try:
-            picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        except OSError as error:
-            raise RunError(f"rewards.clip_image: ref_image {file} cannot be read (looked in {Path.cwd()}): {error}") from error
-        return self.pictures(vision.pil_to_tensor(picture)[None].to(self.model.device) / 255)[0]
+            return torch.full((self.tower.width,), math.nan, device=self.tower.device)
+        return self.tower(as_images(read_reference("clip_image", file)))[0]
 
 
 class Tokens:

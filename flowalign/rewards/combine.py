@@ -9,11 +9,12 @@ from torch import Tensor
 
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
+from flowalign.settings import NonNegative, Positive, Settings
 
 Scores = dict[str, PerImage]
 
 
-class Combine:
+class Combine(Settings):
     """A dataclass of settings; what it learns from step to step goes into checkpoints."""
 
     follows: ClassVar[bool] = False
@@ -65,11 +66,7 @@ class Uncertainty(Combine):
     For rewards of one scale.
     """
 
-    caution: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.caution >= 0:
-            raise UserError(f"combine.caution is {self.caution}; it must be 0 or more.")
+    caution: NonNegative = 0.5
 
     def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
         values = weighted(scores, weights)
@@ -136,13 +133,12 @@ class Constrained(Combine):
 
     at_least: dict[str, float] = field(default_factory=dict)
     """Thresholds by reward."""
-    rate: float = 0.1
+    rate: Positive = 0.1
     follows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.multipliers: dict[str, float] = {}  # λ by reward
-        if not self.rate > 0:
-            raise UserError(f"combine.rate is {self.rate}; it must be above 0.")
 
     def check(self, names: list[str]) -> None:
         _known("combine.at_least", self.at_least, names)

@@ -27,8 +27,8 @@ from torch import Tensor
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.rewards.base import traits
-from flowalign.rewards.clip import TINY
-from flowalign.rewards.features import picture_files, Tower
+from flowalign.rewards.features import TINY, Tower
+from flowalign.rewards.files import picture_files
 
 
 @traits(level="group", range=(-1, 1))
@@ -36,8 +36,8 @@ from flowalign.rewards.features import picture_files, Tower
 class FeatureDistance:
     """Share of minus the distance between a prompt's images and exemplars, in [-1, 1]; more is nearer. Differentiable.
 
-    The exemplars are the same for all prompts: a look that all images should have. As a backbone for photographs, for
-    example, facebook/dinov2-base, 0.35 GB; licence: see the model card.
+    The exemplars are the same for all prompts: a look that all images should have. The bundled CLIP takes little memory; for
+    pictures above 128 pixels, for example, facebook/dinov2-base: 0.35 GB, Apache-2.0.
     """
 
     pictures: Any
@@ -64,8 +64,8 @@ class FeatureDistance:
 class Vendi:
     """Share of the logarithm of the Vendi score of a prompt's images, in [0, log n]; more is more diverse. Differentiable.
 
-    The exponential of its mean over a prompt is the score. It knows no quality: noise is diverse. As a backbone for photographs,
-    for example, facebook/dinov2-base, 0.35 GB; licence: see the model card.
+    The exponential of its mean over a prompt is the score. It knows no quality: noise is diverse. The bundled CLIP takes little
+    memory; for pictures above 128 pixels, for example, facebook/dinov2-base: 0.35 GB, Apache-2.0.
     """
 
     path: str = TINY

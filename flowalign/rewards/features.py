@@ -4,19 +4,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import SizeDict
 
 from flowalign import processes
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.hub import pretrained
+from flowalign.rewards.files import as_images, read_picture
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+TINY = str(Path(__file__).parents[2] / "assets" / "tiny-clip")
+"""Trained on pictures of coloured shapes, 64 pixels on a side."""
+LARGEST = 128
 IMAGES_AT_ONCE = 32
+
+
+def check_world(path: str, images: Tensor, key: str) -> None:
+    """RunError where the bundled CLIP would judge pictures of another world than its own."""
+    height, width = images.shape[-2:]
+    if path == TINY and max(height, width) > LARGEST:
+        raise RunError(
+            f"{key} is the bundled CLIP, which knows coloured shapes of 64 pixels; the pictures have {width} x {height}. "
+            f"Name another, for example {key.rpartition('.')[2]}: openai/clip-vit-large-patch14."
+        )
 
 
 class Tower:
@@ -28,7 +39,7 @@ class Tower:
     def __init__(self, path: str, key: str, size: int = 0):
         """`size`: the side of the square the backbone sees, for backbones that take several; 0 for what its processor says."""
         self.device = processes.device()
-        self.size = size
+        self.path, self.key, self.size = path, key, size
         self.processor: Any = pretrained(AutoImageProcessor, key, path)
         settings = {"dtype": torch.float32, "output_loading_info": True}
         model, found = pretrained(AutoModel, key, path, **settings)
@@ -43,7 +54,8 @@ class Tower:
             raise UserError(f"{key}: {path} does not make one vector of a picture: {error}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Differentiable."""
+        """Differentiable. RunError where the bundled CLIP is shown large pictures."""
+        check_world(self.path, images, self.key)
         pixels = self.pixels(images.to(self.device, self.model.dtype))
         return F.normalize(self.encode(pixel_values=pixels).pooler_output.flatten(1), dim=1)
 
@@ -65,27 +77,4 @@ class Tower:
     @torch.no_grad()
     def embed_files(self, files: list[Path], key: str) -> Tensor:
         """Of pictures of any sizes. UserError names a file that is none."""
-        return torch.cat([self(read_picture(file, key)[None]) for file in files])
-
-
-def picture_files(pictures: Any, key: str) -> list[Path]:
-    """The pictures of a folder and its folders, by name, or those of a list. UserError when there are none."""
-    named = [pictures] if isinstance(pictures, str) else pictures
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise UserError(f"{key} is {pictures!r}; write a folder, or a list of picture files.")
-    files = []
-    for place in map(Path, named):
-        if not place.exists():
-            raise UserError(f"{key}: there is no file or folder {place}.")
-        files += sorted(f for f in place.rglob("*") if f.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
-    if not files:
-        raise UserError(f"{key}: {pictures} has no pictures; their names end in {', '.join(sorted(SUFFIXES))}.")
-    return files
-
-
-def read_picture(file: Path, key: str) -> Tensor:
-    """(3, H, W) in [0, 1], turned as its camera says."""
-    try:
-        return pil_to_tensor(ImageOps.exif_transpose(Image.open(file)).convert("RGB")) / 255
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{key}: {file} is no picture: {error}") from error
+        return torch.cat([self(as_images(read_picture(file, key))) for file in files])

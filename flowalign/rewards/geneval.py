@@ -214,7 +214,8 @@ open_examiner = lru_cache(maxsize=1)(Examiner)
 class GenEval:
     """GenEval's verdict on a picture, 1 or 0; not differentiable.
 
-    Weights: 0.3 GB of detector and 1.7 GB of CLIP in float32. Licences: see the models' cards.
+    In float32: facebook/mask2former-swin-small-coco-instance, 0.3 GB, licence: see its card; openai/clip-vit-large-patch14,
+    1.7 GB, MIT.
     """
 
     detector: str = "facebook/mask2former-swin-small-coco-instance"

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from PIL import Image
 
-from flowalign.errors import RunError, UserError
+from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.rewards.base import traits
+from flowalign.rewards.files import read_reference, reference_file
 
 Question = list[Image.Image | str]
 """Pictures and texts in the order they are shown."""
@@ -39,7 +40,8 @@ AXES = (
 )
 TAG = "Score it from 1 (nothing the prompt asks for) to 5 (all of it, in a good picture). Answer with\n<Score>x</Score>"
 
-NUMBER = r"(\d+(?:\.\d+)?)(?![\d.,]*\d|\s*(?:[-–]|to)\s*\d|\s*(?:/|out of)\s*(?!5\b)\d)"  # "4" and "4/5", not "1-5" or "4/10"
+# "4" and "4/5", not "1-5" or "4/10"; what follows on another line is no part of it
+NUMBER = r"(\d+(?:\.\d+)?)(?![\d.,]*\d|[ \t]*(?:[-–]|to)[ \t]*\d|[ \t]*(?:/|out of)[ \t]*(?!5\b)\d)"
 LABELLED = r"\b{label}\s+score[\s*_\"']*(?:\(1\s*[-–]\s*5\))?[\s*_\"']*:[\s*_\"'(\[]*" + NUMBER
 SCORES = {
     **{label: LABELLED.replace("{label}", label) for label in ("final", "alignment", "coherence", "style")},
@@ -58,6 +60,8 @@ FORMS = {
 
 def yes_probability(log_probs: LogProbs) -> float:
     """P(yes) / (P(yes) + P(no)), each summed over its spellings; NaN where neither is among the tokens."""
+    if any(math.isnan(value) for _, value in log_probs):
+        raise ValueError("the judge gave a log-probability of NaN; run it in bfloat16 or float32")
     yes, no = (
         torch.tensor([value for token, value in log_probs if meaning(token) == answer], dtype=torch.float64).logsumexp(0)
         for answer in ("yes", "no")
@@ -143,25 +147,12 @@ class RewardDance(Judge):
     def __call__(self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
         questions: dict[int, Question] = {}
         for i, (image, prompt, entry) in enumerate(zip(images, prompts, metadata, strict=True)):
-            if (reference := self._reference(prompt, entry)) is not None:
+            if file := reference_file(self.name, prompt, entry):
+                reference = read_reference(self.name, file)
                 questions[i] = ["Image 1:", image, "Image 2:", reference, fill(self.question, prompt)]
         scores = torch.full((len(images),), math.nan)
         scores[list(questions)] = torch.tensor([yes_probability(seen) for seen in self.first_tokens([*questions.values()])])
         return scores
-
-    def _reference(self, prompt: str, entry: dict[str, Any]) -> Image.Image | None:
-        if "ref_image" not in entry:
-            raise RunError(
-                f"rewards.{self.name}: the prompt {prompt!r} has no field 'ref_image'; give every prompt the path of a "
-                "picture to compare with, or null for one that is not to be scored."
-            )
-        if not entry["ref_image"]:
-            return None
-        try:
-            with Image.open(entry["ref_image"]) as picture:
-                return picture.convert("RGB")
-        except OSError as error:
-            raise RunError(f"rewards.{self.name}: ref_image of the prompt {prompt!r} cannot be opened: {error}") from error
 
 
 @traits(range=(0, 1), images="pil")

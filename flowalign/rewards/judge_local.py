@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from flowalign import processes
-from flowalign.errors import RunError, UserError
+from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.hub import pretrained
 from flowalign.rewards.base import traits
@@ -135,14 +135,13 @@ class LocalJudge(Judge):
         shared = OPENED.get((self.path, self.dtype))
         self.model = shared or VisionLanguageModel(f"rewards.{self.name}.path", self.path, self.dtype)
         OPENED[self.path, self.dtype] = self.model
+        if {meaning(token) for token in self.model.yes_and_no} != {"yes", "no"}:
+            raise UserError(f"rewards.{self.name}.path: the vocabulary of {self.path} has no single token for yes or for no.")
 
     @torch.no_grad()
     def first_tokens(self, questions: list[Question]) -> list[LogProbs]:
-        spellings = self.model.yes_and_no
-        if {meaning(token) for token in spellings} != {"yes", "no"}:
-            raise RunError(f"rewards.{self.name}.path: the vocabulary of {self.path} has no single token for yes or for no.")
         rows = [row for part in self._passes(questions) for row in self.model.first_tokens(part).tolist()]
-        return [list(zip(spellings, row, strict=True)) for row in rows]
+        return [list(zip(self.model.yes_and_no, row, strict=True)) for row in rows]
 
     @torch.no_grad()
     def write(self, questions: list[Question], max_new_tokens: int) -> list[str]:
@@ -156,8 +155,8 @@ class LocalJudge(Judge):
 class LocalVqaScore(VqaScore, LocalJudge):
     """Probability of yes, in [0, 1], to whether the picture shows its prompt.
 
-    For example Qwen/Qwen2.5-VL-7B-Instruct (17 GB in bfloat16), Qwen/Qwen3-VL-8B-Instruct (18 GB); not a model that thinks
-    first, whose answer does not begin with yes or no. Licence: see the model card.
+    For example Qwen/Qwen2.5-VL-7B-Instruct (17 GB in bfloat16, Apache-2.0), Qwen/Qwen3-VL-8B-Instruct (18 GB, Apache-2.0); not
+    a model that thinks first, whose answer does not begin with yes or no.
     """
 
     name: ClassVar[str] = "vqa_score"
@@ -167,8 +166,8 @@ class LocalVqaScore(VqaScore, LocalJudge):
 class LocalRewardDance(RewardDance, LocalJudge):
     """Probability of yes, in [0, 1], to whether the picture is better than its prompt's reference, the file `ref_image` names.
 
-    RewardDance's own weights are not public; for example Qwen/Qwen2.5-VL-7B-Instruct (17 GB in bfloat16) or another that takes
-    two pictures. Licence: see the model card.
+    RewardDance's own weights are not public; for example Qwen/Qwen2.5-VL-7B-Instruct (17 GB in bfloat16, Apache-2.0) or another
+    that takes two pictures.
     """
 
     name: ClassVar[str] = "reward_dance"
@@ -178,8 +177,8 @@ class LocalRewardDance(RewardDance, LocalJudge):
 class LocalRubric(Rubric, LocalJudge):
     """A written score from 1 to 5, divided by 5, so in [0.2, 1]; not scored where the answer holds none.
 
-    For example CodeGoat24/UnifiedReward-2.0-qwen3vl-8b (18 GB in bfloat16), Qwen/Qwen2.5-VL-7B-Instruct (17 GB). Licence: see
-    the model card.
+    For example CodeGoat24/UnifiedReward-2.0-qwen3vl-8b (18 GB in bfloat16, licence: see its card), or
+    Qwen/Qwen2.5-VL-7B-Instruct (17 GB, Apache-2.0).
     """
 
     name: ClassVar[str] = "rubric"
@@ -190,8 +189,8 @@ class LocalRubric(Rubric, LocalJudge):
 class PromptEcho(LocalJudge):
     """Mean log-likelihood of the prompt's tokens as the answer to a fixed query about the picture, below 0; one forward.
 
-    For example Qwen/Qwen3-VL-32B-Instruct (67 GB in bfloat16; the paper's), Qwen/Qwen2.5-VL-7B-Instruct (17 GB): the larger
-    the better. Licence: see the model card.
+    For example Qwen/Qwen3-VL-32B-Instruct (67 GB in bfloat16, Apache-2.0; the paper's), Qwen/Qwen2.5-VL-7B-Instruct (17 GB,
+    Apache-2.0): the larger the better.
     """
 
     name: ClassVar[str] = "prompt_echo"

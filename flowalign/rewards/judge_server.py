@@ -3,8 +3,9 @@
 PromptEcho has no such form: it needs the log-probabilities of a given prompt, and chat servers give those of their answer only.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, KW_ONLY
 from typing import Any, ClassVar, TypeVar
 
 from PIL import Image
@@ -17,47 +18,45 @@ Answer = TypeVar("Answer")
 
 
 @dataclass
-class ServerJudge(Judge):
-    url: str
-    """Where the server's API begins, such as http://127.0.0.1:8000/v1."""
+class ServerJudge(Server, Judge):
+    """`url` is where the server's API begins, such as http://127.0.0.1:8000/v1."""
+
     model: str
     """What the server calls the model."""
+    _: KW_ONLY
     token_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the token; none is sent when it is not set."""
-    seconds: float = 60.0
-    """How long to wait for an answer."""
     concurrency: int = 8
-    """How many questions are asked at once."""
-    retries: int = 3
-    """How often a question is asked again when the connection fails or the server answers 408, 429 or 5xx."""
+
+    @property
+    def key(self) -> str:
+        return f"rewards.{self.name}"
 
     def open(self) -> None:
-        waiting = self.token_variable, self.seconds, self.concurrency, self.retries
-        self.server = Server(f"rewards.{self.name}", self.url, *waiting)
+        self.connect()
 
     def first_tokens(self, questions: list[Question]) -> list[LogProbs]:
         # At temperature 1 every server's log-probabilities are the model's.
         return self._ask(questions, {"max_tokens": 1, "logprobs": True, "top_logprobs": 20, "temperature": 1}, self._top_tokens)
 
     def write(self, questions: list[Question], max_new_tokens: int) -> list[str]:
-        return self._ask(questions, {"max_tokens": max_new_tokens, "temperature": 0}, lambda c: c["message"]["content"] or "")
+        return self._ask(questions, {"max_tokens": max_new_tokens, "temperature": 0}, _written)
 
     def _ask(self, questions: list[Question], settings: dict[str, Any], read: Callable[[Any], Answer]) -> list[Answer]:
         """What `read` finds in the answer to each question. RunError with the address when one cannot be had."""
 
-        def ask(question: Question) -> Answer:
+        def answer(question: Question) -> Answer:
             chat = [{"role": "user", "content": [_part(piece) for piece in question]}]
-            reply = self.server.ask("/chat/completions", {"model": self.model, "messages": chat, **settings})
+            text = self.ask("/chat/completions", {"model": self.model, "messages": chat, **settings})
             try:
-                return read(reply.json()["choices"][0])
+                return read(json.loads(text)["choices"][0])
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise RunError(f"{self._source} answered what is no chat completion: {reply.text[:300]}") from error
+                raise RunError(f"{self._source} answered what is no chat completion: {text[:300]}") from error
 
-        return self.server.together(ask, questions)
+        return self.together(answer, questions)
 
     @property
     def _source(self) -> str:
-        return self.server.source("/chat/completions")
+        return self.source("/chat/completions")
 
     def _top_tokens(self, choice: dict[str, Any]) -> LogProbs:
         tokens = (choice.get("logprobs") or {}).get("content")
@@ -69,6 +68,11 @@ class ServerJudge(Judge):
         return [(top["token"], float(top["logprob"])) for first in tokens[:1] for top in first["top_logprobs"]]
 
 
+def _written(choice: dict[str, Any]) -> str:
+    """The answer; null stands for none."""
+    return "" + (choice["message"]["content"] or "")  # TypeError for anything but a text
+
+
 def _part(piece: Image.Image | str) -> dict[str, Any]:
     if isinstance(piece, str):
         return {"type": "text", "text": piece}
@@ -77,21 +81,21 @@ def _part(piece: Image.Image | str) -> dict[str, Any]:
 
 @dataclass
 class ServerVqaScore(VqaScore, ServerJudge):
-    """As vqa_score, in [0, 1]; not scored where neither yes nor no is among the 20 likeliest tokens."""
+    """As vqa_score, in [0, 1], of the same models; not scored where neither yes nor no is among the 20 likeliest tokens."""
 
     name: ClassVar[str] = "vqa_score_server"
 
 
 @dataclass
 class ServerRewardDance(RewardDance, ServerJudge):
-    """As reward_dance, in [0, 1]; not scored where neither yes nor no is among the 20 likeliest tokens."""
+    """As reward_dance, in [0, 1], of the same models; not scored where neither yes nor no is among the 20 likeliest tokens."""
 
     name: ClassVar[str] = "reward_dance_server"
 
 
 @dataclass
 class ServerRubric(Rubric, ServerJudge):
-    """As rubric, in [0.2, 1]: a written score from 1 to 5, divided by 5.
+    """As rubric, in [0.2, 1], of the same models: a written score from 1 to 5, divided by 5.
 
     vLLM applies the model's own repetition penalty, which keeps it from repeating a score, unless it is started with
     `--generation-config vllm`.

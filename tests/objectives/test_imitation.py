@@ -134,7 +134,7 @@ def test_points_differ_between_themselves_and_between_draws():
 
 @pytest.mark.parametrize("settings", [{"guidance": 0.5}, {"sampling_steps": 0}, {"points": 0}, {"weight": -1.0}])
 def test_settings_of_soar_that_mean_nothing_are_refused(settings):
-    with pytest.raises(UserError, match="must be 1 or more"):
+    with pytest.raises(UserError, match="must be"):
         SOAR(**settings)
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -140,8 +142,8 @@ class NumberModel(FlowModel):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.transformer.factor(x)
 
-    def schedule(self, steps: int) -> list[float]:
-        return [1 - k / steps for k in range(steps + 1)]
+    def scheduler(self, steps: int) -> Any:
+        return SimpleNamespace(sigmas=torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0

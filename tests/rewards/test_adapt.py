@@ -1,12 +1,15 @@
 """Rewards as people write them: every form that is understood gives the scores its author meant, the rest an answer."""
 
+import asyncio
 import math
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from flowalign.config import configure
 from flowalign.errors import RunError
@@ -105,13 +108,18 @@ async def trl_async(prompts, completions, **columns):
     return trl(prompts, completions, **columns)
 
 
+class Module(nn.Module):
+    def forward(self, images, prompts, metadata):
+        return native(images, prompts, metadata)
+
+
 @traits(level="group")
 def group(images, prompts, metadata):
     return native(images, prompts, metadata)
 
 
 FORMS = [
-    *(native, other_names, optional_inputs, a_list, a_tuple, an_array, of_pictures, Instance),
+    *(native, other_names, optional_inputs, a_list, a_tuple, an_array, of_pictures, Instance, Module),
     *(factory, factory_of_device, factory_of_optional_device, list_and_extras, factory_of_extras),
     *(trl, trl_named, trl_async, group),
 ]
@@ -137,6 +145,22 @@ def scaled_trl(prompts, completions, level, scale: float = 1.0):
 @pytest.mark.parametrize("written", [scaled, Instance, scaled_factory, scaled_trl], ids=lambda written: written.__name__)
 def test_arguments_with_a_default_are_settings(written):
     assert scores(made(written, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
+
+
+def test_what_an_asynchronous_reward_keeps_open_stays_open_from_call_to_call_and_thread_to_thread():
+    loops = []
+
+    async def kept(prompts, completions, **columns):
+        loops.append(asyncio.get_running_loop())
+        return await asyncio.gather(*(asyncio.sleep(0, level) for level in columns["level"]))
+
+    reward = made(kept)
+    thread = Thread(target=scores, args=(reward,))
+    thread.start()
+    thread.join()
+    assert scores(reward) == pytest.approx(LEVELS.tolist())
+    assert loops == [loops[0]] * 2
+    assert not loops[0].is_closed()
 
 
 @pytest.mark.parametrize("result", [[0.5, None], (0.5, None), (0.5, float("nan"))], ids=repr)
@@ -172,17 +196,19 @@ def by_table(first, second, prompts, metadata):
 
 
 def test_win_rates_by_hand():
-    asked = []
+    asked, shown = [], []
 
     @traits(level="pairwise", range=(0, 1))
     def prefers(first, second, prompts, metadata):
         asked.extend(zip(prompts, first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist(), strict=True))
+        shown.append(len(first))
         return by_table(first, second, prompts, metadata)
 
     reward = made(prefers)
     assert reward.of_groups
     # (0.9 + 0.6 + 0.7 + 0.8) / 4, (0.3 + 0.5 + 0.1 + 0.9) / 4, (0.2 + 0.1 + 0.4 + 0.5) / 4
     assert scores(reward) == pytest.approx([0.75, 0.45, 0.3])
+    assert shown == [2, 2, 2]
     levels = LEVELS.tolist()
     assert sorted(asked) == sorted((p, a, b) for p, a in zip(PROMPTS, levels, strict=True) for b in levels if a != b)
 
@@ -210,7 +236,7 @@ def test_images_of_an_undecided_pair_are_not_scored():
     assert all(math.isnan(score) for score in scores(made(prefers)))
 
 
-@pytest.mark.parametrize("result", [[0.5] * 3, [2.0] * 6, [-1.0] * 6], ids=repr)
+@pytest.mark.parametrize("result", [[0.5] * 3, [2.0] * 2, [-1.0] * 2], ids=repr)
 def test_a_judge_of_pairs_gives_a_probability_for_each(result):
-    with pytest.raises(RunError, match=r"rewards\.mine raised ValueError: 6 pairs were shown, so 6 numbers from 0 to 1"):
+    with pytest.raises(RunError, match=r"rewards\.mine raised ValueError: 2 pairs were shown, so 2 numbers from 0 to 1"):
         scores(made(traits(level="pairwise")(lambda first, second, prompts, metadata: result)))

@@ -1,5 +1,6 @@
 """What is answered where a reward is not one, or does not give scores, and the page about one's own, as printed."""
 
+import json
 import math
 import re
 import shlex
@@ -33,6 +34,13 @@ def no_module(device):
     [
         (lambda a, b: [], "rewards.mine takes (a, b); write one of (images, prompts, metadata), TRL's (prompts, completions, **"),
         (lambda *inputs: [], "rewards.mine takes (inputs); write one of"),
+        (lambda images: [], "rewards.mine takes (images); write one of"),
+        (lambda images, prompts, metadata, more: [], "rewards.mine takes (images, prompts, metadata, more); write one of"),
+        (lambda completions: [], "rewards.mine takes (completions); write one of"),
+        (
+            traits(level="pairwise")(lambda images, prompts, metadata: []),
+            "takes (images, prompts, metadata); write (first, second,",
+        ),
         (lambda device, score_dict: [], "rewards.mine takes (device, score_dict); write one of"),
         (lambda: 5, "rewards.mine returned a int when it was called; write one of"),
         (lambda: 1 / 0, "rewards.mine cannot be made: ZeroDivisionError: division by zero"),
@@ -52,7 +60,6 @@ def test_what_is_not_understood_is_answered_with_what_to_write(written, message)
         (torch.zeros(3, 1), "returned shape (3, 1); expected 3 numbers, one an image: shape (3,)"),
         (torch.zeros(2), "returned shape (2,); expected 3"),
         (0.5, "returned shape (); expected 3"),
-        ([0.5, math.inf, 0], "returned inf; expected 3 numbers, one an image, finite"),
         ([0.5, 1.01, 0], "returned 1.01, outside the range [0, 1] it declares"),
         ([0.5, -2, math.nan], "returned -2, outside the range [0, 1] it declares"),
         (["good", "bad", "good"], "returned a list"),
@@ -75,6 +82,27 @@ def test_an_exception_is_named_with_its_file_and_line():
         scores(make_reward("mine", divides))
     with pytest.raises(RunError, match=rf"rewards\.mine raised ZeroDivisionError: .* \({where}"):
         make_reward("mine", divides).with_gradient(IMAGES.clone().requires_grad_(), PROMPTS, METADATA)
+
+
+def reads(images, prompts, metadata):
+    return json.loads(prompts[0])
+
+
+def test_an_exception_in_a_library_is_named_by_the_line_that_called_it():
+    where = rf"{re.escape(__file__)}, line {reads.__code__.co_firstlineno + 1}\)"
+    with pytest.raises(RunError, match=rf"rewards\.mine raised JSONDecodeError: .* \({where}"):
+        scores(make_reward("mine", reads))
+
+
+def test_a_reward_that_writes_into_its_images_changes_nothing_for_the_next():
+    def writes(images, prompts, metadata):
+        return images.sub_(0.5).mean((1, 2, 3))
+
+    images = IMAGES.clone()
+    reward = make_reward("mine", writes)
+    assert reward(images, PROMPTS, METADATA).tolist() == pytest.approx([level - 0.5 for level in LEVELS])
+    reward.with_gradient(images.requires_grad_(), PROMPTS, METADATA)
+    assert torch.equal(images, IMAGES)
 
 
 # the page about it

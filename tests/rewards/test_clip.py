@@ -14,12 +14,14 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPImag
 from flowalign.config import configure
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapt import make_reward, to_pil
-from flowalign.rewards.clip import Aesthetic, Clip, ClipImage, ClipScore, HPSv2, PickScore, Remembered, TINY
+from flowalign.rewards.clip import Aesthetic, Clip, ClipImage, ClipScore, HPSv2, PickScore, Remembered
+from flowalign.rewards.features import TINY
 from flowalign.rewards.weights import affine, read_weights
 
 PROMPTS = ["a red circle", "a blue square", "a circle and a square"]
 LONG = "a red circle and a blue square and a green triangle"
-NAMES = ["clip_score", "pick_score", "hps", "aesthetic", "clip_image"]
+FAMILY = {cls.name: cls for cls in (ClipScore, PickScore, HPSv2, Aesthetic)}
+CLASSES = {**FAMILY, "clip_image": ClipImage}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,7 @@ def make(folder):
     def made(name: str, **settings: Any) -> Any:
         own = {"hps": {"processor": str(folder)}, "pick_score": {"processor": str(folder)}}
         own["aesthetic"] = {"head": str(folder / "head.pth")}
-        classes = {cls.name: cls for cls in (ClipScore, PickScore, HPSv2, Aesthetic, ClipImage)}
-        return classes[name](**{"path": str(folder), **own.get(name, {}), **settings})
+        return CLASSES[name](**{"path": str(folder), **own.get(name, {}), **settings})
 
     return made
 
@@ -178,7 +179,7 @@ def test_a_picture_equals_itself_and_is_not_scored_without_a_reference(make, fol
 
 def test_a_reference_is_read_once(make, metadata):
     reward, seen = make("clip_image"), []
-    reward.model.vision_model.register_forward_hook(lambda module, inputs, output: seen.append(1))
+    reward.tower.model.vision_model.register_forward_hook(lambda module, inputs, output: seen.append(1))
     for _ in range(3):
         reward(pictures(3, 32, 32), PROMPTS, metadata)
     assert len(seen) == 3 + 1
@@ -186,10 +187,17 @@ def test_a_reference_is_read_once(make, metadata):
 
 def test_a_prompt_without_a_reference_picture_is_answered(make):
     reward = make_reward("clip_image", make("clip_image"))
-    with pytest.raises(RunError, match=r"'a blue square' has no reference picture.*\"ref_image\": \"picture\.png\""):
+    with pytest.raises(RunError, match=r"rewards\.clip_image: the prompt 'a blue square' has no field 'ref_image'"):
         reward(pictures(2, 32, 32), PROMPTS[:2], [{"ref_image": None}, {}])
-    with pytest.raises(RunError, match=r"ref_image nowhere\.png cannot be read \(looked in "):
+    with pytest.raises(RunError, match=r"rewards\.clip_image: ref_image nowhere\.png cannot be read"):
         reward(pictures(1, 32, 32), PROMPTS[:1], [{"ref_image": "nowhere.png"}])
+
+
+def test_the_bundled_clip_judges_no_pictures_of_another_world():
+    reward = make_reward("clip_score", ClipScore())
+    assert reward(pictures(1, 128, 128), PROMPTS[:1], [{}]).isfinite()
+    with pytest.raises(RunError, match=r"rewards\.clip_score\.path is the bundled CLIP.* 512 x 512.* path: openai/clip-vit"):
+        reward(pictures(1, 512, 512), PROMPTS[:1], [{}])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (50, 70), (71, 41), (20, 24)])
@@ -225,10 +233,10 @@ def test_hps_puts_pictures_on_black(make):
     torch.testing.assert_close(pixels[0, :, 24:], black.expand(3, 8, 32))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_the_gradient_is_that_of_finite_differences(make, metadata, name):
     reward = make(name)
-    reward.model.double()
+    (reward.tower if name == "clip_image" else reward).model.double()
     images = pictures(3, 40, 52).double().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS, metadata).sum(), images)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).double()
@@ -238,7 +246,7 @@ def test_the_gradient_is_that_of_finite_differences(make, metadata, name):
     assert ((high - low) / 2e-5).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_picture_scores_the_same_again_and_in_any_company(make, metadata, name):
     reward, images = make_reward(name, make(name)), pictures(3, 40, 52)
     together = reward(images, PROMPTS, metadata)
@@ -248,7 +256,7 @@ def test_a_picture_scores_the_same_again_and_in_any_company(make, metadata, name
     assert together.std() > 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_half_precision_changes_scores_little_and_returns_float32(make, metadata, name):
     images = pictures(3, 32, 32)
     rough, exact = (make(name, dtype=dtype)(images, PROMPTS, metadata) for dtype in ("bfloat16", "float32"))

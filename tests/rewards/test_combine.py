@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from flowalign import trainer
+from flowalign import assembly, trainer
 from flowalign.checkpoint import checkpoints, read_tensors
 from flowalign.config import load_config
 from flowalign.errors import UserError
@@ -120,8 +120,8 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
         ([TWO, "combine={name: constrained}"], "combine.at_least is empty"),
         ([TWO, "combine={name: constrained, at_least: {size: 1}}"], "combine.at_least names 'size'; the rewards are brightness"),
         (["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: 1}}"], "at_least names all rewards"),
-        ([TWO, "combine={name: constrained, at_least: {brightness: 1}, rate: 0}"], "combine.rate is 0.0; it must be above 0"),
-        ([TWO, "combine={name: uncertainty, caution: -1}"], "combine.caution is -1.0; it must be 0 or more"),
+        ([TWO, "combine={name: constrained, at_least: {brightness: 1}, rate: 0}"], "combine.rate is 0; it must be greater"),
+        ([TWO, "combine={name: uncertainty, caution: -1}"], "combine.caution is -1; it must be greater than or equal to 0"),
         ([TWO, "combine={name: minimal}"], "Did you mean 'minimum'"),
         (
             ["rewards={brightness: 1, contrast: 1}", "combine={name: constrained, at_least: {brightness: 1}}", "ALIGN"],
@@ -180,9 +180,11 @@ def test_stopping_and_going_on_equals_never_stopping(reds, tmp_path):
 
 def test_a_reward_that_learns_cannot_be_evaluated_by(reds):
     with pytest.raises(UserError, match=r"adversarial learns as training goes.*name rewards that do not in evaluation\.rewards"):
-        trainer.rewards_of(load_config(TINY, learning(reds, "evaluation.rewards={}")))
+        assembly.rewards_of(load_config(TINY, learning(reds, "evaluation.rewards={}")))
 
 
 def test_a_reward_that_learns_needs_whole_steps(reds):
     with pytest.raises(UserError, match="adversarial learns from whole steps, but the objective alignprop takes each image's"):
-        trainer.rewards_of(load_config(TINY, learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}")))
+        assembly.rewards_of(
+            load_config(TINY, learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}"))
+        )

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from transformers import (
     BitImageProcessor,
@@ -19,10 +18,9 @@ from transformers import (
     ViTModel,
 )
 
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapt import to_pil
-from flowalign.rewards.clip import TINY
-from flowalign.rewards.features import picture_files, read_picture, Tower
+from flowalign.rewards.features import TINY, Tower
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -106,6 +104,16 @@ def test_a_backbone_that_cannot_be_used_is_named():
         Tower(TINY, "rewards.adversarial.path", size=518)
 
 
+def test_the_bundled_clip_sees_no_pictures_of_another_world(tmp_path):
+    tower = Tower(TINY, "rewards.vendi.path")
+    assert tower(noise(1, 128, 128)).shape == (1, tower.width)
+    with pytest.raises(
+        RunError, match=r"rewards\.vendi\.path is the bundled CLIP.* 130 x 64.*path: openai/clip-vit-large-patch14"
+    ):
+        tower(noise(1, 64, 130))
+    assert Tower(random_dinov2(tmp_path), "key")(noise(1, 64, 130)).shape == (1, 16)
+
+
 def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
     sizes = {**SMALL, "image_size": 32, "patch_size": 8}
     models = {"lacks": ViTModel(ViTConfig(**sizes), add_pooling_layer=False), "has none": ViTMAEModel(ViTMAEConfig(**sizes))}
@@ -116,24 +124,3 @@ def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
         Tower(str(tmp_path / "lacks"), "key")
     with pytest.raises(UserError, match=r"key: .* does not make one vector of a picture"):
         Tower(str(tmp_path / "has none"), "key")
-
-
-def test_pictures_are_found_in_folders_and_lists(tmp_path):
-    (tmp_path / "more").mkdir()
-    for name in ("b.png", "a.JPG", "more/c.webp"):
-        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    assert [file.name for file in picture_files(str(tmp_path), "key")] == ["a.JPG", "b.png", "c.webp"]
-    assert picture_files([str(tmp_path / "b.png")], "key") == [tmp_path / "b.png"]
-
-
-def test_pictures_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(UserError, match="key: there is no file or folder"):
-        picture_files(str(tmp_path / "none"), "key")
-    with pytest.raises(UserError, match=r"key: .* has no pictures; their names end in \.bmp"):
-        picture_files(str(tmp_path), "key")
-    with pytest.raises(UserError, match="write a folder, or a list of picture files"):
-        picture_files(3, "key")
-    (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"key: .*a\.png is no picture"):
-        read_picture(tmp_path / "a.png", "key")

@@ -31,7 +31,7 @@ from flowalign.config import load_rewards
 from flowalign.errors import RunError, UserError
 from flowalign.rewards import objects
 from flowalign.rewards.adapt import make_reward, to_pil
-from flowalign.rewards.clip import TINY
+from flowalign.rewards.features import TINY
 from flowalign.rewards.geneval import correct, GenEval, GenEvalGraded, graded, kept, read_wish, relations
 from flowalign.rewards.objects import Box, ColorNamer, COLORS, crop, Detection, Detector, read_boxes, read_segments, SPELLING
 from tests.tiny import random_clip

@@ -3,6 +3,7 @@
 import math
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,12 @@ def test_spellings_of_yes_and_no_are_summed():
     assert yes_probability([(token, math.log(share)) for token, share in shares.items()]) == pytest.approx(0.2 / 0.6)
 
 
+def test_a_log_probability_of_nan_is_an_error():
+    with pytest.raises(ValueError, match="log-probability of NaN"):
+        yes_probability([("Yes", math.nan), ("No", -1.0)])
+    assert yes_probability([("Yes", -1.0), ("No", -math.inf)]) == 1
+
+
 def test_an_answer_that_is_neither_yes_nor_no_is_not_scored():
     assert math.isnan(yes_probability([("Maybe", -0.1)]))
     assert yes_probability([("Yes", -1.0), ("Maybe", -0.5)]) == 1
@@ -166,6 +173,7 @@ def test_an_answer_that_is_neither_yes_nor_no_is_not_scored():
         ("final", "Final Score: 4/5. A good picture", 4),
         ("final", "Final Score: 4 out of 5", 4),
         ("final", "Final Score: 4 - a good picture", 4),
+        ("final", "Final Score: 4\n- 2 dogs are missing", 4),
         ("final", "Final Score: 2? No. Final Score: 3", 3),
         ("axes", "Alignment Score (1-5): 3\nCoherence Score (1-5): 4.5\nStyle Score (1-5): 3", 3.5),
         ("axes", "Alignment Score: 1\nCoherence Score: 2\nStyle Score: 3", 2),
@@ -373,18 +381,19 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path):
         LocalVqaScore(str(tmp_path))
 
 
-def test_a_vocabulary_without_a_token_for_yes_is_refused(chain, monkeypatch):
-    vqa = LocalVqaScore(chain("4"), "float32")
-    monkeypatch.setattr(vqa.model, "yes_and_no", {"no": 1})
-    with pytest.raises(RunError, match="no single token for yes or for no"):
-        vqa(pictures(1), PROMPTS[:1], [{}])
+def test_a_vocabulary_without_a_token_for_yes_is_refused(chain):
+    folder = chain("4")
+    words = Path(folder) / "tokenizer.json"
+    words.write_text(re.sub(r'(Yes|yes)"', 'ja"', words.read_text()))
+    with pytest.raises(UserError, match=r"rewards\.vqa_score\.path: .* no single token for yes or for no"):
+        LocalVqaScore(folder)
 
 
 def test_a_missing_reference_is_answered_with_what_to_write(chain):
     dance = LocalRewardDance(chain("4"), "float32")
     with pytest.raises(RunError, match=r"'a red circle' has no field 'ref_image'"):
         dance(pictures(1), PROMPTS[:1], [{}])
-    with pytest.raises(RunError, match=r"ref_image of the prompt 'a red circle' cannot be opened"):
+    with pytest.raises(RunError, match=r"rewards\.reward_dance: ref_image nowhere\.png cannot be read"):
         dance(pictures(1), PROMPTS[:1], [{"ref_image": "nowhere.png"}])
 
 

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from flowalign.config import load_rewards
 from flowalign.errors import RunError, UserError
+from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.judge_server import ServerRewardDance, ServerRubric, ServerVqaScore
 
 Reply = tuple[int, str]
@@ -69,7 +70,7 @@ def serving(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
         http.server_close()
 
 
-def completion(text: str | None = "Yes", top: dict[str, float] | None = None) -> str:
+def completion(text: Any = "Yes", top: dict[str, float] | None = None) -> str:
     """A chat completion, with the log-probabilities of its first token where they are given."""
     tokens = [{"token": token, "logprob": value} for token, value in (top or {}).items()]
     logprobs = {"content": [{"token": text, "logprob": -0.1, "top_logprobs": tokens}]} if top else None
@@ -189,6 +190,20 @@ def test_garbage_is_shown(body):
         with pytest.raises(RunError, match=r"answered what is no chat completion: " + re.escape(body)):
             ask(ServerVqaScore(**server.settings()))
         assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "Final Score: 4"}], {"score": 4}, 4], ids=repr)
+def test_a_written_answer_that_is_no_text_is_shown(content):
+    with serving(lambda asked, count: (200, completion(content))) as server:
+        with pytest.raises(RunError, match="answered what is no chat completion"):
+            ask(ServerRubric(**server.settings()))
+
+
+def test_a_log_probability_of_nan_ends_the_scoring():
+    with serving(lambda asked, count: (200, completion(top={"Yes": math.nan, "No": -1.0}))) as server:
+        reward = make_reward("vqa", ServerVqaScore(**server.settings()))
+        with pytest.raises(RunError, match=r"rewards\.vqa raised ValueError: the judge gave a log-probability of NaN"):
+            reward(torch.rand(1, 3, 8, 8), ["a circle"], [{}])
 
 
 def test_an_answer_without_log_probabilities_says_what_would_do():

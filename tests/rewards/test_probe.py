@@ -1,15 +1,21 @@
 """`flowalign reward test` and `list`: what is said of a good reward and of bad ones, and about which pictures."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from flowalign.assembly import look_at
 from flowalign.cli import main
-from flowalign.probe import bundled_samples, samples_from
+from flowalign.config import load_reward, load_rewards
+from flowalign.data import Prompt
+from flowalign.errors import UserError
 from flowalign.rewards import REWARDS
-from tests.tiny import ROOT
+from flowalign.rewards.adapt import make_reward
+from flowalign.rewards.probe import bundled_samples, samples_from
+from tests.tiny import ROOT, sd3_config
 
 NOTHING_WRONG = "Nothing wrong was found."
 
@@ -85,6 +91,18 @@ def of_endless_slope(images, prompts, metadata):
     return images.mean((1, 2, 3)) + (images - images.detach()).sum((1, 2, 3)).abs().sqrt()
 
 
+def of_a_parameter(images, prompts, metadata):
+    return torch.ones(len(images), requires_grad=True) * 2
+
+
+def by_turns(images, prompts, metadata):
+    calls.append(None)
+    return [None if len(calls) % 2 else 1.0 for image in images]
+
+
+calls = []
+
+
 def by_a_field(images, prompts, metadata):
     return [entry["wanted"] for entry in metadata]
 
@@ -109,6 +127,11 @@ def mine(tmp_path) -> str:
         ("random", "! determinism: asked twice, scores differ by up to", "determinism, batch size"),
         ("of_the_batch", "! batch size:  one by one, scores differ by up to", "batch size"),
         ("never", "! spread:      no picture was scored; give pictures it is made for with --images", "spread"),
+        (
+            "by_turns",
+            "! determinism: asked twice, scores differ: a picture is scored one way and not the other",
+            "spread, determ",
+        ),
         ("of_endless_slope", "! gradient:    does not reach the pictures, or is not finite", "gradient"),
     ],
 )
@@ -116,7 +139,7 @@ def test_what_is_wrong_with_a_reward_is_named(name, finding, look_at, mine, caps
     assert main(["reward", "test", mine + name]) == 1
     output = capsys.readouterr().out
     assert finding in output
-    assert output.endswith(f"Look at: {look_at}.\n")
+    assert f"Look at: {look_at}" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,10 @@ def test_a_reward_that_gives_no_scores_ends_with_one_message(name, message, mine
 @pytest.mark.parametrize(
     ("name", "finding"),
     [
-        ("of_arrays", "gradient:    none; objectives that backpropagate through the reward cannot use it"),
+        (
+            "of_arrays",
+            "gradient:    none; objectives that backpropagate through the reward cannot use it: rewards.of_arrays raised",
+        ),
         ("sometimes", "not scored"),
         ("of_one_prompt", "gradient:    reaches 8 of 8 pictures"),
     ],
@@ -185,11 +211,32 @@ def test_rewards_of_groups_are_asked_about_one_prompt_at_a_time(folder, mine, ca
     assert scores == pytest.approx([2 * 50 / 255, 150 / 255, 2 * 250 / 255], abs=0.01)
 
 
+def test_pictures_are_shown_as_large_as_they_are(folder, capsys):
+    assert samples_from(str(folder)).images.shape == (3, 3, 30, 40)
+    assert main(["reward", "test", "brightness", "--images", str(folder)]) == 0
+    assert "  pictures:    3 of 3\n" in capsys.readouterr().out
+
+
+def test_pictures_of_several_sizes_are_scaled_and_that_is_said(folder, capsys):
+    Image.new("RGB", (80, 80)).save(folder / "zebra.png")
+    assert samples_from(str(folder)).images.shape == (4, 3, 30, 40)
+    main(["reward", "test", "brightness", "--images", str(folder)])
+    assert "pictures:    4 of 4, of several sizes, scaled and cut to the first one's 40 x 30" in capsys.readouterr().out
+
+
+def test_of_many_pictures_a_few_are_looked_at(folder):
+    describe(folder, *({"file_name": "three.webp", "prompt": str(i)} for i in range(300)))
+    samples = samples_from(str(folder))
+    assert [prompt.text for prompt in samples.prompts] == ["0", "37", "75", "112", "150", "187", "225", "262"]
+    assert samples.about == "8 of 300"
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ([{"file_name": "four.png", "prompt": "x"}], "--images: there is no picture"),
         ([{"prompt": "x"}], 'metadata.jsonl, line 1 has no "file_name"; write for example'),
+        ([{"file_name": "three.webp"}], 'metadata.jsonl, line 1 has no "prompt"; write for example'),
         ([{"file_name": "notes.txt", "prompt": "x"}], "notes.txt is no picture"),
     ],
 )
@@ -217,6 +264,68 @@ def test_what_users_get_wrong_ends_with_one_message_and_status_2(arguments, mess
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+# before a run
+
+PROMPTS = [Prompt("a red circle"), Prompt("a blue square"), Prompt("two stars")]
+
+
+def seen(reward, **settings) -> None:
+    look_at([reward], PROMPTS, sd3_config(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("random", "rewards.random, determinism: asked twice, scores differ by up to"),
+        ("by_turns", "rewards.by_turns, determinism: asked twice, scores differ: a picture is scored one way and not the other"),
+        ("of_the_batch", "rewards.of_the_batch, batch size: one by one, scores differ by up to"),
+        ("constant", ""),
+    ],
+)
+def test_what_cannot_be_relied_on_is_said_before_a_run(name, said, mine, capsys):
+    seen(load_reward(mine + name))
+    output = capsys.readouterr().out
+    assert said in output if said else not output
+
+
+def test_a_picture_is_asked_about_three_times_before_a_run_and_once_more_with_other_prompts():
+    asked = []
+    reward = make_reward("counts", lambda images, prompts, metadata: asked.append(len(images)) or images.mean((1, 2, 3)))
+    seen(reward)
+    assert asked == [4, 4, 1, 1, 1, 1]
+    seen(reward, known=[reward])
+    assert asked[6:] == [4]
+
+
+def test_an_infinite_score_ends_a_run_before_it_begins():
+    with pytest.raises(UserError, match=r"rewards\.endless returned inf; expected numbers"):
+        seen(make_reward("endless", lambda images, prompts, metadata: [math.inf] * len(images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("of_arrays", "rewards.of_arrays raised RuntimeError: Can't call numpy"),
+        ("constant", "rewards.constant carries no gradient from its scores to the images"),
+        (
+            "of_endless_slope",
+            "rewards.of_endless_slope: the gradient of its scores does not reach the pictures, or is not finite",
+        ),
+        ("of_a_parameter", "rewards.of_a_parameter: the gradient of its scores does not reach the pictures"),
+    ],
+)
+def test_a_reward_whose_gradient_does_not_reach_the_pictures_is_refused_where_that_is_needed(name, message, mine):
+    seen(load_reward(mine + name))
+    with pytest.raises(UserError, match=message):
+        seen(load_reward(mine + name), needs_gradient=True)
+
+
+def test_the_bundled_clip_is_refused_for_large_pictures_before_the_model_loads():
+    (reward,) = load_rewards({"clip_score": 1.0})
+    with pytest.raises(UserError, match=r"rewards\.clip_score\.path is the bundled CLIP"):
+        look_at([reward], PROMPTS, sd3_config(height=512, width=512))
 
 
 def test_every_built_in_reward_is_listed_with_a_sentence(capsys):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import create_server
 from threading import Event, Thread
@@ -17,11 +17,12 @@ from torch.testing import assert_close
 
 from flowalign.config import load_reward
 from flowalign.errors import RunError, UserError
-from flowalign.probe import bundled_samples
+from flowalign.rewards import web as web_module
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward, traits
+from flowalign.rewards.probe import bundled_samples
+from flowalign.rewards.serving import make_app
 from flowalign.rewards.web import WebReward
-from flowalign.serving import make_app
 
 IMAGES = torch.tensor([10, 250, 90, 30, 170, 60, 200])[:, None, None, None].expand(7, 3, 8, 8) / 255
 PROMPTS = ["one", "two", "three", "four", "five", "six", "seven"]
@@ -99,8 +100,8 @@ def test_rewards_of_groups_get_whole_groups(level):
 # what a server does wrong
 
 HEALTH = 200, '{"level": "pointwise", "range": [null, null]}'
-Answer = tuple[int, str] | Event | None
-"""A status and a text; too late, until the event; or breaking off."""
+Answer = tuple[int, str] | tuple[int, str, dict[str, str]] | Iterator[bytes] | Event | None
+"""A status, a text and headers; piece by piece; too late, until the event; or breaking off."""
 
 
 @contextmanager
@@ -115,12 +116,18 @@ def answering(answer: Callable[[dict[str, Any]], Answer], health: tuple[int, str
             found = answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
             if isinstance(found, tuple):
                 self.say(*found)
-            elif found:
+            elif isinstance(found, Event):
                 found.wait(300)
+            elif found:
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.writelines(found)
 
-        def say(self, status: int, text: str) -> None:
+        def say(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
-            self.send_header("content-length", str(len(text)))
+            for name, value in {"content-length": str(len(text)), **(headers or {})}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text.encode())
 
@@ -148,8 +155,8 @@ FINE = 200, json.dumps({"scores": [0.0, 1.0, None, 3.0, 4.0, 5.0, 6.0]})
         ((200, '{"points": []}'), "answered what is no list of scores"),
         ((200, '{"scores": ["high"]}'), "answered what is no list of scores"),
         ((200, '{"scores": [0, 1]}'), "answered 2 scores; expected 7, one an image"),
-        ((200, '{"scores": [NaN, 0, 1, 2, 3, 4, 5]}'), "answered NaN; what is not scored is null"),
-        ((200, '{"scores": [Infinity, 0, 1, 2, 3, 4, 5]}'), "returned inf; expected 7 numbers"),
+        ((200, '{"scores": [NaN, 0, 1, 2, 3, 4, 5]}'), "answered nan; scores are finite, and null where there is none"),
+        ((200, '{"scores": [Infinity, 0, 1, 2, 3, 4, 5]}'), "answered inf; scores are finite"),
         ((422, '{"detail": "rewards.it raised ValueError"}'), 'answered 422: {"detail": "rewards.it raised ValueError"}'),
     ],
 )
@@ -181,11 +188,47 @@ def test_an_answer_that_is_too_late_is_not_waited_for():
     late, asked = Event(), []
     with answering(lambda body: asked.append(body) or late) as url:
         reward = WebReward(url)
-        reward.server.seconds = 0.1
+        reward.seconds = 0.1
         with pytest.raises(RunError, match=rf"{url}/v1/score did not answer: .*Read timed out"):
             score(make_reward("late", reward))
         late.set()
     assert len(asked) == 1
+
+
+def test_a_server_that_names_a_time_is_asked_when_we_like():
+    answers: list[Answer] = [(503, "busy", {"retry-after": "3600"}), FINE]
+    with answering(lambda body: answers.pop(0)) as url:
+        assert score(web(url, retries=1))[1] == 1
+
+
+def test_an_answer_that_drips_is_not_waited_for():
+    over = Event()
+
+    def drips() -> Iterator[bytes]:
+        while not over.wait(0.02):
+            yield b" "
+
+    with answering(lambda body: drips()) as url:
+        reward = WebReward(url)
+        reward.seconds = 0.2
+        with pytest.raises(RunError, match=rf"{url}/v1/score did not answer: \d+ bytes in 0\.2 seconds were not all of it"):
+            score(make_reward("drips", reward))
+        over.set()
+
+
+def test_an_answer_without_end_is_not_read_to_it(monkeypatch):
+    monkeypatch.setattr(web_module, "LONGEST", 1000)
+    with answering(lambda body: (200, " " * 2000)) as url:
+        with pytest.raises(RunError, match=rf"{url}/v1/score did not answer: \d+ bytes in 60 seconds were not all of it"):
+            score(web(url))
+
+
+def test_a_field_that_is_no_json_is_named_as_such():
+    with (
+        answering(lambda body: FINE) as url,
+        pytest.raises(RunError, match=r"cannot be asked: a field of the prompts is no JSON"),
+    ):
+        web(url)(IMAGES[:1], ["one"], [{"level": math.nan}])
 
 
 def test_a_server_that_is_gone_is_named():

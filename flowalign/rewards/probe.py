@@ -3,20 +3,23 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from flowalign import processes
 from flowalign.data import Prompt, read_objects
 from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
 from flowalign.pairs import load_picture, read_examples
 from flowalign.rewards.base import Reward
+from flowalign.rewards.files import as_images, read_picture
 
-SAMPLES = Path(__file__).parents[1] / "assets" / "pairs" / "evaluation.parquet"
+SAMPLES = Path(__file__).parents[2] / "assets" / "pairs" / "evaluation.parquet"
 COUNT = 8
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -27,6 +30,8 @@ class Samples:
 
     images: Tensor  # (B, 3, H, W) in [0, 1]
     prompts: list[Prompt]
+    about: str = ""
+    """What was made of the files they are from."""
 
     @property
     def inputs(self) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
@@ -64,8 +69,8 @@ def bundled_samples() -> Samples:
     return Samples(torch.stack(images), [example.prompt for example in examples])
 
 
-def samples_from(folder: str, height: int = 512, width: int = 512) -> Samples:
-    """The pictures of a folder: those of its `metadata.jsonl` (file_name, prompt, other fields), or all, named by prompt."""
+def samples_from(folder: str) -> Samples:
+    """Some pictures of a folder: of its `metadata.jsonl` (file_name, prompt, other fields), or of all, named by prompt."""
     place = Path(folder)
     if not place.is_dir():
         raise UserError(f"--images: there is no folder {folder}.")
@@ -77,23 +82,23 @@ def samples_from(folder: str, height: int = 512, width: int = 512) -> Samples:
     if not files:
         raise UserError(f"--images: {folder} has no pictures ({', '.join(PICTURES)}).")
     prompts = [prompt for _, prompt in entries] or [Prompt(file.stem.replace("_", " ")) for file in files]
-    return Samples(torch.stack([_load(file, height, width) for file in files]), prompts)
+    count = min(COUNT, len(files))
+    chosen = [i * len(files) // count for i in range(count)]
+    pictures, about = [read_picture(files[i], "--images") for i in chosen], f"{count} of {len(files)}"
+    if len({picture.size for picture in pictures}) > 1:
+        width, height = pictures[0].size
+        about += f", of several sizes, scaled and cut to the first one's {width} x {height}"
+        pictures = [ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS) for picture in pictures]
+    return Samples(torch.cat([as_images(picture) for picture in pictures]), [prompts[i] for i in chosen], about)
 
 
 def _entry(found: dict[str, Any], where: str) -> tuple[str, Prompt]:
     """The name of a picture, and its prompt with the other fields."""
-    name = found.get("file_name") or found.get("image")
-    if not isinstance(name, str):
-        raise UserError(f'{where} has no "file_name"; write for example {{"file_name": "a.png", "prompt": "a red circle"}}.')
-    others = {key: value for key, value in found.items() if key not in ("file_name", "image", "prompt")}
-    return name, Prompt(str(found.get("prompt", "")), others)
-
-
-def _load(file: Path, height: int, width: int) -> Tensor:
-    try:
-        return load_picture(file.read_bytes(), height, width)
-    except UserError as error:
-        raise UserError(f"--images: {file} is no picture.") from error
+    name, prompt = found.get("file_name") or found.get("image"), found.get("prompt")
+    if not isinstance(name, str) or not isinstance(prompt, str):
+        lacking = "prompt" if isinstance(name, str) else "file_name"
+        raise UserError(f'{where} has no "{lacking}"; write for example {{"file_name": "a.png", "prompt": "a red circle"}}.')
+    return name, Prompt(prompt, {key: value for key, value in found.items() if key not in ("file_name", "image", "prompt")})
 
 
 def noise_samples(prompts: list[Prompt], height: int, width: int, device: torch.device) -> Samples:
@@ -103,17 +108,24 @@ def noise_samples(prompts: list[Prompt], height: int, width: int, device: torch.
 
 
 def ask(reward: Reward, samples: Samples) -> PerImage:
-    """The scores; a reward of groups is asked about the pictures of one prompt at a time."""
-    if not reward.of_groups:
-        return reward(*samples.inputs)
+    """The scores; a reward of groups is asked about the pictures of one prompt at a time. RunError when one is infinite."""
     scores = torch.zeros(len(samples.prompts))
-    for members in samples.groups:
+    for members in samples.groups if reward.of_groups else [list(range(len(scores)))]:
         scores[members] = reward(*samples.some(members).inputs)
+    if scores.isinf().any():
+        found = scores[scores.isinf()][0].item()
+        raise RunError(f"rewards.{reward.name} returned {found}; expected numbers, finite or not scored.")
     return scores
 
 
 def examine(reward: Reward, samples: Samples) -> tuple[PerImage, list[Finding]]:
-    """The scores, and what can be said of them. RunError when it raises, or returns what are no scores."""
+    """The scores, and all that can be said of them. RunError when it raises, or returns what are no scores."""
+    scores, findings = look(reward, samples)
+    return scores, [*findings, gradient(reward, samples)]
+
+
+def look(reward: Reward, samples: Samples) -> tuple[PerImage, list[Finding]]:
+    """As `examine`, without a gradient: three questions about every picture."""
     began = time.perf_counter()
     scores = ask(reward, samples)
     seconds = time.perf_counter() - began
@@ -129,21 +141,26 @@ def examine(reward: Reward, samples: Samples) -> tuple[PerImage, list[Finding]]:
         alone = torch.cat([reward(*samples.some([i]).inputs) for i in range(len(scores))])
         findings.append(_same("batch size", "one by one as together", "one by one, scores differ", scores, alone, 1e-4))
     findings.append(Finding("speed", f"{1000 * seconds / len(scores):.3g} ms an image, on {samples.images.device}"))
-    return scores, [*findings, gradient(reward, samples)]
+    return scores, findings
 
 
-def gradient(reward: Reward, samples: Samples) -> Finding:
-    """Whether it could be learned from by backpropagation."""
+def gradient(reward: Reward, samples: Samples, needed: bool = False) -> Finding:
+    """Whether it could be learned from by backpropagation. RunError where that is needed and cannot be."""
     samples = samples.some(samples.groups[0]) if reward.of_groups else samples
     images = samples.images.clone().requires_grad_()
     try:
         scores = reward.with_gradient(images, *samples.inputs[1:])
-    except RunError:
-        return Finding("gradient", "none; objectives that backpropagate through the reward cannot use it")
+    except RunError as error:
+        if needed:
+            raise
+        return Finding("gradient", f"none; objectives that backpropagate through the reward cannot use it: {error}")
     uneven = torch.linspace(1, 2, len(scores), device=scores.device)  # the plain sum of centred scores has no gradient
     (found,) = torch.autograd.grad((uneven * scores).sum(), images, allow_unused=True)
     if found is None or not found.isfinite().all():
-        return Finding("gradient", "does not reach the pictures, or is not finite", wrong=True)
+        text = "does not reach the pictures, or is not finite"
+        if needed:
+            raise RunError(f"rewards.{reward.name}: the gradient of its scores {text}, and the objective needs it.")
+        return Finding("gradient", text, wrong=True)
     reached = int((found.flatten(1).abs().sum(1) > 0).sum())
     return Finding("gradient", f"reaches {reached} of {len(images)} pictures", wrong=reached == 0)
 
@@ -165,20 +182,26 @@ def _same(subject: str, yes: str, no: str, scores: PerImage, others: PerImage, t
     off = (scores - others).abs().nan_to_num(nan=0).max().item()
     apart = bool((scores.isnan() != others.isnan()).any())
     scale = max(1.0, scores.abs().nan_to_num(nan=0).max().item())
-    wrong = apart or off > tolerance * scale
+    if apart:
+        return Finding(subject, f"{no}: a picture is scored one way and not the other", wrong=True)
+    wrong = off > tolerance * scale
     return Finding(subject, f"{no} by up to {off:.3g}" if wrong else yes, wrong)
 
 
 def show(reward: Reward, samples: Samples, say: Callable[[str], None] = print) -> bool:
-    """One screen about a reward. Whether nothing is wrong with it."""
+    """One screen about a reward. Whether nothing is wrong with it. One that learns has learned from the pictures once."""
+    about = [Finding("pictures", samples.about)] if samples.about else []
+    samples = replace(samples, images=samples.images.to(processes.device()))
     samples = samples.compared() if reward.of_groups else samples
+    if reward.learner:
+        reward.learner.update(samples.images)
     scores, findings = examine(reward, samples)
     given = {"tensor": "tensors", "pil": "PIL pictures"}[reward.traits.images]
     say(f"{reward.name}: {reward.traits.level}, of {given}")
     for score, prompt in zip(scores.tolist(), samples.prompts, strict=True):
         value = "not scored" if math.isnan(score) else f"{score:.4f}"
         say(f"  {value:>10}  {prompt.text[:80]}")
-    for finding in findings:
+    for finding in [*about, *findings]:
         say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':13}{finding.text}")
     wrong = [finding.subject for finding in findings if finding.wrong]
     say(f"Look at: {', '.join(wrong)}." if wrong else "Nothing wrong was found.")

@@ -1,0 +1,391 @@
+"""flowalign check: what could be wrong with a run, measured on its own model before it starts."""
+
+import math
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, Tensor
+
+from flowalign import processes
+from flowalign.assembly import assemble, Assembly, Inputs, read_inputs
+from flowalign.batch import Batch, Cond, Prompts
+from flowalign.checkpoint import save_adapter
+from flowalign.config import Config
+from flowalign.data import Prompt
+from flowalign.dynamics import is_stochastic
+from flowalign.errors import UserError
+from flowalign.experience import collect, Counts, make_prompts
+from flowalign.flow import Latent, mean_square, over_latent, PerImage
+from flowalign.gradient import compute_gradient, Meter
+from flowalign.models import load_model
+from flowalign.models.base import FlowModel
+from flowalign.objectives.base import Anchor, Loss, Objective
+from flowalign.policy import Policy
+from flowalign.rewards.base import Reward
+from flowalign.rewards.combine import WeightedSum
+from flowalign.rewards.probe import examine, Finding, Samples
+from flowalign.sources import source_of, Supplies
+
+SMALLER = 10**5
+"""How many times smaller steps are that must keep a sampler's marginals."""
+PROMPTS, IMAGES = 2, 4
+
+
+def check(config: Config, say: Callable[[str], None] = print) -> bool:
+    """Everything, said as it is found. Whether nothing is wrong. UserError where the configuration cannot work at all."""
+    wrong = []
+    for finding in findings(config):
+        say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':14}{finding.text}")
+        wrong += [finding.subject] * finding.wrong
+    say(f"Wrong: {', '.join(dict.fromkeys(wrong))}." if wrong else "Nothing wrong was found.")
+    return not wrong
+
+
+def findings(config: Config) -> Iterator[Finding]:
+    inputs = read_inputs(config)
+    yield from arithmetic(inputs)
+    model = load_model(config.model, str(processes.device()))
+    x, t, cond = questions(model, inputs)
+    with torch.no_grad():
+        bare = model.velocity(x, t, cond)
+    assembly = assemble(inputs, model)
+    policy, objective = assembly.policy, config.objective
+    yield from before_start(assembly)
+    yield pipeline_s_own_steps(policy, x, cond)
+    batch = small_batch(assembly)
+    yield from at_the_start(policy, objective, batch)
+    yield from look_at_rewards(assembly)
+    stir(policy)
+    yield adapters_off(policy, bare, x, t, cond)
+    yield from gradients(policy, objective, batch)
+    yield moved_by_optimizer(policy, assembly.learned.optimizer)
+    yield saved_adapter(policy, x, t, cond)
+
+
+def arithmetic(inputs: Inputs) -> Iterator[Finding]:
+    """What a step and the whole run are made of."""
+    counts, train = inputs.counts, inputs.config.train
+    each, passes = counts.images_per_update, counts.images_per_update // counts.images_per_pass
+    made = f"{counts.prompts_per_step} prompts × {counts.images_per_prompt} images = {counts.images_per_step} images"
+    split = (
+        f"{counts.updates_per_step} update(s) of {each} images on each of {counts.processes} process(es), in {passes} pass(es)"
+    )
+    yield Finding("step", f"{made}; {split}")
+    again = counts.prompts_per_step * train.steps / len(inputs.examples or inputs.prompts)
+    what = "pairs or pictures" if inputs.examples else "prompts"
+    total = counts.images_per_step * train.steps
+    yield Finding("run", f"{train.steps} steps, {total:,} images; each of the {what} is met {again:.3g} times")
+
+
+def before_start(assembly: Assembly) -> Iterator[Finding]:
+    """What costs no forward of the network, so that every run can begin with it."""
+    policy = assembly.policy
+    yield disk_space(assembly)
+    times = schedule(policy)
+    yield times
+    batch = keyed_prompts(assembly.supplies, policy)
+    yield noise(policy, batch)
+    if is_stochastic(policy.sampler.dynamics) and not times.wrong:
+        yield marginals(policy)
+    yield optimized(policy, assembly.learned.optimizer)
+
+
+def refuse_what_is_wrong(assembly: Assembly) -> None:
+    """UserError with the first of `before_start` that is wrong."""
+    for finding in before_start(assembly):
+        if finding.wrong:
+            raise UserError(f"{finding.subject}: {finding.text}")
+
+
+def disk_space(assembly: Assembly) -> Finding:
+    """Room for the checkpoints that stay, the one being written and the best."""
+    policy, train = assembly.policy, assembly.config.train
+    adapter = sum(p.numel() * p.element_size() for p in policy.parameters())
+    one = adapter * (3 + len(policy.snapshots))  # with AdamW's two moments
+    wanted = one * (train.keep + 2) + 2 * adapter
+    place = Path(assembly.config.output).absolute()
+    there = next(parent for parent in (place, *place.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    text = f"a checkpoint has {size(one)}; {size(wanted)} are wanted in {assembly.config.output}, {size(free)} are free"
+    advice = "; make room, or choose another folder: output=FOLDER" if free < wanted else ""
+    return Finding("disk", text + advice, free < wanted)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    power = min(3, int(math.log(max(1, count), 1000)))
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
+def schedule(policy: Policy) -> Finding:
+    """From noise to picture without a step back."""
+    times = policy.times
+    falling = all(t > s for t, s in pairwise(times))
+    wrong = times[0] != 1 or times[-1] != 0 or not falling or len(times) != policy.sampler.steps + 1
+    return Finding("schedule", " ".join(f"{t:.3g}" for t in times) + (" does not fall from 1 to 0" if wrong else ""), wrong)
+
+
+def noise(policy: Policy, batch: Batch) -> Finding:
+    """Whether images, steps of the sampler and steps of training have noise of their own."""
+    shape, start = policy.model.latent_shape, policy.start(batch).cpu()
+    later = replace(batch, keys=batch.keys + torch.tensor([0, 1, 0, 0]))
+    draws = {"rollout/0": start, "rollout/1": batch.noise("rollout", 1, shape), "next step": later.noise("rollout", 0, shape)}
+    rows = torch.cat([torch.nn.functional.normalize(draw.flatten(1), dim=1) for draw in draws.values()])
+    owner = torch.cat([batch.group if policy.sampler.same_noise else torch.arange(len(batch))] + [torch.arange(len(batch))] * 2)
+    source = torch.arange(len(draws)).repeat_interleave(len(batch))
+    same = (owner[:, None] == owner[None]) & (source[:, None] == source[None])
+    largest = (rows @ rows.T)[~same].abs().max().item()
+    limit = 6 / math.sqrt(rows.shape[1])
+    text = f"correlation between images, steps and training steps at most {largest:.2g}, by chance below {limit:.2g}"
+    return Finding("noise", text, largest > limit)
+
+
+class OnePicture:
+    """In the place of a model: the exact velocity where all pictures are one, 0, so that x at t is N(0, t²)."""
+
+    def velocity(self, x: Latent, t: PerImage, _: Cond) -> Latent:
+        return x / over_latent(t, x)
+
+
+def marginals(policy: Policy) -> Finding:
+    """Whether stochastic steps keep N(0, t²) as they become small, and what noise the configured steps leave in a picture."""
+    steps, times = policy.sampler.stochastic_steps(0, 0), policy.times
+    middles = [(times[k] + times[k + 1]) / 2 for k in steps]
+    small = [(t, t - (times[k] - times[k + 1]) / SMALLER) for k, t in zip(steps, middles, strict=True)]
+    off = max(abs((after(policy, t, s, t**2) - t**2) / (s**2 - t**2) - 1) for t, s in small)
+    variance = 1.0
+    for k, (t, s) in enumerate(pairwise(times[:-1])):
+        variance = after(policy, t, s, variance, k in steps)
+    kept = f"small stochastic steps keep them to {off:.1g}" if off < 0.02 else f"small stochastic steps miss them by {off:.0%}"
+    much = f"with {len(steps)} of {len(times) - 1} steps stochastic, the last begins with {math.sqrt(variance) / times[-2]:.3g}"
+    return Finding("marginals", f"{kept}; {much} times the noise it expects", off >= 0.02)
+
+
+def after(policy: Policy, t: float, s: float, variance: float, stochastic: bool = True) -> float:
+    """The variance after the policy's own step from t to s."""
+    view, none = policy.at("reference"), torch.zeros(1, 0)
+    view.model, view.times = OnePicture(), [t, s]  # type: ignore[assignment]
+    step = view.step(torch.ones(1, 1, dtype=torch.float64), 0, Cond(none, none, none, none), stochastic)
+    return step.mean.item() ** 2 * variance + step.std**2
+
+
+def optimized(policy: Policy, optimizer: torch.optim.Optimizer) -> Finding:
+    """Whether the optimiser holds the adapter that trains, all of it and nothing else."""
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    mine = policy.parameters()
+    wrong = sorted(held) != sorted(map(id, mine)) or not all(p.requires_grad for p in mine)
+    text = f"{len(mine)} matrices, {sum(p.numel() for p in mine):,} numbers"
+    return Finding("optimizer", "it does not hold the adapter that trains" if wrong else f"holds the adapter: {text}", wrong)
+
+
+def keyed_prompts(supplies: Supplies, policy: Policy) -> Prompts:
+    """Some images of two prompts, with the keys of the first training step."""
+    texts = (supplies.prompts * PROMPTS)[:PROMPTS]
+    members = [(slot, image) for slot in range(PROMPTS) for image in range(IMAGES)]
+    return make_prompts(
+        policy, [texts[slot] for slot, _ in members], [(supplies.seed, 0, slot, image) for slot, image in members]
+    )
+
+
+def questions(model: FlowModel, inputs: Inputs) -> tuple[Latent, PerImage, Cond]:
+    """Two latents of noise at two times."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *model.latent_shape, generator=generator).to(model.device)
+    cond = model.encode([prompt.text for prompt in (inputs.prompts * 2)[:2]])
+    return x, torch.tensor([0.9, 0.4], device=model.device), cond
+
+
+@torch.no_grad()
+def pipeline_s_own_steps(policy: Policy, x: Latent, cond: Cond) -> Finding:
+    """The policy's ODE steps against those of the pipeline's scheduler."""
+    sampler = replace(policy.sampler, dynamics=None)
+    view, scheduler = policy.at("reference").sampling(sampler), policy.model.scheduler(sampler.steps)
+    ours = theirs = x
+    for k, t in enumerate(scheduler.timesteps):
+        ours = view.step(ours, k, cond).mean
+        v = view.velocity(theirs, theirs.new_full((len(x),), float(scheduler.sigmas[k])), cond)
+        theirs = scheduler.step(v, t, theirs, return_dict=False)[0]
+    off = (mean_square(ours - theirs) / mean_square(theirs)).sqrt().max().item()
+    text = f"{sampler.steps} ODE steps as {type(scheduler).__name__} makes them, to {off:.1g}"
+    return Finding("sampler", text if off < 1e-3 else f"differ from {type(scheduler).__name__}'s by {off:.2g}", not off < 1e-3)
+
+
+def chance(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """In the place of a reward, so that images of a prompt always differ: a number of each picture's own bytes."""
+    return (images.double().flatten(1).mean(1) * 1e4) % 1
+
+
+def small_batch(assembly: Assembly) -> Any:
+    """What the objective learns from in a step, but of few images. Scores are by chance where no gradient passes through them."""
+    supplies, given = assembly.supplies, bool(assembly.supplies.examples)
+    prompts, images = PROMPTS * processes.count(), 1 if given else min(IMAGES, supplies.counts.images_per_prompt)
+    counts = Counts(prompts, images, 1, PROMPTS * images, processes.count())
+    judge = supplies.judge
+    if assembly.config.objective.learns_from is not Prompts:
+        judge = replace(judge, rewards=[Reward("chance", chance)], combine=WeightedSum(), images_per_pass=PROMPTS * images)
+    kind = assembly.config.objective.learns_from
+    return source_of(kind, replace(supplies, counts=counts, judge=judge))(0)[0]
+
+
+def losses(policy: Policy, objective: Objective, batch: Batch, images_per_pass: int) -> Iterator[tuple[Any, Loss]]:
+    """Draw by draw, of every pass."""
+    batch = objective.prepare(policy, batch)
+    for piece in batch.passes(images_per_pass):
+        for number, t in enumerate(objective.draws(piece)):
+            yield number, objective.loss(policy, piece, t)
+
+
+def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
+    """Before the first update ratios are 1 and KL is 0, but for the rounding of other batch sizes."""
+    rows, errors, kls = len(batch) * batch.images_per_row, dict[int, float](), []
+    for images_per_pass in (rows, batch.images_per_row):
+        for number, loss in losses(policy, objective, batch, images_per_pass):
+            if "ratio/max_log_error" in loss.stats:
+                errors[number] = max(errors.get(number, 0.0), loss.stats["ratio/max_log_error"].max().item())
+            if "kl" in loss.stats:
+                kls.append(loss.stats["kl"].detach().abs().max().item())
+    if errors:
+        yield ratio(list(errors.values()), objective.clips_at, str(policy.model.transformer.dtype).removeprefix("torch."))
+    if kls:
+        guided = [anchor.guidance for anchor in anchors(objective) if anchor.guidance != policy.sampler.guidance]
+        why = f"; the reference is asked under guidance {guided[0]:g}" if guided else "; it should be 0" if max(kls) else ""
+        yield Finding("kl", f"{max(kls):.2g} before the first update{why}", max(kls) > 0 and not guided)
+
+
+def ratio(errors: list[float], clips_at: float, dtype: str) -> Finding:
+    """The noise of log-ratios, step by step, against the range in which they are not clipped."""
+    floor = max(errors)
+    text = f"log-ratios before the first update, step by step, in {dtype}: {', '.join(f'{error:.1g}' for error in errors)}"
+    if math.isfinite(clips_at):
+        text += f"; clipped beyond {clips_at:g}"
+    if floor < clips_at:
+        return Finding("ratio", text, floor > 0.1)
+    better = f", which is below their noise: write objective.clip_range: {10 * floor:.0e}"
+    return Finding("ratio", text + better + ("" if dtype == "float32" else " or model.dtype: float32"), True)
+
+
+def anchors(objective: Objective) -> list[Anchor]:
+    """What holds the objective to the model without adapter, on the forward process."""
+    return [value for value in vars(objective).values() if isinstance(value, Anchor) and value.weight]
+
+
+def look_at_rewards(assembly: Assembly) -> Iterator[Finding]:
+    """What every reward makes of pictures of the model itself. Few may all score the same, so that is only told."""
+    policy, needed = assembly.policy.at("reference"), assembly.config.objective.learns_from is Prompts
+    batch = keyed_prompts(assembly.supplies, policy)
+    rollout = collect(policy, batch, len(batch), "check")
+    prompts = [Prompt(text, metadata) for text, metadata in zip(batch.prompts, batch.metadata, strict=True)]
+    samples = Samples(rollout.images.to(processes.device()).float() / 255, prompts)
+    trained = {reward.name: reward for reward in assembly.supplies.judge.rewards}
+    others = {reward.name: reward for reward in assembly.evaluator.judge.rewards}
+    for name, reward in {**others, **trained}.items():
+        found = examine(reward, samples)[1]
+        told = {"scores", "spread"} if needed and name in trained else {"scores", "spread", "gradient"}
+        wrong = any(finding.wrong for finding in found if finding.subject not in told)
+        yield Finding("reward", f"{name}: {'; '.join(finding.text for finding in found[1:])}", wrong)
+
+
+def stir(policy: Policy) -> None:
+    """Move the adapter that trains away from its start, where one of its two matrices is 0."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+@torch.no_grad()
+def adapters_off(policy: Policy, bare: Latent, x: Latent, t: PerImage, cond: Cond) -> Finding:
+    """The reference, and snapshots as they begin, bit for bit the model that was loaded; the adapter changes it."""
+    views = {name: policy.at(name).velocity(x, t, cond) for name in ("reference", *policy.snapshots, "policy")}
+    apart = [name for name, v in views.items() if name != "policy" and not torch.equal(v, bare)]
+    if apart:
+        return Finding("reference", f"the velocities of {', '.join(apart)} are not the loaded model's", True)
+    if torch.equal(views["policy"], bare):
+        return Finding("reference", "the adapter that trains changes nothing", True)
+    same = ", ".join(["reference", *policy.snapshots])
+    return Finding("reference", f"bit for bit the loaded model: {same}; the adapter that trains moves it")
+
+
+def gradients(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
+    """Every matrix of the adapter that the velocity depends on receives a gradient, nothing else does, and KL has one."""
+    named = dict(zip(names_of(policy), policy.parameters(), strict=True))
+    for parameter in policy.parameters():
+        parameter.grad = None
+    compute_gradient(policy, objective, batch.taught(), len(batch) * batch.images_per_row, Meter())
+    without = {name for name, p in named.items() if p.grad is None or not p.grad.any()}
+    unused = {name for name in without if not reaches(policy, named[name], batch)}
+    modules = [module for module in policy.model.pipe.components.values() if isinstance(module, nn.Module)]
+    mine = set(map(id, named.values()))
+    others = [name for m in modules for name, p in m.named_parameters() if p.grad is not None and id(p) not in mine]
+    bad = [name for name, p in named.items() if p.grad is not None and not p.grad.isfinite().all()]
+    text = f"{len(named) - len(without)} of {len(named)} matrices receive one"
+    text += f"; the velocity does not depend on {len(unused)}, {min(unused)} for one" if unused else ""
+    if silent := sorted(without - unused):
+        yield Finding("gradient", f"{text}; none reaches {silent[0]}", True)
+    elif others or bad:
+        what = f"{others[0]} receives one too" if others else f"that of {bad[0]} is not finite"
+        yield Finding("gradient", f"{text}; {what}", True)
+    else:
+        yield Finding("gradient", f"{text}, and nothing else does")
+    yield from kl_gradient(policy, objective, batch)
+
+
+def kl_gradient(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
+    """Where there is a KL: whether it pulls."""
+    for _, loss in losses(policy, objective, batch.taught(), len(batch) * batch.images_per_row):
+        if "kl" not in loss.stats:
+            return
+        kl, trained = loss.stats["kl"].mean(), [p for p in policy.parameters() if p.requires_grad]
+        found = torch.autograd.grad(kl, trained, allow_unused=True) if kl.requires_grad else []
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in found if g is not None))
+        yield Finding("kl gradient", f"norm {norm:.2g} where kl is {kl.item():.2g}" if norm else "kl has no gradient", not norm)
+        return
+
+
+def names_of(policy: Policy) -> list[str]:
+    """Of the adapter's matrices, in the order of `parameters`."""
+    return [name for name, _ in policy.model.transformer.named_parameters() if ".policy." in name]
+
+
+def reaches(policy: Policy, parameter: nn.Parameter, batch: Batch) -> bool:
+    """Whether velocities depend on a matrix; it counts as one that they should where it is frozen."""
+    if not parameter.requires_grad:
+        return True
+    x, t = policy.start(batch)[:1], torch.full((1,), 0.5, device=policy.model.device)
+    v = policy.velocity(x, t, batch.cond[:1])
+    weights = torch.linspace(-1, 2, v.numel(), device=v.device).view_as(v)
+    (found,) = torch.autograd.grad((v * weights).sum(), parameter, allow_unused=True)
+    return found is not None and bool(found.any())
+
+
+def moved_by_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> Finding:
+    """One update moves the adapter that trains, and no snapshot."""
+    names = ["policy", *policy.snapshots]
+    before = {name: [p.detach().clone() for p in policy.parameters(name)] for name in names}
+    optimizer.step()
+    moved = {n: any(not torch.equal(p, old) for p, old in zip(policy.parameters(n), before[n], strict=True)) for n in names}
+    wrong = not moved["policy"] or any(moved[name] for name in policy.snapshots)
+    text = f"an update moves {', '.join(name for name in names if moved[name]) or 'nothing'}"
+    return Finding("update", text + (" instead of policy alone" if wrong else " alone"), wrong)
+
+
+@torch.no_grad()
+def saved_adapter(policy: Policy, x: Latent, t: PerImage, cond: Cond) -> Finding:
+    """Whether diffusers loads what is saved as what was trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(policy, Path(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT warns of another adapter, which is what is meant
+            policy.model.pipe.load_lora_weights(folder, adapter_name="saved")
+    v, v_ref, v_saved = (policy.at(name).velocity(x, t, cond) for name in ("policy", "reference", "saved"))
+    policy.model.pipe.delete_adapters("saved")
+    off = (mean_square(v_saved - v) / mean_square(v - v_ref)).sqrt().max().item()
+    text = f"diffusers loads what is saved, off by {off:.1g} of what it adds"
+    return Finding("adapter", text if off < 0.05 else f"{text}: its scale or some matrices were lost", not off < 0.05)
