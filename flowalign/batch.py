@@ -168,7 +168,8 @@ class Pairs(Batch):
             self.prepared = torch.zeros(len(self), 0)
 
     def taught(self) -> Self:
-        return self[self.weight.nonzero().flatten().tolist()]
+        taught = self.weight.nonzero().flatten().tolist()
+        return self if len(taught) == len(self) else self[taught]
 
     @property
     def x0(self) -> tuple[Latent, Latent]:
@@ -202,7 +203,8 @@ class Rollout(Batch):
             self.prepared = torch.zeros(len(self), 0)
 
     def taught(self) -> Self:
-        return self[self.weight.nonzero().flatten().tolist()]
+        taught = self.weight.nonzero().flatten().tolist()
+        return self if len(taught) == len(self) else self[taught]
 
     @property
     def x0(self) -> Latent:

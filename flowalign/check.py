@@ -27,6 +27,7 @@ from flowalign.gradient import compute_gradient, Meter
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.objectives.base import Anchor, Loss, Objective
+from flowalign.plan import size
 from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
@@ -116,12 +117,6 @@ def disk_space(assembly: Assembly) -> Finding:
     text = f"a checkpoint has {size(one)}; {size(wanted)} are wanted in {assembly.config.output}, {size(free)} are free"
     advice = "; make room, or choose another folder: output=FOLDER" if free < wanted else ""
     return Finding("disk", text + advice, free < wanted)
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    power = min(3, int(math.log(max(1, count), 1000)))
-    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
 
 
 def schedule(policy: Policy) -> Finding:

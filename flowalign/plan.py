@@ -267,4 +267,5 @@ def millions(count: int) -> str:
 
 
 def size(count: float) -> str:
+    """Bytes for people."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
