@@ -55,8 +55,8 @@ def stop_reason(rules: dict[str, StopRule], evaluations: Evaluations) -> str:
 
 
 def values_of(name: str, evaluations: Evaluations) -> list[float]:
-    """One metric over the evaluations."""
-    if evaluations and name not in evaluations[-1]:
+    """One metric over the evaluations; a step that was not applied may lack it."""
+    if evaluations and not any(name in entry for entry in evaluations):
         raise RunError(f"train.stop: there is no metric {name!r}; this run logs {', '.join(evaluations[-1])}.")
     return [entry[name] for entry in evaluations if name in entry]
 
