@@ -107,3 +107,5 @@ def log_tamed(
 
 
 ADVANTAGES = {"group": group_advantage, "gdpo": gdpo, "win_rate": win_rate, "log_tamed": log_tamed}
+BY_NAME = (gdpo, log_tamed)
+"""These weigh the rewards one by one, and take nothing from how `combine` would make them into one."""

@@ -1,7 +1,7 @@
 """From a configuration to everything that works on a run, checked in the order of what is cheap."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from flowalign import processes
 from flowalign.batch import Pairs, Prompts, Rollout
 from flowalign.checkpoint import Learned
-from flowalign.config import Config, load_rewards, weight_and_settings
+from flowalign.config import Config, load_rewards, reward_entry
 from flowalign.data import Prompt, read_prompts
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import EVALUATION_STEP, Evaluator, HeldOut
@@ -123,7 +123,7 @@ def rewards_of(config: Config) -> tuple[list[Reward], list[Reward]]:
         )
     asked = config.evaluation.rewards
     made = dict(zip(config.rewards, rewards, strict=True))
-    made = {name: made[name] for name in asked if name in made and same_settings(asked[name], config.rewards[name])}
+    made = {name: made[name] for name in asked if name in made and same_reward(name, asked[name], config.rewards[name])}
     others = {name: value for name, value in asked.items() if name not in made}
     made |= dict(zip(others, load_rewards(others, "evaluation.rewards"), strict=True))
     evaluation = [made[name] for name in asked]
@@ -135,9 +135,9 @@ def rewards_of(config: Config) -> tuple[list[Reward], list[Reward]]:
     return rewards, evaluation
 
 
-def same_settings(one: Any, other: Any) -> bool:
-    """Whether two entries of reward maps differ in weight at most."""
-    return weight_and_settings(one)[1] == weight_and_settings(other)[1]
+def same_reward(name: str, one: Any, other: Any) -> bool:
+    """Whether two entries of reward maps, of one name, differ in weight at most."""
+    return replace(reward_entry(name, one), weight=1.0) == replace(reward_entry(name, other), weight=1.0)
 
 
 def held_out(inputs: Inputs, supplies: Supplies) -> HeldOut | None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
-from flowalign.advantage import ADVANTAGES
+from flowalign.advantage import ADVANTAGES, BY_NAME
 from flowalign.batch import Examples, Pairs, Prompts
 from flowalign.dynamics import DYNAMICS, ode
 from flowalign.errors import did_you_mean, similar_file, UserError
@@ -343,10 +343,17 @@ def check_combine(config: Config) -> None:
     if not config.rewards:
         return
     config.combine.check([reward_name(name) for name in config.rewards])
+    advantage, combine = (config.raw[section]["name"] for section in ("advantage", "combine"))
+    if ADVANTAGES.get(advantage) in BY_NAME and combine != DEFAULTS["combine"]["name"]:
+        others = [name for name, entry in ADVANTAGES.items() if entry not in BY_NAME]
+        raise UserError(
+            f"combine.name is {combine}, but advantage.name {advantage} weighs the rewards one by one, so nothing would be "
+            f"combined; choose advantage.name from {', '.join(others)}, or leave combine out."
+        )
     if config.combine.follows and config.objective.learns_from is Prompts:
         pointwise = [name for name, entry in COMBINE.items() if not entry.follows]
         raise UserError(
-            f"combine.name is {config.raw['combine']['name']}, which looks at whole steps, but the objective "
+            f"combine.name is {combine}, which looks at whole steps, but the objective "
             f"{config.raw['objective']['name']} takes the gradient of each image's reward; choose from {', '.join(pointwise)}."
         )
 
@@ -441,7 +448,7 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
             f'or name your own: "my_file.py:{spec}".{did_you_mean(spec, table)}'
         )
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except FileNotFoundError:
         raise UserError(f"{key}: there is no file {place} (looked in {Path.cwd()}).{similar_file(place)}") from None
     except Exception as error:
@@ -452,6 +459,17 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
             f"{key}: {place} has no {name!r}; it has {', '.join(public) or 'no functions'}.{did_you_mean(name, public)}"
         )
     return vars(module)[name]
+
+
+def _import_module(name: str) -> Any:
+    _look_in(Path.cwd())  # which is not looked in where an installed script was started
+    return importlib.import_module(name)
+
+
+def _look_in(folder: Path) -> None:
+    """Modules of this folder can be imported, where no other has their name."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _import_file(path: Path) -> Any:
@@ -465,8 +483,7 @@ def _import_file(path: Path) -> Any:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)  # so that it can import its neighbours
+    _look_in(path.resolve().parent)  # so that it can import its neighbours
     try:
         found.loader.exec_module(module)
     except BaseException:
@@ -475,41 +492,55 @@ def _import_file(path: Path) -> Any:
     return module
 
 
+@dataclass(frozen=True)
+class RewardEntry:
+    """One line of a reward map."""
+
+    name: str
+    """What it is logged by."""
+    spec: str
+    """A built-in's name, `file.py:name`, `package.module:name`, or an address."""
+    weight: float
+    settings: dict[str, Any]
+
+
+def reward_entry(key: str, value: Any) -> RewardEntry:
+    """`key: weight`, or `key: {weight, reward, ...}` with settings; `reward` where the key is a name of the user's own."""
+    settings = dict(value) if isinstance(value, dict) else {"weight": value}
+    return RewardEntry(reward_name(key), settings.pop("reward", key), float(settings.pop("weight", 1.0)), settings)
+
+
 def checked_rewards(section: Any, key: str) -> dict[str, Any]:
     """A map of names to weights or settings, checked but not loaded."""
     section = mapping(section, key)
     names = [reward_name(name) for name in section]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{key}: two rewards are called {twice[0]!r}; they are logged by name, so rename one.")
+        raise UserError(
+            f"{key}: two rewards are called {twice[0]!r}; they are logged by name, so give one a name of its own: "
+            f"{{mine: {{reward: {[name for name in section if reward_name(name) == twice[0]][1]!r}}}}}."
+        )
     for name, value in section.items():
-        if name not in REWARDS and ":" not in str(name):
+        weight, spec = (value.get("weight", 1.0), value.get("reward", name)) if isinstance(value, dict) else (value, name)
+        if not isinstance(spec, str) or (spec not in REWARDS and ":" not in spec):
             raise UserError(
-                f"{key}: there is no reward {name!r}; choose from {', '.join(REWARDS)}, "
-                f'or name your own: "my_rewards.py:{name}".{did_you_mean(name, REWARDS)}'
+                f"{key}: there is no reward {spec!r}; choose from {', '.join(REWARDS)}, "
+                f'or name your own: "my_rewards.py:{spec}".{did_you_mean(str(spec), REWARDS)}'
             )
-        weight = value.get("weight", 1.0) if isinstance(value, dict) else value
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise UserError(f"{key}.{name} is {value!r}; write a weight, or {{weight: 1.0, ...}} with the reward's own settings.")
     return section
-
-
-def weight_and_settings(value: Any) -> tuple[float, dict[str, Any]]:
-    """The two parts of an entry of a reward map."""
-    settings = dict(value) if isinstance(value, dict) else {"weight": value}
-    return float(settings.pop("weight", 1.0)), settings
 
 
 def load_rewards(section: dict[str, Any], key: str = "rewards") -> list[Reward]:
     """The rewards of a checked map, imported and configured. UserError where that fails."""
     rewards = []
     for name, value in section.items():
-        weight, settings = weight_and_settings(value)
-        if name.startswith(("http://", "https://")):
-            place, settings = "flowalign.rewards.web:WebReward", {"url": name, **settings}
-        else:
-            place = REWARDS.get(name, name)
-        function = configure(imported(place, f"{key}.{name}", REWARDS), settings, f"{key}.{name}", ("weight",))
-        rewards.append(make_reward(reward_name(name), function, weight))
+        entry = reward_entry(name, value)
+        place, settings = REWARDS.get(entry.spec, entry.spec), entry.settings
+        if place.startswith(("http://", "https://")):
+            place, settings = "flowalign.rewards.web:WebReward", {"url": place, **settings}
+        function = configure(imported(place, f"{key}.{name}", REWARDS), settings, f"{key}.{name}", ("weight", "reward"))
+        rewards.append(make_reward(entry.name, function, entry.weight))
     return rewards
 
 

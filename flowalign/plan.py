@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flowalign.batch import Batch
-from flowalign.config import Config, imported, reward_name, weight_and_settings
+from flowalign.config import Config, imported, reward_entry
 from flowalign.data import Prompt
 from flowalign.errors import did_you_mean, UserError
 from flowalign.experience import Counts, Judge
@@ -161,7 +161,8 @@ def supplies_of(config: Config, policy: Policy) -> Supplies:
         return images.mean((1, 2, 3)) + torch.arange(len(images))
 
     train, blank = config.train, Prompt("")
-    rewards = [Reward(reward_name(name), reward, weight_and_settings(value)[0]) for name, value in config.rewards.items()]
+    entries = [reward_entry(name, value) for name, value in config.rewards.items()]
+    rewards = [Reward(entry.name, reward, entry.weight) for entry in entries]
     counts = Counts(train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass)
     counts = replace(counts, prompts_per_step=train.prompts_per_step // train.updates_per_step, updates_per_step=1)
     judge = Judge(rewards, copy.deepcopy(config.combine), config.advantage, train.images_per_pass, policy.model.device)
@@ -186,15 +187,16 @@ def _place(tensor: Tensor) -> int:
 def reward_weights(config: Config) -> dict[str, int | None]:
     """Bytes of the weights in local folders that rewards name; 0 for functions, None for what is only known once it is loaded."""
     found: dict[str, int | None] = {}
-    for spec, value in (config.rewards | config.evaluation.rewards).items():
-        if spec.startswith(("http://", "https://")):
+    for name, value in (config.rewards | config.evaluation.rewards).items():
+        reward = reward_entry(name, value)
+        if reward.spec.startswith(("http://", "https://")):
             continue
-        entry = imported(REWARDS.get(spec, spec), f"rewards.{spec}", REWARDS)
+        entry = imported(REWARDS.get(reward.spec, reward.spec), f"rewards.{name}", REWARDS)
         defaults = {parameter.name: parameter.default for parameter in inspect.signature(entry).parameters.values()}
-        named = (defaults | weight_and_settings(value)[1]).values()
+        named = (defaults | reward.settings).values()
         folders = [Path(text) for text in named if isinstance(text, str) and os.path.isdir(text)]
         files = {file for folder in folders for file in folder.glob("*.safetensors")}
-        found[reward_name(spec)] = sum(file.stat().st_size for file in files) if files or not inspect.isclass(entry) else None
+        found[reward.name] = sum(file.stat().st_size for file in files) if files or not inspect.isclass(entry) else None
     return found
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -244,6 +245,24 @@ def test_a_users_file_imports_its_neighbours(tmp_path):
     )
     (reward,) = load_rewards({f"{tmp_path}/neighbourly.py:red": 1.0})
     assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [0.25, 0.25]
+
+
+def test_a_module_beside_the_user_is_found_where_an_installed_script_was_started(tmp_path, monkeypatch):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "taste.py").write_text("def red(images, prompts, metadata):\n    return images[:, 0, 0, 0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    (reward,) = load_rewards({"house.taste:red": 1.0})
+    assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [1, 1]
+
+
+def test_one_reward_twice_is_logged_by_the_names_it_was_given(user_rewards, tmp_path):
+    first, second = f'{{reward: "{user_rewards}:redness"}}', f'{{reward: "{user_rewards}:redness", weight: -0.5}}'
+    overrides = [f"rewards={{first: {first}, second: {second}}}", "evaluation.rewards={}", "train.steps=1"]
+    summary = trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["reward/first"] == line["reward/second"] == pytest.approx(2 * line["reward/combined"], abs=1e-6)
+    assert set(summary["after"]) == {"first", "second"}
 
 
 def test_a_users_reward_trains_and_is_logged_by_name(user_rewards, tmp_path):
