@@ -1,6 +1,7 @@
 """Fresh processes: two that compute one gradient, the documented commands, and diffusers alone with our adapter."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flowalign.checkpoint import checkpoints
 from flowalign.tracking import read_metrics
@@ -46,6 +48,10 @@ def run_process(command: list[str], folder: Path = ROOT) -> str:
     return done.stdout
 
 
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return math.sqrt(sum((one[key] - other[key]).square().sum().item() for key in one))
+
+
 @pytest.mark.parametrize("objective", ["{name: flow_grpo, kl_weight: 0.1}", "{name: crd}", "{name: kto}"])
 def test_two_processes_compute_the_gradient_of_one(tmp_path, objective):
     """One makes passes of whole prompts, two part them."""
@@ -72,6 +78,26 @@ def test_train_runs_under_torchrun_and_accelerate_launch(tmp_path):
         load_file(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors") for name in ("torchrun", "accelerate")
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_the_same_prompts_and_noise(tmp_path):
+    command = ["train.py", str(TINY), *SMALL, "train.images_per_pass=3", "train.save_every=1"]
+    whole = tmp_path / "whole"
+    run_process([sys.executable, *command, "train.steps=4", f"output={whole}"])
+    before, end = (load_file(checkpoints(whole)[i] / "pytorch_lora_weights.safetensors") for i in (-2, -1))
+    last_update = distance(before, end)
+    launchers = {1: [sys.executable], 2: TORCHRUN}
+    for first, then in ((2, 1), (1, 2)):
+        parted = tmp_path / f"{first}-{then}"
+        run_process([*launchers[first], *command, "train.steps=2", f"output={parted}"])
+        out = run_process([*launchers[then], *command, "train.steps=4", f"output={parted}"])
+        assert "Going on from" in out
+        assert json.loads((parted / "environment.json").read_text())["processes"] == then
+        for one, other in zip(read_metrics(whole), read_metrics(parted), strict=True):
+            assert one["reward/combined"] == pytest.approx(other["reward/combined"], abs=1e-5)
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        adapter = load_file(checkpoints(parted)[-1] / "pytorch_lora_weights.safetensors")
+        assert distance(adapter, end) <= 0.01 * last_update
 
 
 DIFFUSERS_ALONE = """
