@@ -41,7 +41,7 @@ def main() -> None:
     batch, _ = differentiable_prompts(supplies)(0)
 
     def kept(depth: int) -> int:
-        return saved_bytes(lambda: AlignProp(depth=depth).loss(policy, batch, 0).total)
+        return saved_bytes(policy, lambda: AlignProp(depth=depth).loss(policy, batch, 0).total)
 
     recomputed = {depth: kept(depth) for depth in DEPTHS}
     with patch("flowalign.policy.checkpoint", lambda function, *arguments, use_reentrant: function(*arguments)):
@@ -55,13 +55,16 @@ def main() -> None:
         options.output.write_text(json.dumps({"recomputed": recomputed, "plain": plain}, indent=2))
 
 
-def saved_bytes(loss: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps once the loss is there, without the parameters."""
+def saved_bytes(policy: Policy, loss: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps once the loss is there, without those of weights, or views of them."""
+    modules = [module for module in policy.model.pipe.components.values() if isinstance(module, torch.nn.Module)]
+    weights = {parameter.untyped_storage().data_ptr() for module in modules for parameter in module.parameters()}
     storages: dict[int, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and not isinstance(tensor, torch.nn.Parameter):
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
