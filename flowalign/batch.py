@@ -71,9 +71,11 @@ class Batch:
         return self.keys[:, 2]
 
     def keeps_groups_whole(self, images_per_pass: int | None) -> bool:
-        """Whether passes of that many images never part the images of a prompt."""
-        sizes = self.group.unique(return_counts=True)[1].tolist()
-        return images_per_pass is None or all(images_per_pass % (size * self.images_per_row) == 0 for size in sizes)
+        """Whether passes of that many images never part the images of a prompt, which stand side by side."""
+        if images_per_pass is None:
+            return True
+        size = max(1, images_per_pass // self.images_per_row)
+        return not any(self.group[cut] == self.group[cut - 1] for cut in range(size, len(self), size))
 
     def __getitem__(self, index: slice | list[int]) -> Self:
         """The rows of a slice, or of these numbers."""

@@ -131,8 +131,9 @@ class Evaluator:
 class HeldOut:
     """Figures of pairs or pictures that were not trained on, at fixed times and noise.
 
-    `reconstruction_error`: ‖v - (noise - x0)‖² of the (better) picture, less is better. `chosen_preferred`, of pairs: 1 where
-    against the model without adapter the better picture's error has risen less than the worse one's; ½ where equally.
+    Of velocities without guidance. `reconstruction_error`: ‖v - (noise - x0)‖² of the (better) picture, less is better.
+    `chosen_preferred`, of pairs: 1 where against the model without adapter the better picture's error has risen less than the
+    worse one's; ½ where equally.
     """
 
     batch: Examples | Pairs
@@ -141,15 +142,16 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, policy: Policy) -> dict[str, Tensor]:
+        cond = self.batch.cond.unguided()
         pictures = self.batch.x0 if isinstance(self.batch, Pairs) else (self.batch.x0,)
         error, moved = torch.zeros(2, len(pictures), len(self.batch), device=self.batch.device)
         for draw in self.times(self.batch):
             for i, x0 in enumerate(pictures):
                 xt, target = add_noise(x0, draw.t, draw.noise)
-                found = mean_square(policy.velocity(xt, draw.t, self.batch.cond) - target)
+                found = mean_square(policy.velocity(xt, draw.t, cond) - target)
                 error[i] += found / self.times.count
                 if len(pictures) == 2:
-                    moved[i] += found - mean_square(policy.at("reference").velocity(xt, draw.t, self.batch.cond) - target)
+                    moved[i] += found - mean_square(policy.at("reference").velocity(xt, draw.t, cond) - target)
         figures = {"reconstruction_error": error[0]}
         if len(pictures) == 2:
             figures["chosen_preferred"] = (moved[0] < moved[1]).float() + 0.5 * (moved[0] == moved[1])

@@ -49,9 +49,9 @@ class Sampler(Settings):
 
 @dataclass
 class Decay(Settings):
-    """How a copy follows the policy: copy ← decay · copy + (1 - decay) · policy, `decay` a function of the step.
+    """How a copy follows the policy: copy ← decay · copy + (1 - decay) · policy, `decay` a function of the updates so far.
 
-    decay(step) = value + slope · (step - start), at most `end`; `value` before `start`. 0 copies, 1 never follows.
+    decay(n) = value + slope · (n - start), at most `end`; `value` before `start`. 0 copies, 1 never follows.
     """
 
     start: CountOrZero = 0
@@ -65,10 +65,10 @@ class Decay(Settings):
         if self.value > self.end:
             raise WrongSetting(f"value is {self.value}, but end {self.end}; write value <= end.")
 
-    def __call__(self, step: int) -> float:
-        if step % self.every:
+    def __call__(self, updates: int) -> float:
+        if updates % self.every:
             return 1.0
-        return min(self.end, self.value + self.slope * max(0, step - self.start))
+        return min(self.end, self.value + self.slope * max(0, updates - self.start))
 
 
 @dataclass

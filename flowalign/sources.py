@@ -113,7 +113,7 @@ def ranked_pairs(supplies: Supplies) -> Source:
 
 def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
     """Pairs from the judged images of whole groups, the same number of every group."""
-    better, worse, scale = [], [], []
+    better, worse, scale, number = [], [], [], []
     for label in rollout.group.unique().tolist():
         members = (rollout.group == label).nonzero().flatten()
         reward = rollout.reward.cpu()[members]
@@ -121,6 +121,7 @@ def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
         top = min(ranking.top, len(order) // 2)
         better += [i for i in order[:top] for _ in range(top)]
         worse += [i for _ in range(top) for i in order[-top:]]
+        number += range(top * top)
         reward = reward[~reward.isnan()] if not reward.isnan().all() else torch.zeros(1)
         spread = (reward.max() - reward.min()).item()
         scale.append((((reward - reward.min()) / spread).std(correction=0).item() if spread else 0.0, spread or 1.0, top * top))
@@ -129,7 +130,7 @@ def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
     weight = (gap > ranking.min_gap).float()
     if ranking.weighted:
         weight = (weight * gap_weights(gap, scale)).nan_to_num(nan=0)
-    keys = torch.cat([chosen.keys[:, :3], torch.arange(len(gap))[:, None]], 1)
+    keys = torch.cat([chosen.keys[:, :3], torch.tensor(number)[:, None]], 1)
     sides = chosen.path, rejected.path, chosen.log_prob, rejected.log_prob
     return Pairs(chosen.prompts, chosen.metadata, keys, chosen.cond, *sides, gap, weight, rollout.steps)
 

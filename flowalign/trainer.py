@@ -139,7 +139,7 @@ class Run:
             else:
                 self.refuse(taught, update, f"the loss was {loss.item():g}, the gradient's norm {norms[-1]:g}")
         for name, decay in objective.snapshots.items():
-            policy.follow(name, decay(self.state.step))
+            policy.follow(name, decay(self.state.step * train.updates_per_step))
         self.state.step += 1
         self.state.images += counts.images_per_step if self.makes_images else 0
         elapsed = time.monotonic() - began

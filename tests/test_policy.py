@@ -109,13 +109,13 @@ def test_snapshots_start_as_the_policy_and_follow_it():
     assert torch.equal(velocity(policy.at("old")), velocity(policy))
 
 
-def test_a_decay_is_a_function_of_the_step():
-    assert [Decay(slope=0.001, end=0.5)(step) for step in (0, 100, 1000)] == [0.0, 0.1, 0.5]
+def test_a_decay_is_a_function_of_the_updates():
+    assert [Decay(slope=0.001, end=0.5)(n) for n in (0, 100, 1000)] == [0.0, 0.1, 0.5]
     late = Decay(start=75, slope=0.0075, end=0.999)
-    assert [late(step) for step in (0, 74, 75, 1_000_000)] == [0.0, 0.0, 0.0, 0.999]
-    assert [Decay(value=0.25, slope=0.005, end=0.999)(step) for step in (0, 100, 1000)] == [0.25, 0.75, 0.999]
+    assert [late(n) for n in (0, 74, 75, 1_000_000)] == [0.0, 0.0, 0.0, 0.999]
+    assert [Decay(value=0.25, slope=0.005, end=0.999)(n) for n in (0, 100, 1000)] == [0.25, 0.75, 0.999]
     assert late(100) == pytest.approx(0.1875)
-    assert [Decay(value=0.9, every=8)(step) for step in (7, 8, 9)] == [1.0, 0.9, 1.0]
+    assert [Decay(value=0.9, every=8)(n) for n in (7, 8, 9)] == [1.0, 0.9, 1.0]
 
 
 def test_targets_that_match_no_layer_are_answered_with_those_there_are():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowalign import trainer
 from flowalign.advantage import group_advantage
-from flowalign.batch import Batch, Examples, Pairs
+from flowalign.batch import Batch, Examples, Pairs, Rollout
 from flowalign.checkpoint import checkpoints, read_tensors
 from flowalign.config import load_config
 from flowalign.data import Prompt
@@ -20,11 +20,16 @@ from flowalign.dynamics import flow_sde
 from flowalign.errors import UserError
 from flowalign.experience import collect, Counts, Judge
 from flowalign.gradient import compute_gradient, Meter
+from flowalign.objectives.dpo import DPO
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.kto import KTO
 from flowalign.objectives.prdp import PRDP
+from flowalign.objectives.raft import RAFT
+from flowalign.objectives.rwr import RWR
+from flowalign.objectives.sft import SFT
+from flowalign.objectives.soar import SOAR
 from flowalign.pairs import load_picture, read_examples
-from flowalign.policy import Sampler
+from flowalign.policy import Policy, Sampler
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.pictures import brightness
@@ -145,6 +150,33 @@ def test_ranked_pairs_are_the_brightest_and_the_darkest_of_a_prompt():
     assert metrics == same
     reward = rollout.reward.view(2, 3)
     torch.testing.assert_close(pairs.gap, reward.max(1).values - reward.min(1).values)
+
+
+def test_the_noise_of_a_pair_does_not_depend_on_what_other_prompts_there_are():
+    source = replace(supplies(), ranking=Ranking(top=1))
+    rollout, _ = judged_rollouts(source)(0)
+    second = rollout[list(range(3, 6))]
+    assert torch.equal(rank(rollout, source.ranking).keys[1:], rank(second, source.ranking).keys)
+
+
+@pytest.mark.parametrize("kind", [DPO, KTO, SFT, SOAR, RWR, RAFT])
+def test_what_is_imitated_or_preferred_is_the_velocity_without_guidance(kind, pairs, monkeypatch):
+    """However images are sampled; SOAR alone takes the step that errs under its own."""
+    objective = kind()
+    source = supplies(None if objective.learns_from is Rollout else pairs)
+    source.policy.sampler = replace(source.policy.sampler, guidance=3.0)
+    batch, _ = source_of(objective.learns_from, source)(0)
+    assert batch.cond.guidance == 3
+    asked, velocity = [], Policy.velocity
+
+    def asking(policy, x, t, cond):
+        asked.append(cond.guidance)
+        return velocity(policy, x, t, cond)
+
+    monkeypatch.setattr(Policy, "velocity", asking)
+    batch = objective.prepare(source.policy, batch)
+    objective.loss(source.policy, batch, next(iter(objective.draws(batch))))
+    assert set(asked) == ({1, objective.guidance} if isinstance(objective, SOAR) else {1})
 
 
 # groups that teach nothing

@@ -115,6 +115,20 @@ def test_stopping_and_going_on_equals_never_stopping(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]
 
 
+def test_copies_follow_by_the_updates_so_far(tmp_path, monkeypatch):
+    followed, follow = [], Policy.follow
+
+    def following(policy, name, decay):
+        followed.extend([decay] if name == "old" else [])
+        follow(policy, name, decay)
+
+    monkeypatch.setattr(Policy, "follow", following)
+    objective = "objective={name: nft, old: {slope: 0.1, end: 0.5}}"
+    config = small_config(tmp_path / "run", objective, "train.updates_per_step=2", "train.images_per_pass=3", "train.steps=4")
+    trainer.train(config)
+    assert followed == pytest.approx([0.0, 0.0, 0.2, 0.4, 0.5])  # the first as it begins
+
+
 def test_another_experiment_in_the_same_folder_is_refused(run):
     with pytest.raises(UserError, match=r"another .*train\.prompts_per_step"):
         trainer.train(small_config(run, "train.prompts_per_step=4"))

@@ -4,6 +4,9 @@
 with gradient through the last steps only: a fixed number of them (DRaFT-K; all K is DRaFT), or from a step on that is drawn anew
 every training step around `start` (AlignProp). Each step and the decoding are recomputed in the backward pass, so memory does
 not grow with the steps.
+
+Differences from AlignProp: the steps are the ODE's (there: DDIM's with noise), the loss is -reward (there: its distance from a
+target), and a start drawn beyond the schedule is its end (there: drawn again).
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,8 @@
 With e = ‖v - (noise - x0)‖² and ℓ = -w(e, t) in the place of the log-probability,
     loss = -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) + β_old ‖v - v_old‖²,   ratio = exp(ℓ - ℓ_old)
 
-Difference from the released code: one lagging copy `old` serves the ratio and the trust region (there: the weights before
-the step, and an average of them).
+Differences from the released code: one lagging copy `old` serves the ratio and the trust region (there: the weights before
+the step, and an average of them). The images of a prompt share times and noise unless `times.shared` is false.
 """
 
 from dataclasses import dataclass, field

@@ -103,6 +103,11 @@ class ForwardTimes(Settings):
         if self.low >= self.high:
             raise WrongSetting(f"low is {self.low} and high {self.high}; write low < high.")
 
+    def must_be_shared(self) -> None:
+        """WrongSetting where they are not."""
+        if not self.shared:
+            raise WrongSetting("times.shared is false, but the images of a prompt are compared at one time; write true.")
+
     def __call__(self, batch: Rollout | Pairs | Examples) -> Iterator[Draw]:
         for index in range(self.count):
             u = (index + batch.uniform("time", index, self.shared)) / self.count

@@ -45,6 +45,7 @@ class CRD(ForwardObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.times.must_be_shared()
         if self.kl.weight and self.kl_least > self.kl.weight:
             raise WrongSetting(f"kl_least is {self.kl_least}; it must be between 0 and kl.weight, {self.kl.weight}.")
 

@@ -3,8 +3,7 @@
 With ratio_k = clip(π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c), 1 - ε, 1 + ε),
     loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected))
 
-Difference from the released code: β and ε are for log-probabilities that are means over latent elements of a flow model;
-there, of Stable Diffusion 1.5.
+Differences from the released code: paths are those of a flow SDE, and rewards rank them (there: DDIM, and people).
 """
 
 import math
@@ -26,7 +25,7 @@ class D3PO(PathObjective):
     """Needs a stochastic sampler. Pairs are the ranked images of a prompt; best with sampler.same_noise: true, as published."""
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    beta: Positive = 1.0
+    beta: Positive = 0.1
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """ε: beyond it a path gives no gradient."""
 

@@ -31,6 +31,10 @@ class DGPO(ForwardObjective):
     """Its guidance is also that of e_ref."""
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.times.must_be_shared()
+
     @property
     def snapshots(self) -> dict[str, Decay]:
         return {"old": self.old}

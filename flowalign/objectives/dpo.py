@@ -2,7 +2,10 @@
 
 With D(x0) = ‖v - (noise - x0)‖² - ‖v_ref - (noise - x0)‖² and the logit s = -β/2 (D(chosen) - D(rejected)),
     loss = -log σ(s)
-Chosen and rejected share time and noise. Errors are means over latent elements, and published β are for that.
+Chosen and rejected share time and noise. Errors are means over latent elements, and published β are for that. Velocities are
+those without guidance, however images are sampled.
+
+Difference from the released online form: the reference stays the model without adapter (there: it is renewed now and then).
 """
 
 from collections.abc import Callable
@@ -61,7 +64,7 @@ class DPO(Objective):
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
         xt, target = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise]))
-        t, cond = draw.t.repeat(2), pairs.cond.twice()
+        t, cond = draw.t.repeat(2), pairs.cond.unguided().twice()
         error = mean_square(policy.velocity(xt, t, cond) - target)
         error_ref = mean_square(policy.at("reference").velocity(xt, t, cond) - target)
 

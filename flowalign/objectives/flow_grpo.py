@@ -9,7 +9,8 @@ move of the step's mean, log ratio becomes mean(noise · Δμ), which is centred
 MixGRPO 2507.21802).
 
 Differences from the paper: the log-probability is the mean over latent elements, as in the released code, and so is the
-KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's length: |t - s| times the exact one.
+KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's length: |t - s| times the exact one. The last step
+is one of the ODE, and `cps` steps have the log-probability of a Gaussian (as released: without the division by 2 std²).
 """
 
 from dataclasses import dataclass

@@ -3,6 +3,10 @@
 With g = ‖v_ref - (noise - x0)‖² - ‖v - (noise - x0)‖², y = 1 for a liked and -1 for a disliked image, and the reference point
 z = max(0, mean of g over all images of the update), without gradient,
     loss = λ_y (1 - σ(y β (g - z)))
+Velocities are those without guidance, however images are sampled.
+
+Difference from the paper: images come as pairs, one liked and one disliked, that share time and noise (there: each by itself,
+four of five liked).
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,7 +24,10 @@ from flowalign.settings import NonNegative, Positive
 
 @dataclass
 class KTO(Objective):
-    """From pairs of `data.pairs`, or online from the ranked images of `data.prompts`: chosen are liked, rejected disliked."""
+    """From pairs of `data.pairs`, or online from the ranked images of `data.prompts`: chosen are liked, rejected disliked.
+
+    z is only as good as the images of an update are many: 8 or more.
+    """
 
     learns_from: ClassVar[type[Batch]] = Pairs
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
@@ -55,6 +62,6 @@ class KTO(Objective):
     def gained(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
         """g of the liked, then of the disliked images (2 B)."""
         xt, target = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise]))
-        t, cond = draw.t.repeat(2), pairs.cond.twice()
+        t, cond = draw.t.repeat(2), pairs.cond.unguided().twice()
         error = mean_square(policy.velocity(xt, t, cond) - target)
         return mean_square(policy.at("reference").velocity(xt, t, cond) - target) - error

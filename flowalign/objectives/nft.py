@@ -2,6 +2,9 @@
 
 With v± = v_old ± β (v - v_old) and r in [0, 1] how good an image is,
     loss = A_max / β · (r ‖v+ - (noise - x0)‖² + (1 - r) ‖v- - (noise - x0)‖²)
+
+Differences from the released code: times are drawn from strata of an interval (there: those of the sampler's steps, in random
+order), and the images of a prompt share times and noise unless `times.shared` is false.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,7 @@
 """RAFT: imitate the best of every prompt's images (arXiv 2304.06767), on the flow-matching loss.
 
 loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G / n for the n best of a prompt's G images (ties count), 0 for the others
+v is the velocity without guidance, however images are sampled.
 """
 
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ class RAFT(ForwardObjective):
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-        v = policy.velocity(xt, draw.t, rollout.cond)
+        v = policy.velocity(xt, draw.t, rollout.cond.unguided())
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
         loss = Loss((w * error).mean(), {"error": error, "kept": (w > 0).float()})

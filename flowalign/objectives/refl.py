@@ -1,6 +1,9 @@
 """ReFL: the reward's gradient through one late step, which predicts the finished image (arXiv 2304.05977, algorithm 1).
 
 loss = max(0, c - reward(decode(x_k - t_k v_θ(x_k, t_k)))),   k drawn anew every training step
+
+Differences from the released code: c is infinite (there: 2, on ImageReward's scale, and the whole times 1e-3), and no
+pictures are imitated beside it.
 """
 
 import math

@@ -1,6 +1,7 @@
 """RWR: reward-weighted regression (arXiv 2305.13301, section 4.1), on the flow-matching loss.
 
 loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G softmax(reward / τ) over the G images of a prompt
+v is the velocity without guidance, however images are sampled.
 """
 
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ class RWR(ForwardObjective):
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-        v = policy.velocity(xt, draw.t, rollout.cond)
+        v = policy.velocity(xt, draw.t, rollout.cond.unguided())
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
         loss = Loss((w * error).mean(), {"error": error, "weight/of_squares": w**2})

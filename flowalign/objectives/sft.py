@@ -1,6 +1,6 @@
 """SFT: imitate given pictures by flow matching (arXiv 2209.03003).
 
-loss = ‖v - (noise - x0)‖²
+loss = ‖v - (noise - x0)‖², of the velocity without guidance
 """
 
 from dataclasses import dataclass, field
@@ -22,5 +22,5 @@ class SFT(ForwardObjective):
     def loss(self, policy: Policy, examples: Examples, draw: Draw) -> Loss:
         xt, target = add_noise(examples.x0, draw.t, draw.noise)
 
-        error = mean_square(policy.velocity(xt, draw.t, examples.cond) - target)
+        error = mean_square(policy.velocity(xt, draw.t, examples.cond.unguided()) - target)
         return Loss(error.mean(), {"error": error})

@@ -4,6 +4,10 @@ From x_t on the line between x0 and noise, one guided ODE step of the model itse
 Taken back towards the same noise to s' in [s, 1], its velocity straight to x0 is known:
     x_{s'} = (1 - α) x' + α noise,   α = (s' - s) / (1 - s)
     loss = ‖v(x_t) - (noise - x0)‖² + λ ‖v(x_{s'}) - (x_{s'} - x0) / s'‖²
+The velocities of the loss are those without guidance.
+
+Differences from the paper: the step that errs is one of the ODE (there: some are stochastic), s' is any time (there: one of the
+schedule's), and no prompts are dropped.
 """
 
 from dataclasses import dataclass, field
@@ -34,19 +38,19 @@ class SOAR(ForwardObjective):
     learns_from: ClassVar[type[Batch]] = Examples
 
     def loss(self, policy: Policy, examples: Examples, draw: Draw) -> Loss:
-        x0, t = examples.x0, draw.t
+        x0, t, cond = examples.x0, draw.t, examples.cond.unguided()
         xt, target = add_noise(x0, t, draw.noise)
-        error = mean_square(policy.velocity(xt, t, examples.cond) - target)
+        error = mean_square(policy.velocity(xt, t, cond) - target)
 
         s = self.next_time(t)
-        v = policy.at("policy").velocity(xt, t, examples.cond.guided(self.guidance))
+        v = policy.at("policy").velocity(xt, t, cond.guided(self.guidance))
         x = xt + over_latent(s - t, xt) * v
         corrections = []
         for point in range(self.points):
             u = examples.uniform("point", draw.index * self.points + point).to(t.device)
             s_next = (s + u * (1 - s)).clamp(min=1e-3)
             xs, target = self.correction(x, s, s_next, x0, draw.noise)
-            corrections.append(mean_square(policy.velocity(xs, s_next, examples.cond) - target))
+            corrections.append(mean_square(policy.velocity(xs, s_next, cond) - target))
         correction = torch.stack(corrections).sum(0)
         total = (error + self.weight * correction) / (1 + self.weight * self.points)
         return Loss(total.mean(), {"error": error, "error/corrected": correction / self.points})

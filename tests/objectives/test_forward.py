@@ -472,6 +472,15 @@ def test_24_images_teach_the_same_in_any_passes(objective, prompts, images_per_p
     assert relative_difference(gradient(objective, replace(policy, images_per_pass=images_per_pass), rollout), whole) < 1e-5
 
 
+@pytest.mark.parametrize("objective", PASSES)
+@pytest.mark.parametrize("images_per_pass", [1, 4, 12, 18])
+def test_prompts_of_unequal_numbers_of_images_teach_the_same_in_any_passes(objective, images_per_pass):
+    """As when some images have no score: passes of 12 hold whole prompts of 6 and 12 images, and yet part them."""
+    policy, rollout = policy_at(torch.full((3,), 0.2), old=0.05), images(2, 12)[list(range(6, 24))]
+    whole = gradient(objective, policy, rollout)
+    assert relative_difference(gradient(objective, replace(policy, images_per_pass=images_per_pass), rollout), whole) < 1e-5
+
+
 @pytest.mark.parametrize(("objective", "columns"), [(crd(), 3), (crd(temperature=0.2), 6), (dgpo(), 3)])
 def test_what_whole_prompts_must_know_is_found_ahead_only_where_passes_part_them(objective, columns):
     policy, rollout = policy_at(0.2, old=0.0), images(2, 12)

@@ -300,7 +300,7 @@ def test_a_ratio_outside_the_clip_range_gives_no_gradient(chosen, rejected):
     """log ratio = θ x - θ² / 2, here of θ = 0.2 and a limit near ±0.1, so that |x| = 2 lies outside and 0.1 inside."""
     theta = torch.tensor([0.2], requires_grad=True)
     sides = (torch.tensor([[[0.0], [x]]]) for x in (chosen, rejected))
-    loss = D3PO().loss(ChainPolicy(theta), path_pairs(*sides, torch.zeros(0)), 0)
+    loss = D3PO(beta=1.0).loss(ChainPolicy(theta), path_pairs(*sides, torch.zeros(0)), 0)
     log_ratios = torch.tensor([0.2 * x - 0.02 for x in (chosen, rejected)]).clamp(math.log(0.9), math.log(1.1))
     wrong = (log_ratios[1] - log_ratios[0]).sigmoid()
     inside = [float(abs(x) < 1) for x in (chosen, rejected)]
