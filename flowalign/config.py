@@ -72,7 +72,9 @@ class Train(Settings):
     images_per_pass: Count = 8
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
     warmup: CountOrZero = 0
-    """Updates in which the learning rate rises from 0."""
+    """Updates at the start in which the learning rate rises from 0."""
+    cooldown: CountOrZero = 0
+    """Updates at the end in which it falls to 0."""
     weight_decay: Share = 1e-4
     max_grad_norm: Positive = 1.0
     ema: Ema = field(default_factory=Ema)

@@ -25,7 +25,7 @@ BEFORE = Path("evaluation") / "before.safetensors"
 FAILURES = "failures"
 MAY_CHANGE = (
     *("output", "train.steps", "train.save_every", "train.evaluate_every", "train.keep", "train.stop", "train.max_bad_steps"),
-    *("train.learning_rate", "train.images_per_pass", "model.gradient_checkpointing", "model.attention"),
+    *("train.learning_rate", "train.cooldown", "train.images_per_pass", "model.gradient_checkpointing", "model.attention"),
 )
 """Keys that may differ, with all below them, when a run goes on."""
 

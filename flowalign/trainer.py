@@ -157,8 +157,9 @@ class Run:
         """The optimiser's update."""
         train = self.config.train
         self.state.bad_steps = 0
+        before, left = self.state.updates, train.steps * train.updates_per_step - self.state.updates
         for group in self.learned.optimizer.param_groups:
-            group["lr"] = train.learning_rate * min(1.0, (self.state.updates + 1) / max(1, train.warmup))
+            group["lr"] = train.learning_rate * min(1.0, (before + 1) / max(1, train.warmup), left / (train.cooldown + 1))
         self.learned.optimizer.step()
         self.state.updates += 1
         if train.ema.decay:

@@ -115,6 +115,20 @@ def test_stopping_and_going_on_equals_never_stopping(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]
 
 
+def test_the_learning_rate_rises_at_the_start_and_falls_at_the_end(tmp_path):
+    overrides = ["train.warmup=2", "train.cooldown=3", "train.learning_rate=8e-3", "train.updates_per_step=2"]
+    run = trainer.prepare(small_config(tmp_path / "run", *overrides, "train.images_per_pass=3", "train.steps=3"))
+    (group,), rates, update = run.learned.optimizer.param_groups, [], run.learned.optimizer.step
+
+    def noting() -> None:
+        rates.append(group["lr"])
+        update()
+
+    run.learned.optimizer.step = noting
+    run.loop()
+    assert rates == pytest.approx([4e-3, 8e-3, 8e-3, 6e-3, 4e-3, 2e-3])
+
+
 def test_copies_follow_by_the_updates_so_far(tmp_path, monkeypatch):
     followed, follow = [], Policy.follow
 

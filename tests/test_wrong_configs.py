@@ -308,7 +308,7 @@ OUT_OF_RANGE: dict[str, tuple[float, ...]] = {
     "data.ranking.min_gap": NOT_NEGATIVE,
     **{f"train.{name}": COUNT for name in ("prompts_per_step", "images_per_prompt", "updates_per_step", "images_per_pass")},
     **{f"train.{name}": COUNT for name in ("save_every", "keep", "max_bad_steps", "ema.every")},
-    **{f"train.{name}": COUNT_OR_ZERO for name in ("warmup", "evaluate_every")},
+    **{f"train.{name}": COUNT_OR_ZERO for name in ("warmup", "cooldown", "evaluate_every")},
     "train.learning_rate": (0.0, -1e-4, 1.0, 1e9),
     "train.weight_decay": (-1e-4, 1e9),
     "train.max_grad_norm": POSITIVE,
