@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn, Tensor
 
 from flowalign import processes
 from flowalign.assembly import assemble, Assembly, Inputs, read_inputs
-from flowalign.batch import Batch, Cond, Prompts
+from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts
 from flowalign.checkpoint import save_adapter
 from flowalign.config import Config
 from flowalign.data import Prompt
@@ -40,11 +41,12 @@ PROMPTS, IMAGES = 2, 4
 
 
 def check(config: Config, say: Callable[[str], None] = print) -> bool:
-    """Everything, said as it is found. Whether nothing is wrong. UserError where the configuration cannot work at all."""
-    wrong = []
+    """Everything, said by the first process as it is found. Whether nothing is wrong. UserError where it cannot work at all."""
+    wrong, say = [], say if processes.is_main() else lambda _: None
     for finding in findings(config):
         say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':14}{finding.text}")
         wrong += [finding.subject] * finding.wrong
+    wrong = [subject for subjects in processes.gather_objects(wrong) for subject in subjects]
     say(f"Wrong: {', '.join(dict.fromkeys(wrong))}." if wrong else "Nothing wrong was found.")
     return not wrong
 
@@ -55,7 +57,7 @@ def findings(config: Config) -> Iterator[Finding]:
     model = load_model(config.model, str(processes.device()))
     x, t, cond = questions(model, inputs)
     with torch.no_grad():
-        bare = model.velocity(x, t, cond)
+        bare = one_by_one(model, x, t, cond)
     assembly = assemble(inputs, model)
     policy, objective = assembly.policy, config.objective
     yield from before_start(assembly)
@@ -72,17 +74,24 @@ def findings(config: Config) -> Iterator[Finding]:
 
 def arithmetic(inputs: Inputs) -> Iterator[Finding]:
     """What a step and the whole run are made of."""
-    counts, train = inputs.counts, inputs.config.train
-    each, passes = counts.images_per_update, counts.images_per_update // counts.images_per_pass
-    made = f"{counts.prompts_per_step} prompts × {counts.images_per_prompt} images = {counts.images_per_step} images"
-    split = (
-        f"{counts.updates_per_step} update(s) of {each} images on each of {counts.processes} process(es), in {passes} pass(es)"
-    )
-    yield Finding("step", f"{made}; {split}")
-    again = counts.prompts_per_step * train.steps / len(inputs.examples or inputs.prompts)
-    what = "pairs or pictures" if inputs.examples else "prompts"
-    total = counts.images_per_step * train.steps
-    yield Finding("run", f"{train.steps} steps, {total:,} images; each of the {what} is met {again:.3g} times")
+    counts, train, kind = inputs.counts, inputs.config.train, inputs.config.objective.learns_from
+    prompts, images = counts.prompts_per_step, counts.images_per_prompt
+    what, most = {Pairs: "pairs", Examples: "pictures"}.get(kind, "images"), ""
+    if inputs.examples:
+        rows_per_prompt, made, met = 1, f"{prompts} {what}", what
+        total = f"{prompts * train.steps:,} {what}"
+    else:
+        rows_per_prompt, made, met = images, f"{prompts} prompts × {images} images = {counts.images_per_step} images", "prompts"
+        total = f"{counts.images_per_step * train.steps:,} images"
+    if kind is Pairs and not inputs.examples:
+        rows_per_prompt, most = inputs.config.data.ranking.top**2, "at most "  # ties teach nothing
+        made += f", of them {prompts * rows_per_prompt} pairs"
+    rows = prompts // counts.updates_per_step // counts.processes * rows_per_prompt
+    passes = math.ceil(rows / max(1, counts.images_per_pass // kind.images_per_row))
+    split = f"{counts.updates_per_step} update(s) of {most}{rows} {what} on each of {counts.processes} process(es)"
+    yield Finding("step", f"{made}; {split}, in {most}{passes} pass(es)")
+    again = prompts * train.steps / len(inputs.examples or inputs.prompts)
+    yield Finding("run", f"{train.steps} steps, {total}; each of the {met} is met {again:.3g} times")
 
 
 def before_start(assembly: Assembly) -> Iterator[Finding]:
@@ -197,6 +206,11 @@ def questions(model: FlowModel, inputs: Inputs) -> tuple[Latent, PerImage, Cond]
     return x, torch.tensor([0.9, 0.4], device=model.device), cond
 
 
+def one_by_one(model: FlowModel | Policy, x: Latent, t: PerImage, cond: Cond) -> Latent:
+    """Velocities row by row: batches of other sizes round differently, and passes have any."""
+    return torch.cat([model.velocity(x[i : i + 1], t[i : i + 1], cond[i : i + 1]) for i in range(len(x))])
+
+
 @torch.no_grad()
 def pipeline_s_own_steps(policy: Policy, x: Latent, cond: Cond) -> Finding:
     """The policy's ODE steps against those of the pipeline's scheduler."""
@@ -221,12 +235,18 @@ def small_batch(assembly: Assembly) -> Any:
     """What the objective learns from in a step, but of few images. Scores are by chance where no gradient passes through them."""
     supplies, given = assembly.supplies, bool(assembly.supplies.examples)
     prompts, images = PROMPTS * processes.count(), 1 if given else min(IMAGES, supplies.counts.images_per_prompt)
-    counts = Counts(prompts, images, 1, PROMPTS * images, processes.count())
+    counts = Counts(prompts, images, 1, pass_size(supplies.policy, PROMPTS * images), processes.count())
     judge = supplies.judge
     if assembly.config.objective.learns_from is not Prompts:
         judge = replace(judge, rewards=[Reward("chance", chance)], combine=WeightedSum(), images_per_pass=PROMPTS * images)
     kind = assembly.config.objective.learns_from
     return source_of(kind, replace(supplies, counts=counts, judge=judge))(0)[0]
+
+
+def pass_size(policy: Policy, images: int) -> int:
+    """The largest that divides so many images and is no larger than the run's own passes."""
+    most = policy.images_per_pass or images
+    return max(size for size in range(1, images + 1) if images % size == 0 and size <= most)
 
 
 def losses(policy: Policy, objective: Objective, batch: Batch, images_per_pass: int) -> Iterator[tuple[Any, Loss]]:
@@ -238,14 +258,15 @@ def losses(policy: Policy, objective: Objective, batch: Batch, images_per_pass: 
 
 
 def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
-    """Before the first update ratios are 1 and KL is 0, but for the rounding of other batch sizes."""
-    rows, errors, kls = len(batch) * batch.images_per_row, dict[int, float](), []
-    for images_per_pass in (rows, batch.images_per_row):
+    """Before the first update KL is 0, and ratios are 1 but for the rounding of other batch sizes."""
+    errors, kls = dict[int, float](), []
+    for images_per_pass in {pass_size(policy, len(batch) * batch.images_per_row), batch.images_per_row}:
         for number, loss in losses(policy, objective, batch, images_per_pass):
             if "ratio/max_log_error" in loss.stats:
                 errors[number] = max(errors.get(number, 0.0), loss.stats["ratio/max_log_error"].max().item())
             if "kl" in loss.stats:
                 kls.append(loss.stats["kl"].detach().abs().max().item())
+            del loss  # with all that its backward pass would take, before the next is made
     if errors:
         yield ratio(list(errors.values()), objective.clips_at, str(policy.model.transformer.dtype).removeprefix("torch."))
     if kls:
@@ -275,7 +296,7 @@ def look_at_rewards(assembly: Assembly) -> Iterator[Finding]:
     """What every reward makes of pictures of the model itself. Few may all score the same, so that is only told."""
     policy, needed = assembly.policy.at("reference"), assembly.config.objective.learns_from is Prompts
     batch = keyed_prompts(assembly.supplies, policy)
-    rollout = collect(policy, batch, len(batch), "check")
+    rollout = collect(policy, batch, pass_size(policy, len(batch)), "check")
     prompts = [Prompt(text, metadata) for text, metadata in zip(batch.prompts, batch.metadata, strict=True)]
     samples = Samples(rollout.images.to(processes.device()).float() / 255, prompts)
     trained = {reward.name: reward for reward in assembly.supplies.judge.rewards}
@@ -298,7 +319,7 @@ def stir(policy: Policy) -> None:
 @torch.no_grad()
 def adapters_off(policy: Policy, bare: Latent, x: Latent, t: PerImage, cond: Cond) -> Finding:
     """The reference, and snapshots as they begin, bit for bit the model that was loaded; the adapter changes it."""
-    views = {name: policy.at(name).velocity(x, t, cond) for name in ("reference", *policy.snapshots, "policy")}
+    views = {name: one_by_one(policy.at(name), x, t, cond) for name in ("reference", *policy.snapshots, "policy")}
     apart = [name for name, v in views.items() if name != "policy" and not torch.equal(v, bare)]
     if apart:
         return Finding("reference", f"the velocities of {', '.join(apart)} are not the loaded model's", True)
@@ -313,7 +334,7 @@ def gradients(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Fi
     named = dict(zip(names_of(policy), policy.parameters(), strict=True))
     for parameter in policy.parameters():
         parameter.grad = None
-    compute_gradient(policy, objective, batch.taught(), len(batch) * batch.images_per_row, Meter())
+    compute_gradient(policy, objective, batch.taught(), pass_size(policy, len(batch) * batch.images_per_row), Meter())
     without = {name for name, p in named.items() if p.grad is None or not p.grad.any()}
     unused = {name for name in without if not reaches(policy, named[name], batch)}
     modules = [module for module in policy.model.pipe.components.values() if isinstance(module, nn.Module)]
@@ -334,7 +355,7 @@ def gradients(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Fi
 
 def kl_gradient(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
     """Where there is a KL: whether it pulls."""
-    for _, loss in losses(policy, objective, batch.taught(), len(batch) * batch.images_per_row):
+    for _, loss in losses(policy, objective, batch.taught(), pass_size(policy, len(batch) * batch.images_per_row)):
         if "kl" not in loss.stats:
             return
         kl, trained = loss.stats["kl"].mean(), [p for p in policy.parameters() if p.requires_grad]
@@ -373,14 +394,24 @@ def moved_by_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> Find
 
 @torch.no_grad()
 def saved_adapter(policy: Policy, x: Latent, t: PerImage, cond: Cond) -> Finding:
-    """Whether diffusers loads what is saved as what was trained."""
+    """Whether diffusers loads what is saved as what was trained: the same matrices, in the model's dtype, at the same scale."""
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(policy, Path(folder))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PEFT warns of another adapter, which is what is meant
             policy.model.pipe.load_lora_weights(folder, adapter_name="saved")
+    network = policy.model.transformer
+    named, dtype = dict(network.named_parameters()), network.dtype
+    pairs = [(named[name], named.get(name.replace(".policy.", ".saved."))) for name in names_of(policy)]
+    lost = sum(saved is None or not torch.equal(saved.to(dtype), trained.to(dtype)) for trained, saved in pairs)
+    layers = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+    scales = [(layer.scaling["policy"], layer.scaling.get("saved")) for layer in layers]
     v, v_ref, v_saved = (policy.at(name).velocity(x, t, cond) for name in ("policy", "reference", "saved"))
     policy.model.pipe.delete_adapters("saved")
     off = (mean_square(v_saved - v) / mean_square(v - v_ref)).sqrt().max().item()
-    text = f"diffusers loads what is saved, off by {off:.1g} of what it adds"
-    return Finding("adapter", text if off < 0.05 else f"{text}: its scale or some matrices were lost", not off < 0.05)
+    text = f"diffusers loads what is saved, in {str(dtype).removeprefix('torch.')}, off by {off:.1g} of what it adds"
+    if lost:
+        return Finding("adapter", f"{text}: {lost} of {len(pairs)} matrices were lost", True)
+    if rescaled := [scale for scale in scales if scale[0] != scale[1]]:
+        return Finding("adapter", f"{text}: its scale is {rescaled[0][1]} instead of {rescaled[0][0]}", True)
+    return Finding("adapter", text, not off < (0.05 if dtype == torch.float32 else math.inf))

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,24 +19,26 @@ from torch import Tensor
 from flowalign.errors import UserError
 from flowalign.experience import Judge
 from flowalign.policy import Policy
+from flowalign.settings import build, NonNegative
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 SUMS = "sha256.json"
 """Of every file beside it, so that one changed bit is found."""
+Done = Annotated[int, Field(ge=0)]
 
 
 @dataclass
 class State:
     """Where a run stands."""
 
-    step: int = 0
+    step: Done = 0
     """Steps done."""
-    updates: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    bad_steps: int = 0
+    updates: Done = 0
+    images: Done = 0
+    seconds: NonNegative = 0.0
+    bad_steps: Done = 0
     """Updates in a row that were not applied."""
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, int | Annotated[float, Field(allow_inf_nan=True)]]] = field(default_factory=list)
     """Metrics of every step that was evaluated."""
 
 
@@ -67,6 +71,18 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
+def write_file(file: Path, content: bytes) -> None:
+    """As `write_whole`, one file; where it holds this already, nothing is written."""
+    if file.exists() and file.read_bytes() == content:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_bytes(content)
+    flush(beside)
+    beside.replace(file)
+    flush(file.parent)
+
+
 def flush(path: Path) -> None:
     """Onto the disk, a file or a folder's list of names."""
     opened = os.open(path, os.O_RDONLY)
@@ -82,13 +98,19 @@ def sha256(file: Path) -> str:
 
 
 def verify(folder: Path) -> None:
-    """UserError that names the file unless every file is as `save_checkpoint` left it."""
-    for name, expected in read_json(folder / SUMS).items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing.")
-        if sha256(file) != expected:
-            raise UserError(f"{file} is damaged: it is not what was written.")
+    """UserError that names the file unless every file is as `save_checkpoint` left it, and no other is there."""
+    sums = read_json(folder / SUMS)
+    for name in sorted(set(sums) ^ set(files_in(folder))):
+        missing = f"{folder / name} is missing."
+        raise UserError(missing if name in sums else f"{folder / SUMS} is damaged: it does not list {name}.")
+    for name, expected in sums.items():
+        if sha256(folder / name) != expected:
+            raise UserError(f"{folder / name} is damaged: it is not what was written.")
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of all files in and below it that have a sum."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file != folder / SUMS)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -125,8 +147,19 @@ def order_header(file: Path) -> None:
 
 def load_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:
     """The adapter of a folder that `save_adapter` wrote. UserError when it is damaged or does not fit."""
-    state = read_tensors(folder / ADAPTER_FILE)
+    expected = {f"transformer.{key}": value.shape for key, value in policy.state(name).items()}
+    state = read_fitting(folder / ADAPTER_FILE, expected)
     policy.load_state({key.removeprefix("transformer."): value for key, value in state.items()}, name)
+
+
+def read_fitting(file: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of a file. UserError unless they have these names and shapes."""
+    found = read_tensors(file)
+    shapes = {key: value.shape for key, value in found.items()}
+    if differ := sorted(key for key in {*expected, *found} if shapes.get(key) != expected.get(key)):
+        one, other = (str(tuple(table[differ[0]])) if differ[0] in table else "not there" for table in (shapes, expected))
+        raise UserError(f"{file} does not fit the model: {len(differ)} tensors differ; {differ[0]} is {one}, here {other}.")
+    return found
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -162,7 +195,7 @@ def write_learned(learned: Learned, state: State, folder: Path) -> None:
     save_file(_optimizer_tensors(learned.optimizer), folder / "optimizer.safetensors")
     save_file(learned.judge.state(), folder / "rewards.safetensors")
     (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
-    sums = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    sums = {name: sha256(folder / name) for name in files_in(folder)}
     (folder / SUMS).write_text(json.dumps(sums, indent=2))
 
 
@@ -173,17 +206,25 @@ def load_checkpoint(learned: Learned, folder: Path) -> State:
     load_adapter(policy, folder)
     for name in policy.snapshots:
         load_adapter(policy, folder / "snapshots" / name, name)
-    _load_optimizer(learned.optimizer, read_tensors(folder / "optimizer.safetensors"))
-    learned.judge.load_state(read_tensors(folder / "rewards.safetensors"))
-    try:
-        return State(**read_json(folder / "state.json"))
-    except TypeError as error:
-        raise UserError(f"{folder / 'state.json'} is damaged: {error}") from None
+    state = read_state(folder / "state.json")
+    expected = _optimizer_shapes(learned.optimizer) if state.updates else {}
+    _load_optimizer(learned.optimizer, read_fitting(folder / "optimizer.safetensors", expected))
+    _load_judge(learned.judge, folder / "rewards.safetensors")
+    return state
+
+
+def read_state(file: Path) -> State:
+    """UserError when something is missing or of another type."""
+    found = read_json(file)
+    if missing := [f.name for f in fields(State) if f.name not in found]:
+        raise UserError(f"{file} is damaged: it has no {missing[0]}.")
+    return build(State, found, str(file))
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = [folder for folder in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def place_of(run: Path, step: int) -> Path:
@@ -198,6 +239,25 @@ def clear_unfinished(run: Path) -> None:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{index}.{name}": value for index, slots in optimizer.state_dict()["state"].items() for name, value in slots.items()}
+
+
+def _optimizer_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
+    """Of what AdamW remembers after an update."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [{"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in parameters]
+    return {f"{index}.{name}": shape for index, slots in enumerate(shapes) for name, shape in slots.items()}
+
+
+def _load_judge(judge: Judge, file: Path) -> None:
+    """UserError where the file holds anything but what the rewards and their combination take from it."""
+    found = read_tensors(file)
+    try:
+        judge.load_state(found)
+    except (UserError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file} does not fit the rewards: {error}") from error
+    taken = {key: value.shape for key, value in judge.state().items()}
+    if differ := sorted(key for key in {*found, *taken} if key not in found or taken.get(key) != found[key].shape):
+        raise UserError(f"{file} does not fit the rewards: {differ[0]} for one.")
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -41,8 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "advantage": {"name": "group"},
     "combine": {"name": "weighted_sum"},
 }
-WATCHED = ("diversity", "velocity_norm", "velocity_moved", "reconstruction_error", "chosen_preferred")
-"""What an evaluation says beside the rewards."""
 REPLACED = ("rewards",)
 """Maps that a child YAML or an override replaces as a whole."""
 
@@ -326,6 +324,7 @@ def check_experience(config: Config) -> None:
         raise UserError(f"{found}; name at least one, for example rewards: {{scene_match: 1.0}}.")
     if kind is not Prompts and train.images_per_prompt < 2:
         raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
+    objective.check(config.sampler)
     if config.sampler.same_noise and not config.sampler.stochastic_steps(0, 0):
         raise UserError(
             "sampler.same_noise is true, but sampler.dynamics adds no noise, so all images of a prompt would be one; write false."
@@ -337,7 +336,6 @@ def check_experience(config: Config) -> None:
         raise UserError(
             f"data.ranking.top is {data.ranking.top}, but a prompt has {train.images_per_prompt} images; write {half}."
         )
-    objective.check(config.sampler)
 
 
 def check_combine(config: Config) -> None:
@@ -362,9 +360,16 @@ def check_combine(config: Config) -> None:
 
 def check_stop(config: Config) -> None:
     """Whether the metrics that may stop the run are looked at."""
-    if config.train.stop and not config.train.evaluate_every:
-        raise UserError("train.stop looks at evaluations, but train.evaluate_every is 0; write a number of steps.")
-    known = [f"eval/{reward_name(name)}" for name in config.evaluation.rewards] + [f"eval/{name}" for name in WATCHED]
+    evaluation, every = config.evaluation, config.train.evaluate_every
+    if config.train.stop and not 0 < every < config.train.steps:
+        raise UserError(
+            f"train.stop looks at evaluations, but train.evaluate_every is {every} and train.steps {config.train.steps}; "
+            "write a number of steps for evaluate_every that is less than train.steps."
+        )
+    watched = ["velocity_norm", "velocity_moved", *(["diversity"] if evaluation.images_per_prompt > 1 else [])]
+    if evaluation.pairs:
+        watched += ["reconstruction_error", *(["chosen_preferred"] if config.objective.learns_from is Pairs else [])]
+    known = [f"eval/{name}" for name in (*map(reward_name, evaluation.rewards), *watched)]
     for name in config.train.stop:
         if name.startswith("eval/") and name not in known:
             raise UserError(

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from scipy import stats
 from torch import Tensor
 
 from flowalign import processes
 from flowalign.batch import Examples, Pairs, Rollout
-from flowalign.checkpoint import read_tensors
+from flowalign.checkpoint import read_tensors, write_file
 from flowalign.data import Prompt
-from flowalign.errors import RunError
+from flowalign.errors import RunError, UserError
 from flowalign.experience import collect, Judge, make_prompts
 from flowalign.flow import add_noise, mean_square, PerImage
 from flowalign.objectives.base import ForwardTimes
@@ -43,17 +43,19 @@ class Scores:
         return {name: score.nanmean().item() for name, score in (self.rewards | self.held_out).items()}
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figures = {"reward": self.rewards, "held_out": self.held_out}
         named = {f"{kind}/{name}": score.contiguous() for kind, scores in figures.items() for name, score in scores.items()}
-        beside = path.with_name(f".{path.name}.part")
-        save_file({"prompt": self.prompt, "images": self.images, "shown": self.shown, **named}, beside)
-        beside.rename(path)
+        write_file(path, save({"prompt": self.prompt, "images": self.images, "shown": self.shown, **named}))
 
     @classmethod
     def load(cls, path: Path) -> "Scores":
         """UserError when the file is damaged."""
-        found = read_tensors(path)
+        try:
+            found = read_tensors(path)
+            if missing := {"prompt", "images", "shown"} - set(found):
+                raise UserError(f"{path} is damaged: it has no {min(missing)}")
+        except UserError as error:
+            raise UserError(f"{error}. Remove it: the same command makes it again.") from None
         rewards, held_out = (
             {name.removeprefix(kind): found[name] for name in found if name.startswith(kind)} for kind in ("reward/", "held_out/")
         )
@@ -165,10 +167,13 @@ def watched(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
     """How different the pictures of a prompt are, and how far the velocities stand from the base model's, over all processes.
 
     `diversity`: the mean over prompts of the root mean square difference of two of its pictures, of 16 × 16 pixels in [0, 1],
-    where prompts have several. `velocity_norm`: ‖v‖ / ‖v_ref‖, `velocity_moved`: ‖v - v_ref‖² / ‖v_ref‖²; the means over each
-    process's first pass of pictures, at fixed times and noise.
+    where prompts have several. `velocity_norm`: ‖v‖ / ‖v_ref‖, `velocity_moved`: ‖v - v_ref‖² / ‖v_ref‖²; the means over
+    `SHOWN` pictures of each process, evenly taken, at fixed times and noise.
     """
-    mine = [[diversity(rollout), *departure(policy, rollout[: policy.images_per_pass])]] if rollout else []
+    mine = []
+    if rollout:
+        few = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / SHOWN)))]
+        mine = [[diversity(rollout), *departure(policy, few)]]
     everyone = processes.gather(torch.tensor(mine).view(-1, 3)).nanmean(0)
     names = "diversity", "velocity_norm", "velocity_moved"
     return {name: value for name, value in zip(names, everyone.tolist(), strict=True) if not math.isnan(value)}

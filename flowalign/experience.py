@@ -184,7 +184,7 @@ class Judge:
     def __call__(self, made: Iterable[Rollout]) -> tuple[Rollout, dict[str, float]]:
         """The whole rollout with rewards and advantages, and what to log of them. Images without a score teach nothing.
 
-        NotFinite, on all processes, when a reward is infinite.
+        NotFinite, on all processes, when a reward is infinite or no image was scored.
         """
         rollout, scored = self.score(made)
         assert rollout is not None
@@ -194,6 +194,8 @@ class Judge:
         group = everyone[:, -1].long()
         if infinite := [name for name, score in scores.items() if score.isinf().any()]:
             raise NotFinite(f"rewards.{infinite[0]} was infinite", rollout)
+        if all(score.isnan().all() for score in scores.values()):
+            raise NotFinite(f"no image was given a score by {' or '.join(f'rewards.{name}' for name in names)}", rollout)
         self.combine.follow(scores)
         reward = self.combine(scores, self.weights)
         incomplete = lacking(scores, group)

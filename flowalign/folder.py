@@ -1,12 +1,14 @@
 """The run folder: which run may go on in it, its resolved configuration, and what it hands over."""
 
+import fcntl
 import json
 import resource
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, IO
 
 import torch
 import yaml
@@ -28,11 +30,14 @@ MAY_CHANGE = (
     *("train.learning_rate", "train.cooldown", "train.images_per_pass", "model.gradient_checkpointing", "model.attention"),
 )
 """Keys that may differ, with all below them, when a run goes on."""
+LOCKS: list[IO[bytes]] = []
+"""Held, by being open, until this process ends."""
 
 
 def open_folder(folder: Path, config: Config, learned: checkpoint.Learned) -> checkpoint.State:
     """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
     resolved = resolve(config)
+    on_main(folder, lambda: claim(folder))
     if saved := checkpoint.checkpoints(folder):
         if changed := sorted(key for key in differing(read_config(folder), resolved) if not may_change(key)):
             another = f"{folder} holds a run with another {', '.join(changed)}"
@@ -47,19 +52,47 @@ def open_folder(folder: Path, config: Config, learned: checkpoint.Learned) -> ch
     else:
         state = checkpoint.State()
     processes.wait()  # until all have read
-    if processes.is_main():
-        try:
-            if not saved:
-                (folder / BEFORE).unlink(missing_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.clear_unfinished(folder)
-            (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-            found = environment(processes.device(), processes.count())
-            (folder / "environment.json").write_text(json.dumps(found, indent=2))
-        except OSError as error:
-            raise UserError(f"output: {folder} cannot be written: {error}. Choose another folder, output=FOLDER.") from None
+    on_main(folder, lambda: begin(folder, resolved, anew=not saved))
     processes.wait()
     return state
+
+
+def on_main(folder: Path, work: Callable[[], None]) -> None:
+    """Let the main process work in the folder; where it cannot, UserError on all."""
+
+    def attempt() -> None:
+        try:
+            if processes.is_main():
+                work()
+        except OSError as error:
+            raise UserError(f"output: {folder} cannot be written: {error}. Choose another folder, output=FOLDER.") from None
+
+    processes.together(attempt)
+
+
+def claim(folder: Path) -> None:
+    """Take the folder for this process. UserError where it is another's, or holds what no run wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if theirs and "environment.json" not in theirs and not checkpoint.checkpoints(folder):
+        raise UserError(f"output: {folder} holds {theirs[0]}, but no run. Choose another folder, output=outputs/NAME.")
+    LOCKS.append((folder / ".lock").open("ab"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run works in {folder}. Wait until it ends, or choose another folder, output=FOLDER.") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def begin(folder: Path, resolved: dict[str, Any], anew: bool) -> None:
+    """Write what a run is started with; environment.json comes first, by which the folder is known to be a run's."""
+    if anew:
+        (folder / BEFORE).unlink(missing_ok=True)
+    checkpoint.clear_unfinished(folder)
+    about = environment(processes.device(), processes.count())
+    checkpoint.write_file(folder / "environment.json", json.dumps(about, indent=2).encode())
+    checkpoint.write_file(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,7 +115,7 @@ def resolve(config: Config) -> dict[str, Any]:
     """The configuration with every default written out, as a YAML that loads again."""
 
     def named(section: str, value: Any) -> dict[str, Any]:
-        return {"name": config.raw[section]["name"], **settings_of(value)}
+        return {**config.raw[section], **settings_of(value)}
 
     sampler = {**asdict(config.sampler), "dynamics": named_dynamics(config)}
     sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
@@ -102,7 +135,7 @@ def resolve(config: Config) -> dict[str, Any]:
 
 def named_dynamics(config: Config) -> dict[str, Any]:
     """The dynamics with its settings."""
-    return {"name": config.raw["sampler"]["dynamics"]["name"], **settings_of(config.sampler.dynamics)}
+    return {**config.raw["sampler"]["dynamics"], **settings_of(config.sampler.dynamics)}
 
 
 def settings_of(value: Any) -> dict[str, Any]:
@@ -163,10 +196,10 @@ def write_failure(
     tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)}
 
     def write(beside: Path) -> None:
-        checkpoint.write_learned(learned, state, beside)
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, beside / "batch.safetensors")
         about = {"prompts": batch.prompts, "metadata": batch.metadata, **facts}
         (beside / "failure.json").write_text(to_json(about, indent=2))
+        checkpoint.write_learned(learned, state, beside)
 
     checkpoint.write_whole(folder, write)
     for old in sorted(folder.parent.glob(f"step-*-process-{processes.rank()}"))[:-keep]:

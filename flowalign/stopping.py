@@ -3,33 +3,38 @@
 import math
 from dataclasses import dataclass
 
-from flowalign.errors import RunError, UserError
-from flowalign.settings import Unbounded
+from flowalign.errors import RunError
+from flowalign.settings import CountOrZero, Settings, Unbounded, WrongSetting
 
 Evaluations = list[dict[str, float]]
 """Of every evaluated step, oldest first: "step" and the metrics by name."""
 
 
 @dataclass
-class StopRule:
+class StopRule(Settings):
     """Of one metric, looked at whenever the run is evaluated."""
 
     above: Unbounded = math.inf
     """Stop when it is larger."""
     below: Unbounded = -math.inf
     """Stop when it is smaller."""
-    falling: int = 0
+    falling: CountOrZero = 0
     """Stop when it has been below its best for so many evaluations in a row; 0 for never."""
-    rising: int = 0
+    rising: CountOrZero = 0
     """Likewise of a metric of which less is better."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.falling or self.rising or math.isfinite(self.above) or math.isfinite(self.below)
-        if not given or self.falling < 0 or self.rising < 0 or not self.below < self.above:
-            raise UserError(
-                f"train.stop has above {self.above}, below {self.below}, falling {self.falling} and rising {self.rising}; "
-                "write at least one, falling and rising as counts, and below less than above."
+        if not given or not self.below < self.above or (self.falling and self.rising):
+            raise WrongSetting(
+                f"above is {self.above}, below {self.below}, falling {self.falling} and rising {self.rising}; "
+                "write at least one, below less than above, and not both falling and rising."
             )
+
+    def holds(self, value: float) -> bool:
+        """Whether the value is within the limits; NaN is within none."""
+        return self.below <= value <= self.above
 
     def __call__(self, values: list[float]) -> str:
         """Why to stop after these values of the metric, or nothing."""
@@ -58,7 +63,12 @@ def values_of(name: str, evaluations: Evaluations) -> list[float]:
     """One metric over the evaluations; a step that was not applied may lack it."""
     if evaluations and not any(name in entry for entry in evaluations):
         raise RunError(f"train.stop: there is no metric {name!r}; this run logs {', '.join(evaluations[-1])}.")
-    return [entry[name] for entry in evaluations if name in entry]
+    return [entry[name] for entry in evaluations if not math.isnan(entry.get(name, math.nan))]
+
+
+def within(rules: dict[str, StopRule], evaluations: Evaluations) -> Evaluations:
+    """The evaluations at which no metric was beyond its limits."""
+    return [e for e in evaluations if all(rule.holds(e[name]) for name, rule in rules.items() if name in e)]
 
 
 def best_step(name: str, sign: int, evaluations: Evaluations) -> int | None:

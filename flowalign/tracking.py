@@ -5,6 +5,7 @@ import math
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 import flowalign
+from flowalign.checkpoint import write_file
 
 
 class Tracker:
@@ -24,7 +26,7 @@ class Tracker:
     def __init__(self, run: Path, step: int):
         self.file = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= step]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_file(self.file, "".join(to_json(line) + "\n" for line in kept).encode())
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -55,15 +57,13 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off in the middle is left out."""
+    """The lines of metrics.jsonl; those cut off or damaged are left out."""
     file = run / "metrics.jsonl"
-    lines = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    found = []
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:

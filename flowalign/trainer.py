@@ -27,7 +27,7 @@ from flowalign.gradient import compute_gradient, Meter
 from flowalign.models import load_model
 from flowalign.policy import Policy
 from flowalign.report import write_report
-from flowalign.stopping import best_step, stop_reason
+from flowalign.stopping import best_step, stop_reason, within
 from flowalign.tracking import before_after, print_differences, save_grid, to_json, Tracker
 
 
@@ -49,6 +49,8 @@ class Run:
     """Whether this process was asked to stop; the loop ends when all know."""
     scores: Scores | None = None
     """Of the weights as they stand, where they were evaluated."""
+    within_a_step: bool = False
+    """Whether the weights stand between two steps, so that a checkpoint of them would not go on exactly."""
 
     @property
     def config(self) -> Config:
@@ -74,8 +76,24 @@ class Run:
 
     @property
     def best(self) -> int | None:
-        """The step whose evaluation was the best so far."""
-        return best_step(*self.config.judged_by, self.state.evaluations)
+        """The step whose evaluation was the best so far, of those within the limits of train.stop whose weights are there."""
+        there = [
+            entry
+            for entry in self.state.evaluations
+            if entry["step"] == self.state.step or checkpoint.place_of(self.folder, int(entry["step"])).is_dir()
+        ]
+        return best_step(*self.config.judged_by, within(self.config.train.stop, there))
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether this step is to be evaluated and was not yet; after one that failed, when the run goes on."""
+        step, every = self.state.step, self.config.train.evaluate_every
+        due = step == self.config.train.steps or bool(every and step and step % every == 0)
+        return due and step not in [entry["step"] for entry in self.state.evaluations[-1:]]
+
+    @property
+    def progress(self) -> dict[str, float]:
+        return {"step": self.state.step, "images": self.state.images, "seconds": self.state.seconds}
 
     def go(self) -> dict[str, Any]:
         with self.interruptible():
@@ -89,24 +107,33 @@ class Run:
         main = processes.is_main()
         bar = tqdm(total=train.steps, initial=self.state.step, desc="training", unit="step", disable=not main)
         with bar, Tracker(self.folder, self.state.step) if main else nullcontext() as tracker:
+            if self.owes_evaluation:
+                self.record(self.progress, tracker)
             while not (stopped := self.stopped()):
                 metrics = self.step()
-                last = self.state.step == train.steps
-                due = last or bool(train.evaluate_every and self.state.step % train.evaluate_every == 0)
-                if due:
-                    metrics |= self.evaluate()
-                    self.state.evaluations.append(metrics)
-                if tracker:
-                    tracker.log(metrics)
+                due = self.owes_evaluation
+                self.record(metrics, tracker)
+                if self.state.bad_steps >= train.max_bad_steps:
+                    raise RunError(self.too_many_bad_steps())
                 shown = {"reward": metrics["reward/combined"]} if "reward/combined" in metrics else {"loss": metrics["loss"]}
                 bar.set_postfix({**shown, "images_per_s": metrics["images_per_second"]})
                 bar.update()
-                best = due and self.best == self.state.step
-                if self.state.step % train.save_every == 0 or last or best:
+                last = self.state.step == train.steps
+                if self.state.step % train.save_every == 0 or last or (due and self.best == self.state.step):
                     self.save()
         if 0 < self.state.step < train.steps:
             self.save()
         return stopped
+
+    def record(self, metrics: dict[str, float], tracker: Tracker | None) -> None:
+        """Log a step, with its evaluation where it owes one; the step is logged also where the evaluation fails."""
+        try:
+            if self.owes_evaluation:
+                metrics |= self.evaluate()
+                self.state.evaluations.append(metrics)
+        finally:
+            if tracker:
+                tracker.log(metrics)
 
     def stopped(self) -> str:
         """Why no further step is made: "finished", "interrupted", the rule that stops the run, or nothing."""
@@ -121,6 +148,7 @@ class Run:
         began, train, policy = time.monotonic(), self.config.train, self.policy
         objective, counts = self.config.objective, self.assembly.counts
         self.scores, meter, norms = None, Meter(), []
+        self.within_a_step = False
         try:
             batch, metrics = self.assembly.source(self.state.step)
         except NotFinite as error:
@@ -142,21 +170,23 @@ class Run:
             policy.follow(name, decay(self.state.step * train.updates_per_step))
         self.state.step += 1
         self.state.images += counts.images_per_step if self.makes_images else 0
+        self.within_a_step = False
         elapsed = time.monotonic() - began
         self.state.seconds += elapsed
-        if self.state.bad_steps >= train.max_bad_steps:
-            raise RunError(
-                f"{self.state.bad_steps} updates in a row were not finite (train.max_bad_steps) and not applied; they are in "
-                f"{self.folder / FAILURES}. Try a lower train.learning_rate, or in a new output folder model.dtype: float32."
-            )
-        progress = {"step": self.state.step, "images": self.state.images, "seconds": self.state.seconds}
         norm_and_speed = {"grad_norm": sum(norms) / max(1, len(norms)), "images_per_second": counts.images_per_step / elapsed}
-        return {**progress, "loss": math.nan, **meter.values(), **norm_and_speed, **metrics}
+        return {**self.progress, "loss": math.nan, **meter.values(), **norm_and_speed, **metrics}
+
+    def too_many_bad_steps(self) -> str:
+        return (
+            f"{self.state.bad_steps} updates in a row were not finite (train.max_bad_steps) and not applied; they are in "
+            f"{self.folder / FAILURES}. Where it was a reward, mend it; else try a lower train.learning_rate, or in a new output "
+            "folder model.dtype: float32."
+        )
 
     def apply(self) -> None:
         """The optimiser's update."""
         train = self.config.train
-        self.state.bad_steps = 0
+        self.state.bad_steps, self.within_a_step = 0, True
         before, left = self.state.updates, train.steps * train.updates_per_step - self.state.updates
         for group in self.learned.optimizer.param_groups:
             group["lr"] = train.learning_rate * min(1.0, (before + 1) / max(1, train.warmup), left / (train.cooldown + 1))
@@ -243,7 +273,7 @@ class Run:
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         if processes.is_main():
-            (self.folder / "summary.json").write_text(to_json(summary, indent=2))
+            checkpoint.write_file(self.folder / "summary.json", to_json(summary, indent=2).encode())
         return summary
 
     @contextmanager
@@ -269,7 +299,7 @@ class Run:
         try:
             yield
         except RunError as error:
-            if self.state.step and processes.is_main():
+            if self.state.step and not self.within_a_step and processes.is_main():
                 checkpoint.save_checkpoint(self.learned, self.state, self.folder, self.config.train.keep, self.best)
             processes.wait()
             raise RunError(f"{error}\n{self._where()}") from error

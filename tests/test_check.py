@@ -15,6 +15,7 @@ from flowalign.cli import main
 from flowalign.config import load_config
 from flowalign.dynamics import Gaussian
 from flowalign.errors import UserError
+from flowalign.models import load_model
 from flowalign.models.sd3 import SD3
 from flowalign.objectives.base import Anchor
 from flowalign.policy import Policy
@@ -48,6 +49,78 @@ def test_nothing_is_wrong_with_what_is_shipped(name, tmp_path):
     for subject in ("step", "disk", "schedule", "noise", "optimizer", "sampler", "reference", "gradient", "update", "adapter"):
         assert f"  {subject}:" in text, subject
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("flow_grpo", "float16"), ("flow_grpo", "bfloat16"), ("crd", "bfloat16"), ("flow_grpo_flux", "bfloat16")],
+)
+def test_rounding_to_half_precision_is_not_taken_for_a_loss(name, dtype, tmp_path):
+    fine, text = said(name, tmp_path / "run", *SMALL, f"model.dtype={dtype}")
+    assert fine, text
+    assert f"diffusers loads what is saved, in {dtype}, off by 0." in text
+
+
+def test_passes_of_one_image_are_not_taken_for_another_model(tmp_path):
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=1")
+    assert fine, text
+    assert "kl:           0 before the first update" in text
+    assert "bit for bit the loaded model: reference, ema" in text
+
+
+def test_no_pass_is_larger_than_the_run_s(monkeypatch, tmp_path):
+    sizes, velocity = [], SD3.velocity
+
+    def watched(self, x, t, cond):
+        sizes.append(len(x))
+        return velocity(self, x, t, cond)
+
+    monkeypatch.setattr(SD3, "velocity", watched)
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=3")
+    assert fine, text
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "made", "learned", "total"),
+    [
+        ("flow_grpo", [], "4 prompts × 4 images = 16 images", "8 images", "32 images; each of the prompts"),
+        ("draft_lv", [], "4 prompts × 4 images = 16 images", "8 images", "32 images; each of the prompts"),
+        (
+            "dpo_online",
+            ["data.ranking.top=2"],
+            "4 prompts × 4 images = 16 images, of them 16 pairs",
+            "at most 8 pairs",
+            "32 images; each of the prompts",
+        ),
+        ("dpo", ["train.images_per_prompt=1"], "4 pairs", "2 pairs", "8 pairs; each of the pairs"),
+        ("sft", ["train.images_per_prompt=1"], "4 pictures", "2 pictures", "8 pictures; each of the pictures"),
+    ],
+)
+@pytest.mark.parametrize("images_per_pass", [1, 2])
+def test_the_arithmetic_is_that_of_the_run(name, overrides, made, learned, total, images_per_pass):
+    counts = ["train.steps=2", "train.prompts_per_step=4", "train.images_per_prompt=4", "train.updates_per_step=2"]
+    config = load_config(f"configs/tiny/{name}.yaml", [*counts, *overrides, f"train.images_per_pass={images_per_pass}"])
+    inputs = assembly.read_inputs(config)
+    ready = assembly.assemble(inputs, load_model(config.model))
+    batch, _ = ready.source(0)
+    update = batch.pieces(len(batch) // config.train.updates_per_step)[0]
+    passes = len(update.passes(images_per_pass))
+    step, run = (finding.text for finding in checks.arithmetic(inputs))
+    most = "at most " if name == "dpo_online" else ""
+    assert learned == f"{most}{len(update)} {learned.split()[-1]}"
+    assert step == f"{made}; 2 update(s) of {learned} on each of 1 process(es), in {most}{passes} pass(es)"
+    assert run.startswith(f"2 steps, {total} is met ")
+
+
+def test_only_the_first_process_speaks(monkeypatch):
+    monkeypatch.setattr(checks, "findings", lambda config: [checks.Finding("schedule", "does not fall", True)])
+    lines = []
+    assert not check(None, lines.append)
+    assert len(lines) == 2
+    monkeypatch.setattr(checks.processes, "is_main", lambda: False)
+    assert not check(None, lines.append)
+    assert len(lines) == 2
 
 
 def test_the_screen_gives_the_arithmetic_and_the_ratios(tmp_path, capsys):
@@ -114,6 +187,16 @@ def alpha_lost_on_saving(monkeypatch):
     monkeypatch.setattr(checks, "save_adapter", save)
 
 
+def matrices_lost_on_saving(monkeypatch):
+    def save(policy, folder, name="policy"):
+        kept = dict(list(policy.state(name).items())[:-2])
+        monkeypatch.setattr(Policy, "state", lambda self, name="policy": kept)
+        exact(policy, folder, name)
+
+    exact = checkpoint.save_adapter
+    monkeypatch.setattr(checks, "save_adapter", save)
+
+
 def optimiser_of_the_wrong_adapter(monkeypatch):
     def wrong(policy, learning_rate, weight_decay):
         return torch.optim.AdamW(policy.parameters("ema"), lr=learning_rate, weight_decay=weight_decay)
@@ -170,6 +253,7 @@ def log_probabilities_of_another_step(monkeypatch):
         (noise_the_same_in_every_step, "noise"),
         (adapter_left_on_in_the_reference, "reference"),
         (alpha_lost_on_saving, "adapter"),
+        (matrices_lost_on_saving, "adapter"),
         (optimiser_of_the_wrong_adapter, "optimizer"),
         (optimiser_of_the_wrong_adapter, "update"),
         (sampler_with_the_wrong_drift, "marginals"),
@@ -184,6 +268,18 @@ def test_broken_code_is_caught(broken, subject, monkeypatch, tmp_path):
     assert not fine
     assert [line for line in wrong_lines(text) if line.startswith(f"! {subject}:")], text
     assert subject in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [(alpha_lost_on_saving, "its scale is 1.0 instead of 2.0"), (matrices_lost_on_saving, "2 of 78 matrices were lost")],
+)
+def test_what_is_lost_on_saving_is_caught_in_half_precision(broken, words, monkeypatch, tmp_path):
+    broken(monkeypatch)
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "model.dtype=bfloat16")
+    assert not fine
+    assert words in wrong_lines(text)[0]
+    assert text.endswith("Wrong: adapter.")
 
 
 def test_a_kl_without_gradient_is_caught_on_the_forward_process(monkeypatch, tmp_path):

@@ -134,6 +134,7 @@ def test_a_dtype_is_that_of_the_network_and_velocities_stay_float32():
     [
         ({"path": "assets/prompts"}, "has no model_index.json"),
         ({"path": "./nowhere"}, "there is no folder ./nowhere"),
+        ({"height": 256}, "model.height and model.width may be at most 128 for "),
         ({"height": 60}, "multiples of 16; nearest: 64 and 64"),
         ({"attention": "flash"}, "SD3 knows native and xformers"),
         ({"name": "flux"}, "holds a StableDiffusion3Pipeline"),

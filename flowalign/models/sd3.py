@@ -21,6 +21,13 @@ class SD3(FlowModel):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     ]
 
+    def __init__(self, config: ModelConfig, device: str = "cpu"):
+        super().__init__(config, device)
+        parts = self.transformer.config
+        largest = parts.pos_embed_max_size * parts.patch_size * self.pipe.vae_scale_factor
+        if max(config.height, config.width) > largest:
+            raise UserError(f"model.height and model.width may be at most {largest} for {config.path}.")
+
     @staticmethod
     def optional_components(config: ModelConfig) -> list[str]:
         return [] if config.max_sequence_length else ["text_encoder_3", "tokenizer_3"]
