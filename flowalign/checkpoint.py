@@ -40,6 +40,8 @@ class State:
     """Updates in a row that were not applied."""
     evaluations: list[dict[str, int | Annotated[float, Field(allow_inf_nan=True)]]] = field(default_factory=list)
     """Metrics of every step that was evaluated."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what the run reads prompts and pairs from, by key."""
 
 
 @dataclass(frozen=True)

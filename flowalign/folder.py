@@ -47,14 +47,25 @@ def open_folder(folder: Path, config: Config, learned: checkpoint.Learned) -> ch
         except UserError as error:
             then = f"to go on from {saved[-2]}" if saved[1:] else "to begin again"
             raise UserError(f"{error} Remove {saved[-1]} {then}.") from None
+        if other := [key for key, sum_now in named_files(config).items() if state.files.get(key) != sum_now]:
+            began = f"the file is not as it was when the run in {folder} began"
+            raise UserError(f"{other[0]}: {began}. Choose another folder, output=outputs/NAME.")
         if processes.is_main():
             print(f"Going on from {saved[-1]}.")
     else:
-        state = checkpoint.State()
+        state = checkpoint.State(files=named_files(config))
     processes.wait()  # until all have read
     on_main(folder, lambda: begin(folder, resolved, anew=not saved))
     processes.wait()
     return state
+
+
+def named_files(config: Config) -> dict[str, str]:
+    """SHA-256 of the files of prompts and pairs, by their keys."""
+    data, evaluation = config.data, config.evaluation
+    named = {"data.prompts": data.prompts, "data.pairs": data.pairs}
+    named |= {"evaluation.prompts": evaluation.prompts, "evaluation.pairs": evaluation.pairs}
+    return {key: checkpoint.sha256(Path(path)) for key, path in named.items() if Path(path).is_file()}
 
 
 def on_main(folder: Path, work: Callable[[], None]) -> None:

@@ -564,6 +564,16 @@ def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path, monkey
     assert [line["step"] for line in lines if "eval/scene_match" in line] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("key", ["data.prompts", "evaluation.prompts"])
+def test_prompts_that_changed_since_are_refused_when_a_run_goes_on(key, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\n")
+    trainer.train(small_config(tmp_path / "run", f"{key}={file}", "train.steps=1"))
+    file.write_text("a red circle\n")
+    with pytest.raises(UserError, match=rf"^{key}: the file is not as it was when the run in .* began"):
+        trainer.train(small_config(tmp_path / "run", f"{key}={file}"))
+
+
 def test_rewards_that_score_nothing_end_the_run(tmp_path):
     (tmp_path / "silent.py").write_text("def silent(images, prompts, metadata):\n    return [None] * len(images)\n")
     rewards = f'rewards={{"{tmp_path}/silent.py:silent": 1.0}}'
