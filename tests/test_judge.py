@@ -19,7 +19,7 @@ from flowalign.batch import Cond, Rollout
 from flowalign.config import load_config
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import paired_difference, Scores
-from flowalign.experience import Judge, lacking
+from flowalign.experience import Judge, lacking, NotFinite
 from flowalign.rewards.base import Reward, Traits
 from flowalign.rewards.combine import WeightedSum
 from flowalign.sources import differentiable_prompts, rank, Ranking
@@ -100,10 +100,16 @@ def test_prompts_with_and_without_a_reward_stand_side_by_side(advantage):
 
 
 @pytest.mark.parametrize("advantage", KINDS)
-def test_where_nothing_is_scored_nothing_is_taught(advantage):
-    found, metrics = judge(Reward("a", by_level(_1=NONE, _2=NONE)), advantage=advantage)([grey([1, 2])])
-    assert found.weight.tolist() == found.advantage.tolist() == [0, 0]
-    assert metrics["reward/not_scored"] == 1
+def test_a_prompt_of_which_nothing_is_scored_teaches_nothing(advantage):
+    found, metrics = judge(Reward("a", by_level(_1=NONE, _2=NONE, _3=0.0, _4=1.0)), advantage=advantage)([grey([1, 2], [3, 4])])
+    assert found.weight.tolist() == [0, 0, 1, 1]
+    assert found.advantage.tolist()[:2] == [0, 0]
+    assert metrics["reward/not_scored"] == 0.5
+
+
+def test_a_step_of_which_nothing_is_scored_is_refused():
+    with pytest.raises(NotFinite, match=r"no image was given a score by rewards\.a$"):
+        judge(Reward("a", by_level(_1=NONE, _2=NONE)))([grey([1, 2])])
 
 
 def test_an_image_lacks_what_another_of_its_prompt_has():
