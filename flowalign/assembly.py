@@ -1,6 +1,7 @@
 """From a configuration to everything that works on a run, checked in the order of what is cheap."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from flowalign.batch import Pairs, Prompts, Rollout
 from flowalign.checkpoint import Learned
 from flowalign.config import Config, load_rewards, reward_entry
 from flowalign.data import Prompt, read_prompts
-from flowalign.errors import RunError, UserError
+from flowalign.errors import OutOfMemory, RunError, UserError
 from flowalign.evaluation import EVALUATION_STEP, Evaluator, HeldOut
 from flowalign.experience import Counts, Judge
 from flowalign.models.base import FlowModel, ModelConfig
@@ -53,6 +54,18 @@ class Assembly:
     @property
     def counts(self) -> Counts:
         return self.supplies.counts
+
+
+@contextmanager
+def within_memory(config: Config) -> Iterator[None]:
+    """OutOfMemory that says what to write where the device has not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = f"lower train.images_per_pass (now {config.train.images_per_pass}), which changes no result"
+        if not config.model.gradient_checkpointing:
+            advice += ", or set model.gradient_checkpointing: true"
+        raise OutOfMemory(f"the device is out of memory: {advice}; `flowalign plan` tells what is needed.") from error
 
 
 def read_inputs(config: Config) -> Inputs:

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn, Tensor
 
 from flowalign import processes
-from flowalign.assembly import assemble, Assembly, Inputs, read_inputs
+from flowalign.assembly import assemble, Assembly, Inputs, read_inputs, within_memory
 from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts
 from flowalign.checkpoint import save_adapter
 from flowalign.config import Config
@@ -43,9 +43,10 @@ PROMPTS, IMAGES = 2, 4
 def check(config: Config, say: Callable[[str], None] = print) -> bool:
     """Everything, said by the first process as it is found. Whether nothing is wrong. UserError where it cannot work at all."""
     wrong, say = [], say if processes.is_main() else lambda _: None
-    for finding in findings(config):
-        say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':14}{finding.text}")
-        wrong += [finding.subject] * finding.wrong
+    with within_memory(config):
+        for finding in findings(config):
+            say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':14}{finding.text}")
+            wrong += [finding.subject] * finding.wrong
     wrong = [subject for subjects in processes.gather_objects(wrong) for subject in subjects]
     say(f"Wrong: {', '.join(dict.fromkeys(wrong))}." if wrong else "Nothing wrong was found.")
     return not wrong

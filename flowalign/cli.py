@@ -16,7 +16,11 @@ def main(argv: list[str] | None = None) -> int:
     _plan_arguments(commands.add_parser("plan", help="what a run will need, before any weight is loaded"))
     _sample_arguments(commands.add_parser("sample", help="pictures of a model, or of a run before and after"))
     _reward_arguments(commands.add_parser("reward", help="try a reward out, or serve it to other machines"))
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if unknown := [text for text in rest if text.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:  # overrides that follow an option
+        options.overrides += rest
     try:
         return options.action(options) or 0
     except UserError as error:
@@ -27,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped at once; the last checkpoint is in place.", file=sys.stderr)
+        print("Stopped at once" + "; the last checkpoint is in place." * (options.command == "train"), file=sys.stderr)
         return 1
 
 

@@ -19,8 +19,8 @@ import yaml
 from pydantic import Field
 
 from flowalign.advantage import ADVANTAGES, BY_NAME
-from flowalign.batch import Examples, Pairs, Prompts
-from flowalign.dynamics import DYNAMICS, ode
+from flowalign.batch import Examples, Pairs, Prompts, Rollout
+from flowalign.dynamics import DYNAMICS, is_stochastic, ode, Window
 from flowalign.errors import did_you_mean, similar_file, UserError
 from flowalign.models.base import ModelConfig
 from flowalign.objectives import OBJECTIVES
@@ -30,7 +30,7 @@ from flowalign.rewards import REWARDS
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import COMBINE, Combine
-from flowalign.settings import build, configure, Count, CountOrZero, mapping, Positive, Settings, Share
+from flowalign.settings import build, configure, Count, CountOrZero, mapping, Positive, Settings, settings_of, Share
 from flowalign.sources import Ranking
 from flowalign.stopping import StopRule
 
@@ -297,6 +297,7 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
     check_evaluation(config)
     check_experience(config)
     check_combine(config)
+    check_idle(config)
     check_stop(config)
     return config
 
@@ -336,6 +337,33 @@ def check_experience(config: Config) -> None:
         raise UserError(
             f"data.ranking.top is {data.ranking.top}, but a prompt has {train.images_per_prompt} images; write {half}."
         )
+
+
+def check_idle(config: Config) -> None:
+    """Whether everything that is not left at its default is looked at in this run."""
+    objective, data, train, sampler = config.objective, config.data, config.train, config.sampler
+    name, kind = config.raw["objective"]["name"], objective.learns_from
+    stochastic, made, by_advantage = is_stochastic(sampler.dynamics), not data.pairs, kind is Rollout and objective.by_advantage
+
+    def default(section: str, table: dict[str, Any], made: Any) -> bool:
+        name = DEFAULTS[section]["name"]
+        return config.raw[section]["name"] == name and settings_of(made) == settings_of(configure(table[name], {}, section))
+
+    no_noise, given = "sampler.dynamics adds no noise", "data.pairs are given, and no images are made"
+    rules = (  # key, what it is by default, whether it is that, whether anything looks at it, why nothing does
+        ("advantage", "{name: group}", default("advantage", ADVANTAGES, config.advantage), by_advantage, None),
+        ("combine", "{name: weighted_sum}", default("combine", COMBINE, config.combine), made, given),
+        ("train.drop_equal_groups", "false", not train.drop_equal_groups, kind is Rollout, None),
+        ("data.ranking", "{top: 1}", data.ranking == Ranking(), kind is Pairs and made, None if made else given),
+        ("sampler.window", "{size: 0, range: [0, 0]}", sampler.window == Window(), stochastic, no_noise),
+        ("sampler.same_noise", "false", not sampler.same_noise, made, given),
+        ("train.ema.every", "1", train.ema.every == 1, train.ema.decay > 0, "train.ema.decay is 0"),
+        ("model.revision", "null", config.model.revision is None, not os.path.isdir(config.model.path), "model.path is a folder"),
+    )
+    for key, usual, untouched, used, why in rules:
+        if not untouched and not used:
+            why = why or f"the objective {name} does not look at it"
+            raise UserError(f"{key} would have no effect: {why}; leave it out, or write {key}: {usual}.")
 
 
 def check_combine(config: Config) -> None:
@@ -424,6 +452,8 @@ def build_sampler(section: Any) -> Sampler:
 
 def build_named(table: dict[str, Any], section: Any, key: str, kind: type | tuple[str, ...]) -> Any:
     """What `name` asks for, with the section's other fields as its settings: of a class, or a function of these arguments."""
+    if isinstance(section, str):
+        raise UserError(f"{key} is {section!r}; write {key}: {{name: {section}}}.")
     section = mapping(section, key)
     name = section.get("name")
     if not isinstance(name, str):

@@ -15,9 +15,15 @@ class RunError(Exception):
     """The run failed while running, by a reward for example: exit status 1."""
 
 
+class OutOfMemory(RunError):
+    """The device's memory did not do."""
+
+
 def did_you_mean(word: Any, choices: Iterable[Any]) -> str:
-    """The nearest choice as the end of a message, or nothing."""
-    near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    """The choice with these initials, or the nearest, as the end of a message, or nothing."""
+    choices = [str(choice) for choice in choices]
+    near = [choice for choice in choices if "_" in choice and str(word) == "".join(part[:1] for part in choice.split("_"))]
+    near = near or difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

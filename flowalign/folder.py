@@ -5,8 +5,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
-from functools import partial
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, IO
 
@@ -21,6 +20,7 @@ from flowalign.data import read_prompts
 from flowalign.errors import UserError
 from flowalign.pairs import read_examples
 from flowalign.policy import Policy
+from flowalign.settings import settings_of
 from flowalign.tracking import environment, to_json
 
 BEFORE = Path("evaluation") / "before.safetensors"
@@ -149,13 +149,6 @@ def named_dynamics(config: Config) -> dict[str, Any]:
     return {**config.raw["sampler"]["dynamics"], **settings_of(config.sampler.dynamics)}
 
 
-def settings_of(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, or the arguments bound to a function."""
-    if isinstance(value, partial):
-        return value.keywords
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else {}
-
-
 def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys under which two configurations differ."""
     keys = []
@@ -202,8 +195,8 @@ pipe({first_prompt(config)!r}, {call}).images[0].save("picture.png")
 def write_failure(
     run: Path, learned: checkpoint.Learned, state: checkpoint.State, batch: Batch, facts: dict[str, Any], keep: int
 ) -> Path:
-    """failures/step-000012-process-0: everything as before an update that is not applied, its batch, and why; `keep` stay."""
-    folder = run / FAILURES / f"step-{state.step:06d}-process-{processes.rank()}"
+    """failures/step-000012-update-0-process-0: all as before an update that is not applied, its batch, and why; `keep` stay."""
+    folder = run / FAILURES / f"step-{state.step:06d}-update-{facts['update']}-process-{processes.rank()}"
     tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)}
 
     def write(beside: Path) -> None:

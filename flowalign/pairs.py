@@ -37,6 +37,8 @@ class Example:
     rejected: Bytes | None = None
     gap: float = 1.0
     """By how much better the chosen is; 1 where only the order is known."""
+    where: str = ""
+    """What a message calls it."""
 
 
 def read_examples(path: str, key: str, paired: bool) -> list[Example]:
@@ -76,7 +78,8 @@ def _from_object(entry: dict[str, Any], file: Path, where: str) -> Example:
         or better < worse
     ):
         raise UserError(f"{where}: score_chosen is {better!r} and score_rejected {worse!r}; write both, the first the larger.")
-    return Example(Prompt(entry["prompt"]), pictures["chosen"], pictures["rejected"], float(better - worse))  # type: ignore[arg-type]
+    gap = float(better - worse)
+    return Example(Prompt(entry["prompt"]), pictures["chosen"], pictures["rejected"], gap, where)  # type: ignore[arg-type]
 
 
 def _from_dataset(place: Path, key: str) -> list[Example]:
@@ -106,7 +109,9 @@ def _from_dataset(place: Path, key: str) -> list[Example]:
 
     order = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
     return [
-        Example(Prompt(caption), picture(row, order[label][0]), picture(row, order[label][1]))
+        Example(
+            Prompt(caption), picture(row, order[label][0]), picture(row, order[label][1]), where=f"{key}: {place}, row {row + 1}"
+        )
         for row, (label, caption) in enumerate(zip(labels, captions, strict=True))
         if label in order
     ]
@@ -125,12 +130,12 @@ def open_picture(data: bytes) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def load_picture(data: bytes, height: int, width: int) -> Tensor:
+def load_picture(data: bytes, height: int, width: int, where: str = "data.pairs") -> Tensor:
     """(3, H, W) in [0, 1], scaled to fill and cut to the middle. UserError where the bytes are no picture."""
     try:
         image = open_picture(data)
     except ValueError as error:
-        raise UserError(f"data.pairs holds something that is {error}") from error
+        raise UserError(f"{where} holds something that is {error}") from error
     return pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)).float() / 255
 
 
@@ -147,15 +152,16 @@ class Latents:
         config, size = model.vae.config, f"{model.config.height}x{model.config.width}"
         self.salt = f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}/{size}".encode()
 
-    def __call__(self, pictures: Sequence[bytes]) -> Latent:
-        """(B, *latent), on the model's device."""
+    def __call__(self, pictures: Sequence[bytes], names: Sequence[str] = ()) -> Latent:
+        """(B, *latent), on the model's device. UserError with the name of what is no picture."""
+        names = names or ["data.pairs"] * len(pictures)
         files = [self._file(data) for data in pictures]
         found = {file: latent for file in set(files) if (latent := self._read(file)) is not None}
         missing = [i for i, file in enumerate(files) if file not in found]
         for start in range(0, len(missing), self.images_per_pass):
             chosen = missing[start : start + self.images_per_pass]
             config = self.model.config
-            images = torch.stack([load_picture(pictures[i], config.height, config.width) for i in chosen])
+            images = torch.stack([load_picture(pictures[i], config.height, config.width, names[i]) for i in chosen])
             for i, latent in zip(chosen, self.model.encode_images(images).cpu(), strict=True):
                 found[files[i]] = latent
                 self._write(files[i], latent)

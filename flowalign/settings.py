@@ -139,6 +139,13 @@ def configure(entry: Any, settings: dict[str, Any], key: str, beside: tuple[str,
         raise UserError(f"{key} cannot be made: {type(error).__name__}: {error}") from error
 
 
+def settings_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, or the arguments bound to a function."""
+    if isinstance(value, partial):
+        return value.keywords
+    return dataclasses.asdict(value) if is_dataclass(value) and not isinstance(value, type) else {}
+
+
 def _arguments(entry: Callable[..., Any]) -> type:
     """A dataclass of a function's arguments that have defaults."""
     try:

@@ -168,7 +168,8 @@ def given_examples(supplies: Supplies) -> Source:
 def make_pairs(supplies: Supplies, examples: list[Example], chosen: dict[int, int], step: int) -> Pairs:
     """Pairs of the examples chosen, by slot."""
     base = _prompts_of(supplies, examples, chosen, step)
-    better, worse = (supplies.latents([read() for read in side])[:, None] for side in _sides(examples, chosen))
+    names = [examples[i].where for i in chosen.values()]
+    better, worse = (supplies.latents([read() for read in side], names)[:, None] for side in _sides(examples, chosen))
     gap = torch.tensor([examples[i].gap for i in chosen.values()], device=base.device)
     unknown = better.new_zeros(len(base), 0)
     return Pairs(base.prompts, base.metadata, base.keys, base.cond, better, worse, unknown, unknown, gap, torch.ones_like(gap))
@@ -177,7 +178,8 @@ def make_pairs(supplies: Supplies, examples: list[Example], chosen: dict[int, in
 def make_examples(supplies: Supplies, examples: list[Example], chosen: dict[int, int], step: int) -> Examples:
     """Pictures of the examples chosen, by slot."""
     base = _prompts_of(supplies, examples, chosen, step)
-    x0 = supplies.latents([examples[i].chosen() for i in chosen.values()])
+    members = [examples[i] for i in chosen.values()]
+    x0 = supplies.latents([example.chosen() for example in members], [example.where for example in members])
     return Examples(base.prompts, base.metadata, base.keys, base.cond, x0)
 
 

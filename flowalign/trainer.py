@@ -15,11 +15,11 @@ from torch import nn
 from tqdm import tqdm
 
 from flowalign import checkpoint, processes
-from flowalign.assembly import assemble, Assembly, read_inputs
+from flowalign.assembly import assemble, Assembly, read_inputs, within_memory
 from flowalign.batch import Batch
 from flowalign.check import refuse_what_is_wrong
 from flowalign.config import Config
-from flowalign.errors import RunError
+from flowalign.errors import OutOfMemory, RunError
 from flowalign.evaluation import paired_difference, Scores
 from flowalign.experience import NotFinite
 from flowalign.folder import BEFORE, FAILURES, hand_over, open_folder, peak_memory, write_failure
@@ -33,7 +33,8 @@ from flowalign.tracking import before_after, print_differences, save_grid, to_js
 
 def train(config: Config) -> dict[str, Any]:
     """Run a configuration from its last checkpoint, or from the start, to its end. Returns what summary.json holds."""
-    run = prepare(config)
+    with within_memory(config):
+        run = prepare(config)
     with run.writing():
         return run.go()
 
@@ -297,17 +298,15 @@ class Run:
     def writing(self) -> Iterator[None]:
         """On a failure while running, keep the steps done and say where they are."""
         try:
-            yield
+            with within_memory(self.config):
+                yield
+        except OutOfMemory as error:  # of one process, which the others do not know of
+            raise RunError(f"{error}\n{self._where()}") from error
         except RunError as error:
             if self.state.step and not self.within_a_step and processes.is_main():
                 checkpoint.save_checkpoint(self.learned, self.state, self.folder, self.config.train.keep, self.best)
             processes.wait()
             raise RunError(f"{error}\n{self._where()}") from error
-        except torch.OutOfMemoryError as error:
-            advice = f"lower train.images_per_pass (now {self.config.train.images_per_pass}), which changes no result"
-            if not self.config.model.gradient_checkpointing:
-                advice += ", or set model.gradient_checkpointing: true"
-            raise RunError(f"the device is out of memory: {advice}.\n{self._where()}") from error
         except (OSError, SafetensorError) as error:
             advice = f"Make room in {self.folder} and let it be written to"
             raise RunError(f"a file could not be written or read: {error}. {advice}.\n{self._where()}") from error

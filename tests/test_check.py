@@ -287,6 +287,18 @@ def test_a_kl_without_gradient_is_caught_on_the_forward_process(monkeypatch, tmp
     assert "! kl gradient:  kl has no gradient" in said("crd", tmp_path / "run")[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("flow_grpo", "train.seed=1"), ("ddpo", "objective.estimator=importance_sampling"), ("prdp", "data.ranking.top=1")],
+)
+def test_the_noise_of_log_ratios_is_held_against_the_clip_range(name, more, tmp_path):
+    text = said(name, tmp_path / "run", *SMALL, more, "objective.clip_range=1e-20")[1]
+    (line,) = [line for line in text.splitlines() if line[2:].startswith("ratio:")]
+    noise = max(float(number) for number in line.partition("float32: ")[2].partition(";")[0].split(", "))
+    assert "clipped beyond 1e-20" in line
+    assert ("write objective.clip_range: " in line) == line.startswith("!") == (noise > 0)
+
+
 def test_a_clip_range_below_the_noise_is_answered_with_a_better_one():
     finding = checks.ratio([2e-5, 3e-5], 1e-5, "bfloat16")
     assert finding.wrong

@@ -1,11 +1,13 @@
 """Models against diffusers' own pipelines, and what is answered when one cannot be opened."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from flowalign.errors import UserError
@@ -169,6 +171,16 @@ def test_a_folder_of_another_pipeline_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(UserError, match="KandinskyPipeline"):
         load_model(sd3_config(path=str(tmp_path)))
+
+
+def test_a_model_saved_as_a_pickle_is_refused(tmp_path):
+    shutil.copytree(ROOT / "assets" / "tiny-sd3", tmp_path / "model")
+    network = tmp_path / "model" / "transformer"
+    weights = load_file(network / "diffusion_pytorch_model.safetensors")
+    (network / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(weights, network / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.path: .* cannot be opened as a model: .*safetensors"):
+        load_model(sd3_config(path=str(tmp_path / "model")))
 
 
 def test_large_pictures_are_decoded_in_slices():

@@ -12,9 +12,11 @@ from PIL import Image
 from torch import nn, Tensor
 from torch.testing import assert_close
 
+from flowalign.config import load_config
 from flowalign.errors import UserError
 from flowalign.pairs import Example, Latents, load_picture, read_examples
-from tests.tiny import make_policy
+from flowalign.trainer import train
+from tests.tiny import make_policy, ROOT
 
 COLORS = {"a": "red", "b": "blue", "c": "green"}
 
@@ -315,6 +317,17 @@ def test_another_autoencoder_is_another_latent(model, tmp_path):
     after = Latents(other, 8, tmp_path)(PICTURES[:1])
     assert not torch.equal(before, after)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("role", ["chosen", "rejected"])
+def test_a_file_that_is_no_picture_is_named_when_it_is_met(role, folder, tmp_path):
+    (folder / "b.png").write_bytes(b"no picture")
+    pair = {"prompt": "a red circle", "chosen": "a.png", "rejected": "c.png"}
+    path = written(folder, pair, {**pair, role: "b.png"})
+    overrides = [f"data.pairs={path}", f"evaluation.pairs={path}", "train.prompts_per_step=2", "train.images_per_pass=2"]
+    config = load_config(ROOT / "configs" / "tiny" / "dpo.yaml", [*overrides, f"output={tmp_path}/run"])
+    with pytest.raises(UserError, match=rf"^(data|evaluation)\.pairs: {path}, line 2 holds something that is no picture"):
+        train(config)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not tensors", None])

@@ -102,6 +102,18 @@ def test_the_command_prints_one_screen(capsys):
     assert lines[-1].split()[:2] == ["train.images_per_pass", "2"]
 
 
+def test_overrides_may_follow_an_option(capsys):
+    assert main(["plan", str(TINY), "--gpu", "h100", "train.images_per_pass=7"]) == 2
+    assert "train.images_per_pass is 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["plan", str(TINY), "--gpus", "h100"], ["reward", "list", "more"]])
+def test_arguments_that_are_not_known_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_a_reward_s_network_is_counted_where_it_is_local_and_otherwise_said_not_to_be():
     config = small("train.images_per_pass=6", "rewards={pick_score: 1.0, clip_score: 1.0, scene_match: 1.0}")
     weights = reward_weights(config)

@@ -574,6 +574,15 @@ def test_prompts_that_changed_since_are_refused_when_a_run_goes_on(key, tmp_path
         trainer.train(small_config(tmp_path / "run", f"{key}={file}"))
 
 
+def test_both_updates_of_a_step_that_fail_are_kept(tmp_path):
+    counts = ["train.prompts_per_step=2", "train.updates_per_step=2", "train.images_per_pass=3"]
+    config = small_config(tmp_path / "run", *counts, "train.steps=1")
+    config.objective.kl_weight = math.nan
+    trainer.train(config)
+    kept = sorted(path.name for path in (tmp_path / "run" / "failures").iterdir())
+    assert kept == ["step-000000-update-0-process-0", "step-000000-update-1-process-0"]
+
+
 def test_rewards_that_score_nothing_end_the_run(tmp_path):
     (tmp_path / "silent.py").write_text("def silent(images, prompts, metadata):\n    return [None] * len(images)\n")
     rewards = f'rewards={{"{tmp_path}/silent.py:silent": 1.0}}'

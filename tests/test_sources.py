@@ -346,8 +346,9 @@ def test_an_objective_that_is_not_given_what_it_learns_from_is_answered(override
     [
         ["objective={name: alignprop}", "train.images_per_prompt=1", "rewards={brightness: 1}"],
         ["objective={name: dpo}", "data.pairs=p.jsonl", "train.images_per_prompt=1", "rewards={}", "data.prompts=''"],
-        ["objective={name: nft}", "sampler.dynamics={name: ode}"],
-        ["objective={name: sft}", "data.pairs=p.jsonl", "train.images_per_prompt=1", "sampler.dynamics={name: ode}"],
+        ["objective={name: nft}"],
+        ["objective={name: nft}", "sampler={steps: 8, dynamics: {name: ode}, window: {range: [0, 0]}}"],
+        ["objective={name: sft}", "data.pairs=p.jsonl", "train.images_per_prompt=1"],
     ],
 )
 def test_an_objective_that_is_given_what_it_learns_from_is_not(overrides):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from flowalign import trainer
+from flowalign.check import check
 from flowalign.checkpoint import checkpoints, load_adapter, read_tensors
 from flowalign.cli import main
 from flowalign.config import load_config, load_rewards
@@ -181,6 +182,16 @@ def test_too_little_memory_ends_with_what_to_lower(tmp_path):
     run.assembly = replace(run.assembly, source=too_large)
     with pytest.raises(RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true"), run.writing():
         run.go()
+
+
+@pytest.mark.parametrize("command", [trainer.train, check])
+def test_too_little_memory_for_the_model_ends_with_what_to_lower(command, monkeypatch, tmp_path):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(sys.modules[command.__module__], "load_model", too_large)
+    with pytest.raises(RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true; `flowalign plan`"):
+        command(small_config(tmp_path / "run"))
 
 
 def test_figures_that_are_not_finite_are_null_in_the_files():

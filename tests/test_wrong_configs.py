@@ -498,6 +498,18 @@ CONTRADICTIONS = [
     ("nft", [*MILLIONS, "train.images_per_pass=7"], "nearest that divide: 5 or 8"),
     ("ddpo", ["train.updates_per_step=2"], "train.updates_per_step is 2"),
     ("nft", ["sampler.same_noise=true"], "sampler.same_noise is true, but sampler.dynamics adds no noise"),
+    ("alignprop", ["advantage.std=group"], "advantage would have no effect: the objective alignprop does not look at it"),
+    ("dpo_online", ["advantage.clip=2"], "advantage would have no effect: the objective dpo does"),
+    ("raft", ["advantage={name: win_rate}"], "advantage would have no effect: the objective raft"),
+    ("dpo", ["advantage={name: win_rate}"], "advantage would have no effect: the objective dpo"),
+    ("dpo", ["combine={name: minimum}"], "combine would have no effect: data.pairs are given"),
+    ("alignprop", ["train.drop_equal_groups=true"], "train.drop_equal_groups would have no effect: the objective alignprop"),
+    ("crd", ["data.ranking.top=2"], "data.ranking would have no effect: the objective crd"),
+    ("dpo", ["data.ranking.min_gap=0.1"], "data.ranking would have no effect: data.pairs are given"),
+    ("crd", ["sampler.window.size=2"], "sampler.window would have no effect: sampler.dynamics adds no noise"),
+    ("dpo", ["sampler.same_noise=true"], "sampler.same_noise would have no effect: data.pairs are given"),
+    ("crd", ["train.ema={decay: 0, every: 2}"], "train.ema.every would have no effect: train.ema.decay is 0"),
+    ("crd", ["model.revision=main"], "model.revision would have no effect: model.path is a folder"),
     ("draft_lv", ["sampler.steps=3"], "objective.step is -5, but sampler.steps is 3"),
     ("alignprop", ["objective.depth=9"], "objective.depth is 9, but sampler.steps is 8"),
     ("flow_grpo", ["sampler.window.range=[0, 30]"], "sampler.window.range is [0, 30], but sampler.steps is 8"),
@@ -541,6 +553,15 @@ CONTRADICTIONS = [
     ),
     ("nft", ["train.stop={eval/scene_match: {above: .nan}}"], "train.stop.eval/scene_match.above is nan"),
 ]
+
+
+def test_an_objective_is_written_with_its_name():
+    message = refusal(resolved(CONFIGS / "tiny" / "nft.yaml"), "objective=crd")
+    assert helps(message, "objective is 'crd'; write objective: {name: crd}.")
+
+
+def test_a_key_is_found_by_its_initials():
+    assert helps(refusal(resolved(CONFIGS / "tiny" / "nft.yaml"), "train.lr=1e-3"), "Did you mean 'learning_rate'?")
 
 
 @pytest.mark.parametrize(("file", "overrides", "expected"), CONTRADICTIONS, ids=lambda value: str(value)[:40])

@@ -233,7 +233,7 @@ def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]
     elif is_local(path):
         raise UserError(f"model.path: there is no folder {config.path}.{similar_file(config.path)}")
     try:
-        return pipeline_class.from_pretrained(path, revision=config.revision, dtype=dtype, **absent)
+        return pipeline_class.from_pretrained(path, revision=config.revision, dtype=dtype, use_safetensors=True, **absent)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(explain_loading("model.path", config.path, error)) from error
 

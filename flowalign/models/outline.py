@@ -206,7 +206,7 @@ def outline(config: ModelConfig) -> Outline:
     pipeline: Any = family.pipeline_class
     networks = [*family.text_encoders, "transformer", "vae"]
 
-    def from_pretrained(path: str, revision: str | None, dtype: dict[str, torch.dtype], **absent: None) -> Any:
+    def from_pretrained(path: str, revision: str | None, dtype: dict[str, torch.dtype], **absent: Any) -> Any:
         index = pipeline.load_config(path, revision=revision)
         built = {
             part: _network(index[part], dtype.get(part, dtype["default"]), path, subfolder=part, revision=revision)

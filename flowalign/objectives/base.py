@@ -31,6 +31,8 @@ class Objective(Settings):
     """Prompts, Rollout, Pairs or Examples."""
     needs_stochastic_steps: ClassVar[bool] = False
     """Whether the path it learns from must have steps with a log-probability."""
+    by_advantage: ClassVar[bool] = True
+    """Whether it takes advantages from a rollout, or its rewards as they are."""
     rollout_with: ClassVar[str] = "policy"
     """The weights that sample: "policy", or a snapshot."""
 

@@ -31,23 +31,29 @@ class PRDP(PathObjective):
     clip_range: Positive = 1e-2
     """ε."""
 
+    @property
+    def clips_at(self) -> float:
+        return self.clip_range
+
     def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
         """Sums over the steps: ρ(chosen) - ρ(rejected), and the same of clipped terms."""
         view = policy.at("policy")
-        terms = [torch.stack(self.terms(view, pairs, k), 1) for k in self.draws(pairs)]
+        terms = [torch.stack(self.terms(view, pairs, k)[:2], 1) for k in self.draws(pairs)]
         return replace(pairs, prepared=torch.stack(terms).sum(0))
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
+        *terms, moved = self.terms(policy, pairs, k)
         errors = [
             self.temperature * (whole - term.detach() + term) - pairs.gap
-            for whole, term in zip(pairs.prepared.T, self.terms(policy, pairs, k), strict=True)
+            for whole, term in zip(pairs.prepared.T, terms, strict=True)
         ]
         plain, clipped = (error**2 for error in errors)
         loss = (pairs.weight * torch.maximum(plain, clipped)).mean()
-        return Loss(loss, {"difference_error": errors[0].abs(), "ratio/clipped": (plain < clipped).float()})
+        stats = {"difference_error": errors[0].abs(), "ratio/clipped": (plain < clipped).float()}
+        return Loss(loss, stats | {"ratio/max_log_error": moved.abs()})
 
-    def terms(self, policy: Policy, pairs: Pairs, k: int) -> tuple[PerImage, PerImage]:
-        """Step k's part of the difference, as it is and clipped."""
+    def terms(self, policy: Policy, pairs: Pairs, k: int) -> tuple[PerImage, PerImage, PerImage]:
+        """Step k's part of the difference, as it is and clipped, and every log-ratio to the weights that sampled."""
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
         x, x_next = paths[:, k], paths[:, k + 1]
         old_log_prob = torch.cat([pairs.chosen_log_prob[:, k], pairs.rejected_log_prob[:, k]])
@@ -55,7 +61,8 @@ class PRDP(PathObjective):
 
         moved = policy.step(x, k, cond).log_prob(x_next) - old_log_prob
         before = old_log_prob - ref_log_prob
-        return _difference(moved + before), _difference(moved.clamp(-self.clip_range, self.clip_range) + before)
+        clipped = moved.clamp(-self.clip_range, self.clip_range)
+        return _difference(moved + before), _difference(clipped + before), moved
 
 
 def _difference(log_ratio: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ v is the velocity without guidance, however images are sampled.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
@@ -17,6 +18,7 @@ from flowalign.settings import Count
 class RAFT(ForwardObjective):
     """Any sampler. A prompt whose images are all equally good teaches as plain imitation would."""
 
+    by_advantage: ClassVar[bool] = False
     keep: Count = 1
     """How many of a prompt's images are imitated."""
     kl: Anchor = field(default_factory=Anchor)

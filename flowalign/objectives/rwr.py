@@ -5,6 +5,7 @@ v is the velocity without guidance, however images are sampled.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
@@ -17,6 +18,7 @@ from flowalign.settings import Positive
 class RWR(ForwardObjective):
     """Any sampler."""
 
+    by_advantage: ClassVar[bool] = False
     temperature: Positive = 0.2
     """τ, in units of the reward."""
     kl: Anchor = field(default_factory=Anchor)
