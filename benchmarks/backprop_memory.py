@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from flowalign.advantage import group_advantage
-from flowalign.config import load_config, load_rewards
+from flowalign.config import load_config
 from flowalign.data import read_prompts
 from flowalign.experience import Counts, Judge
 from flowalign.models import load_model
 from flowalign.objectives.alignprop import AlignProp
 from flowalign.policy import Policy, Sampler
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards.combine import WeightedSum
 from flowalign.sources import differentiable_prompts, Ranking, Supplies
 

@@ -19,9 +19,10 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from flowalign.config import Config, load_config, load_rewards
+from flowalign.config import Config, load_config
 from flowalign.data import read_prompts
 from flowalign.experience import Judge, make_prompts, passes
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward
 from flowalign.rewards.serving import make_app

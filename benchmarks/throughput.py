@@ -23,13 +23,14 @@ from torch import nn, Tensor
 from flowalign.assembly import assemble, Inputs
 from flowalign.batch import Rollout
 from flowalign.checkpoint import State
-from flowalign.config import build_config, Config, load_rewards
+from flowalign.config import build_config, Config
 from flowalign.data import Prompt
 from flowalign.errors import UserError
 from flowalign.experience import collect, Counts
 from flowalign.folder import peak_memory
 from flowalign.models import load_model
 from flowalign.models.base import describe
+from flowalign.reward_maps import load_rewards
 from flowalign.tracking import environment
 from flowalign.trainer import Run
 

@@ -10,7 +10,7 @@ import torch
 from flowalign import processes
 from flowalign.batch import Pairs, Prompts, Rollout
 from flowalign.checkpoint import Learned
-from flowalign.config import Config, load_rewards, reward_entry
+from flowalign.config import Config
 from flowalign.data import Prompt, read_prompts
 from flowalign.errors import OutOfMemory, RunError, UserError
 from flowalign.evaluation import EVALUATION_STEP, Evaluator, HeldOut
@@ -18,6 +18,7 @@ from flowalign.experience import Counts, Judge
 from flowalign.models.base import FlowModel, ModelConfig
 from flowalign.pairs import Example, read_examples
 from flowalign.policy import Policy
+from flowalign.reward_maps import load_rewards, reward_entry
 from flowalign.rewards import probe
 from flowalign.rewards.base import Reward
 from flowalign.sources import make_examples, make_pairs, Source, source_of, Supplies

@@ -141,7 +141,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _reward_test(options: argparse.Namespace) -> int:
     _quiet()
-    from flowalign.config import load_reward
+    from flowalign.reward_maps import load_reward
     from flowalign.rewards.probe import bundled_samples, samples_from, show
 
     samples = samples_from(options.images) if options.images else bundled_samples()
@@ -150,7 +150,7 @@ def _reward_test(options: argparse.Namespace) -> int:
 
 def _reward_serve(options: argparse.Namespace) -> None:
     _quiet()
-    from flowalign.config import load_reward
+    from flowalign.reward_maps import load_reward
 
     try:
         from flowalign.rewards.serving import serve
@@ -161,7 +161,7 @@ def _reward_serve(options: argparse.Namespace) -> None:
 
 def _reward_list(_: argparse.Namespace) -> None:
     _quiet()
-    from flowalign.config import describe_rewards
+    from flowalign.reward_maps import describe_rewards
 
     for name, text in describe_rewards().items():
         print(f"{name:24}{text}")

@@ -1,48 +1,38 @@
-"""From YAML to dataclasses: `extends`, overrides, and errors that name the file, the key and what to type."""
+"""From YAML to dataclasses, every section typed and checked against the others before any weight is loaded."""
 
 import dataclasses
-import importlib
-import importlib.util
-import inspect
-import math
 import os
-import re
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 
 from flowalign.advantage import ADVANTAGES, BY_NAME
 from flowalign.batch import Examples, Pairs, Prompts, Rollout
 from flowalign.dynamics import DYNAMICS, is_stochastic, ode, Window
-from flowalign.errors import did_you_mean, similar_file, UserError
+from flowalign.errors import did_you_mean, UserError
 from flowalign.models.base import ModelConfig
+from flowalign.named import build_named
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.base import Objective
 from flowalign.policy import Decay, Sampler
-from flowalign.rewards import REWARDS
-from flowalign.rewards.adapt import make_reward
-from flowalign.rewards.base import Reward
+from flowalign.reading import merge, overridden, read_yaml
+from flowalign.reward_maps import checked_rewards, reward_name
 from flowalign.rewards.combine import COMBINE, Combine
 from flowalign.settings import build, configure, Count, CountOrZero, mapping, Positive, Settings, settings_of, Share
 from flowalign.sources import Ranking
 from flowalign.stopping import StopRule
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS: dict[str, Any] = {
     "sampler": {"dynamics": {"name": "ode"}},
     "objective": {"name": "flow_grpo"},
     "advantage": {"name": "group"},
     "combine": {"name": "weighted_sum"},
 }
-REPLACED = ("rewards",)
-"""Maps that a child YAML or an override replaces as a whole."""
 
 
 @dataclass
@@ -162,112 +152,6 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file merged over what it extends."""
-    if path.resolve() in [child.resolve() for child in children]:
-        raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, children))}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}.{similar_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; give a YAML file, saved as UTF-8.") from None
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else type(raw).__name__
-        raise UserError(f"{path}: expected sections such as `model:` and `train:`, found {found}.")
-    if "extends" not in raw:
-        return raw
-    parent = raw.pop("extends")
-    if not isinstance(parent, str):
-        raise UserError(f"{path}: extends is {parent!r}; write one file, such as base/tiny-sd3.yaml.")
-    for place in (path.parent / parent, CONFIGS / parent):
-        if os.path.isfile(place):
-            return merge(read_yaml(place, (*children, path)), raw)
-    raise UserError(f"{path}: extends: there is no file {parent} beside it or under configs/.{similar_file(CONFIGS / parent)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Numbers are decimal: 1e-4 is one, and neither 010 nor 1:30 is 8 or 90. Keys written twice are refused, and loops."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in keys[:i]:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark)
-        return node
-
-    def construct_document(self, node: Any) -> Any:
-        return self.construct_object(node, deep=True)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """UserError where it is not YAML, or has a value that its tag cannot read."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise UserError(f"{what} is not YAML: {reason}") from None
-
-
-def overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A file with overrides laid over it, in their order. UserError for one that would have no effect."""
-    given = [(text.partition("=")[0], text, parse_override(text)) for text in overrides]
-    for key, _, nested in given:
-        raw = merge(raw, nested, replaced=() if {*key.split(".")[:-1]} & {*REPLACED} else REPLACED)
-    for i, (key, text, nested) in enumerate(given):
-        if key not in [later for later, _, _ in given[i + 1 :]] and not _holds(raw, nested):
-            raise UserError(
-                f"{text!r} would have no effect: an empty map changes nothing, and a section whose name changes later loses "
-                f"its other keys; name a key of {key.partition('.')[0]}, and a section's name before its other keys."
-            )
-    return raw
-
-
-def _holds(raw: Any, asked: Any) -> bool:
-    """Whether every key that was asked for is there; what is asked for as an empty map must be one."""
-    if not isinstance(asked, dict):
-        return True
-    return isinstance(raw, dict) and (all(key in raw and _holds(raw[key], asked[key]) for key in asked) if asked else not raw)
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`train.steps=10` as the nested mapping it stands for; values are YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"{text!r} is not an override; write section.key=value, for example train.steps=10.")
-    nested: Any = parse_yaml(value, f"{text!r}: the value")
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested
-
-
-def merge(parent: dict[str, Any], child: dict[str, Any], replaced: tuple[str, ...] = REPLACED) -> dict[str, Any]:
-    """The child over the parent. Reward maps replace; so does a section whose `name` changes; others merge."""
-    merged = dict(parent)
-    for key, value in child.items():
-        before = merged.get(key)
-        if isinstance(before, dict) and isinstance(value, dict) and key not in replaced:
-            renamed = "name" in value and value["name"] != before.get("name")
-            merged[key] = value if renamed else merge(before, value, replaced)
-        else:
-            merged[key] = value
-    return merged
 
 
 def build_config(raw: dict[str, Any], path: Path) -> Config:
@@ -405,11 +289,6 @@ def check_stop(config: Config) -> None:
             )
 
 
-def reward_name(spec: str) -> str:
-    """What a reward is logged by."""
-    return spec.partition("://")[2] or spec.rpartition(":")[2]
-
-
 def checked_output(output: Any) -> str:
     if not isinstance(output, str) or not output or "${" in output:
         raise UserError(f"output is {output!r}; write a folder, such as outputs/first.")
@@ -448,149 +327,3 @@ def build_sampler(section: Any) -> Sampler:
     sampler = dataclasses.replace(settings, dynamics=dynamics)
     sampler.stochastic_steps(0, 0)  # UserError where the window does not fit
     return sampler
-
-
-def build_named(table: dict[str, Any], section: Any, key: str, kind: type | tuple[str, ...]) -> Any:
-    """What `name` asks for, with the section's other fields as its settings: of a class, or a function of these arguments."""
-    if isinstance(section, str):
-        raise UserError(f"{key} is {section!r}; write {key}: {{name: {section}}}.")
-    section = mapping(section, key)
-    name = section.get("name")
-    if not isinstance(name, str):
-        raise UserError(f"{key}.name is {'missing' if name is None else repr(name)}; choose from {', '.join(table)}.")
-    place = table.get(name, name)
-    entry = imported(place, f"{key}.name", table) if isinstance(place, str) else place
-    made = configure(entry, {k: v for k, v in section.items() if k != "name"}, key, ("name",))
-    if isinstance(kind, type) and not isinstance(made, kind):
-        raise UserError(f"{key}.name: {type(made).__name__} must be a subclass of {kind.__module__}.{kind.__name__}.")
-    if isinstance(kind, tuple) and not takes(made, len(kind)):
-        raise UserError(f"{key}.name: {name} must be a function of ({', '.join(kind)}).")
-    return made
-
-
-def takes(function: Any, count: int) -> bool:
-    """Whether it can be called with so many arguments."""
-    try:
-        return bool(inspect.signature(function).bind(*range(count)))
-    except (TypeError, ValueError):
-        return False
-
-
-def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
-    """What `file.py:name` or `package.module:name` stands for."""
-    place, colon, name = spec.rpartition(":")
-    if not colon:
-        raise UserError(
-            f"{key}: there is no {spec!r}; choose from {', '.join(table)}, "
-            f'or name your own: "my_file.py:{spec}".{did_you_mean(spec, table)}'
-        )
-    try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    except FileNotFoundError:
-        raise UserError(f"{key}: there is no file {place} (looked in {Path.cwd()}).{similar_file(place)}") from None
-    except Exception as error:
-        raise UserError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
-    if name not in vars(module):
-        public = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        raise UserError(
-            f"{key}: {place} has no {name!r}; it has {', '.join(public) or 'no functions'}.{did_you_mean(name, public)}"
-        )
-    return vars(module)[name]
-
-
-def _import_module(name: str) -> Any:
-    _look_in(Path.cwd())  # which is not looked in where an installed script was started
-    return importlib.import_module(name)
-
-
-def _look_in(folder: Path) -> None:
-    """Modules of this folder can be imported, where no other has their name."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    name = f"flowalign_user_{path.resolve()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    _look_in(path.resolve().parent)  # so that it can import its neighbours
-    try:
-        found.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-@dataclass(frozen=True)
-class RewardEntry:
-    """One line of a reward map."""
-
-    name: str
-    """What it is logged by."""
-    spec: str
-    """A built-in's name, `file.py:name`, `package.module:name`, or an address."""
-    weight: float
-    settings: dict[str, Any]
-
-
-def reward_entry(key: str, value: Any) -> RewardEntry:
-    """`key: weight`, or `key: {weight, reward, ...}` with settings; `reward` where the key is a name of the user's own."""
-    settings = dict(value) if isinstance(value, dict) else {"weight": value}
-    return RewardEntry(reward_name(key), settings.pop("reward", key), float(settings.pop("weight", 1.0)), settings)
-
-
-def checked_rewards(section: Any, key: str) -> dict[str, Any]:
-    """A map of names to weights or settings, checked but not loaded."""
-    section = mapping(section, key)
-    names = [reward_name(name) for name in section]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(
-            f"{key}: two rewards are called {twice[0]!r}; they are logged by name, so give one a name of its own: "
-            f"{{mine: {{reward: {[name for name in section if reward_name(name) == twice[0]][1]!r}}}}}."
-        )
-    for name, value in section.items():
-        weight, spec = (value.get("weight", 1.0), value.get("reward", name)) if isinstance(value, dict) else (value, name)
-        if not isinstance(spec, str) or (spec not in REWARDS and ":" not in spec):
-            raise UserError(
-                f"{key}: there is no reward {spec!r}; choose from {', '.join(REWARDS)}, "
-                f'or name your own: "my_rewards.py:{spec}".{did_you_mean(str(spec), REWARDS)}'
-            )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise UserError(f"{key}.{name} is {value!r}; write a weight, or {{weight: 1.0, ...}} with the reward's own settings.")
-    return section
-
-
-def load_rewards(section: dict[str, Any], key: str = "rewards") -> list[Reward]:
-    """The rewards of a checked map, imported and configured. UserError where that fails."""
-    rewards = []
-    for name, value in section.items():
-        entry = reward_entry(name, value)
-        place, settings = REWARDS.get(entry.spec, entry.spec), entry.settings
-        if place.startswith(("http://", "https://")):
-            place, settings = "flowalign.rewards.web:WebReward", {"url": place, **settings}
-        function = configure(imported(place, f"{key}.{name}", REWARDS), settings, f"{key}.{name}", ("weight", "reward"))
-        rewards.append(make_reward(entry.name, function, entry.weight))
-    return rewards
-
-
-def load_reward(spec: str) -> Reward:
-    """One reward as the command line names it: its name, or a map of it with its settings."""
-    section = parse_yaml(spec, repr(spec)) if spec.lstrip().startswith("{") else {spec: 1.0}
-    rewards = load_rewards(checked_rewards(section, "reward"), "reward")
-    if len(rewards) != 1:
-        raise UserError(f"{spec} names {len(rewards)} rewards; write one, such as '{{clip_score: {{path: FOLDER}}}}'.")
-    return rewards[0]
-
-
-def describe_rewards() -> dict[str, str]:
-    """The first sentence of every built-in reward."""
-    entries = {name: imported(place, name, REWARDS) for name, place in REWARDS.items()}
-    return {name: (inspect.getdoc(entry) or "").splitlines()[0] for name, entry in entries.items()}

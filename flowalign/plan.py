@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from flowalign.batch import Batch
-from flowalign.config import Config, imported, reward_entry
+from flowalign.config import Config
 from flowalign.data import Prompt
 from flowalign.errors import did_you_mean, UserError
 from flowalign.experience import Counts, Judge
 from flowalign.models.outline import attention_of_gpus, CALLS, META, Outline, outline
+from flowalign.named import imported
 from flowalign.pairs import Example
 from flowalign.policy import Policy
+from flowalign.reward_maps import reward_entry
 from flowalign.rewards import REWARDS
 from flowalign.rewards.base import Reward
 from flowalign.sources import source_of, Supplies

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flowalign import processes
 from flowalign.checkpoint import checkpoints, load_adapter
-from flowalign.config import load_config, load_rewards
+from flowalign.config import load_config
 from flowalign.data import Prompt, read_prompts
 from flowalign.errors import UserError
 from flowalign.evaluation import Evaluator, paired_difference
@@ -14,6 +14,7 @@ from flowalign.experience import collect, Judge, make_prompts
 from flowalign.models import load_model
 from flowalign.models.base import describe
 from flowalign.policy import Policy, Sampler
+from flowalign.reward_maps import load_rewards
 from flowalign.tracking import before_after, labelled, print_differences, to_json
 
 AT_ONCE = 16

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.config import CONFIGS, load_config, merge, parse_override, read_yaml
+from flowalign.config import load_config
 from flowalign.dynamics import cps, flow_sde, ode
 from flowalign.errors import UserError
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.nft import NFT
+from flowalign.reading import CONFIGS, merge, parse_override, read_yaml
 
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS / "base")
 SMALL = """

@@ -12,11 +12,11 @@ PACKAGE = ROOT / "flowalign"
 LAYERS = [
     "flow errors",
     "settings",
-    "batch dynamics advantage scenes processes hub data stopping",
+    "batch dynamics advantage scenes processes hub data stopping named reading",
     "models",
     "policy pairs",
     "rewards",
-    "experience search objectives",
+    "experience search objectives reward_maps",
     "sources",
     "config trainer assembly folder checkpoint tracking evaluation report sampling check plan gradient",
     "cli train sample",

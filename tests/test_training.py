@@ -19,11 +19,12 @@ from flowalign import trainer
 from flowalign.check import check
 from flowalign.checkpoint import checkpoints, load_adapter, read_tensors
 from flowalign.cli import main
-from flowalign.config import load_config, load_rewards
+from flowalign.config import load_config
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation import paired_difference, Scores
 from flowalign.folder import resolve
 from flowalign.policy import Policy, Sampler
+from flowalign.reward_maps import load_rewards
 from flowalign.tracking import read_metrics, to_json
 from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
 

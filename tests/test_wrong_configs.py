@@ -21,9 +21,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flowalign.cli import main
-from flowalign.config import Config, CONFIGS, load_config, parse_override, read_yaml
+from flowalign.config import Config, load_config
 from flowalign.errors import UserError
 from flowalign.folder import resolve
+from flowalign.reading import CONFIGS, parse_override, read_yaml
 
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS / "base")
 SCENE = {"rewards": {"scene_match": 1.0}, "evaluation": {"rewards": {"scene_match": 1.0}}}

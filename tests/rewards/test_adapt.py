@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flowalign.config import configure
 from flowalign.errors import RunError
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward, Traits, traits
+from flowalign.settings import configure
 
 LEVELS = torch.tensor([0.2, 0.4, 0.8])  # 51, 102 and 204 of 255
 IMAGES = LEVELS[:, None, None, None].expand(3, 3, 4, 4)

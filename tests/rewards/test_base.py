@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flowalign.cli import main
-from flowalign.config import load_rewards
 from flowalign.errors import RunError, UserError
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward, Traits, traits
 from flowalign.tracking import read_metrics

@@ -9,10 +9,10 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from flowalign.config import configure
 from flowalign.errors import UserError
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.blip import ImageReward
+from flowalign.settings import configure
 
 PROMPTS = ["a red circle", "the blue square on the table", "a table and a red square"]
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red blue circle square table on and".split()

@@ -11,12 +11,12 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel
 
-from flowalign.config import configure
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapt import make_reward, to_pil
 from flowalign.rewards.clip import Aesthetic, Clip, ClipImage, ClipScore, HPSv2, PickScore, Remembered
 from flowalign.rewards.features import TINY
 from flowalign.rewards.weights import affine, read_weights
+from flowalign.settings import configure
 
 PROMPTS = ["a red circle", "a blue square", "a circle and a square"]
 LONG = "a red circle and a blue square and a green triangle"

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from flowalign import scenes
-from flowalign.config import load_rewards
 from flowalign.errors import RunError, UserError
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards import objects
 from flowalign.rewards.adapt import make_reward, to_pil
 from flowalign.rewards.features import TINY

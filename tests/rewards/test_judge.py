@@ -33,8 +33,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from flowalign.config import load_rewards
 from flowalign.errors import RunError, UserError
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards.judge import AXES, BETTER, FINAL, FORMS, parse_rubric, Rubric, SHOWS, SUBJECT, yes_probability
 from flowalign.rewards.judge_local import LocalRewardDance, LocalRubric, LocalVqaScore, mean_log_likelihood, PromptEcho
 

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from flowalign.config import load_rewards
 from flowalign.errors import RunError, UserError
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.judge_server import ServerRewardDance, ServerRubric, ServerVqaScore
 

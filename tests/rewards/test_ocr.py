@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_tensor
 
-from flowalign.config import load_rewards
 from flowalign.errors import UserError
+from flowalign.reward_maps import load_rewards
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.ocr import legibility, OCR, plain, wanted_texts
 

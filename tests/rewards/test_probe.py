@@ -9,9 +9,9 @@ from PIL import Image
 
 from flowalign.assembly import look_at
 from flowalign.cli import main
-from flowalign.config import load_reward, load_rewards
 from flowalign.data import Prompt
 from flowalign.errors import UserError
+from flowalign.reward_maps import load_reward, load_rewards
 from flowalign.rewards import REWARDS
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.probe import bundled_samples, samples_from

@@ -15,8 +15,8 @@ import uvicorn
 from torch import Tensor
 from torch.testing import assert_close
 
-from flowalign.config import load_reward
 from flowalign.errors import RunError, UserError
+from flowalign.reward_maps import load_reward
 from flowalign.rewards import web as web_module
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward, traits
