@@ -51,9 +51,11 @@ def _curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> bytes:
         {name for line in lines for name in line if name.startswith(("reward/", "eval/"))} - {"reward/groups_without_spread"}
     )
     names += [name for name in ("ratio/clipped", "kl", "loss", "grad_norm") if any(name in line for line in lines)]
-    figure = Figure(figsize=(9, 2.4 * -(-len(names) // 3)), layout="constrained")
+    rows = -(-len(names) // 3)
+    figure = Figure(figsize=(9, height := 2.4 * rows))
+    figure.subplots_adjust(left=0.06, right=0.98, top=1 - 0.3 / height, bottom=0.5 / height, wspace=0.25, hspace=0.5)
     for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(-(-len(names) // 3), 3, place)
+        axes = figure.add_subplot(rows, 3, place)
         axes.locator_params(nbins=5)
         points = [(line[axis], line[name]) for line in lines if name in line]
         axes.plot(
