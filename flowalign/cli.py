@@ -11,9 +11,18 @@ from flowalign.errors import RunError, UserError
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flowalign", description="Align text-to-image flow models with rewards.")
     commands = parser.add_subparsers(dest="command", required=True)
-    _train_arguments(commands.add_parser("train", help="train an adapter as a YAML file says"))
-    _check_arguments(commands.add_parser("check", help="measure on its own model what could be wrong with a run"))
-    _plan_arguments(commands.add_parser("plan", help="what a run will need, before any weight is loaded"))
+    for name, action, text in (
+        ("train", _train, "train an adapter as a YAML file says"),
+        ("check", _check, "measure on its own model what could be wrong with a run"),
+        ("plan", _plan, "what a run will need, before any weight is loaded"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", help="a YAML file, such as configs/tiny/flow_grpo.yaml")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+        command.set_defaults(action=action)
+    # plan alone, the last of them
+    command.add_argument("--gpu", metavar="NAME", help="how long a step takes by it: h100, a100-80, rtx-4090, ...")
+    command.add_argument("--memory", type=float, metavar="GB", help="which train.images_per_pass fits; by default the GPU's")
     _sample_arguments(commands.add_parser("sample", help="pictures of a model, or of a run before and after"))
     _reward_arguments(commands.add_parser("reward", help="try a reward out, or serve it to other machines"))
     options, rest = parser.parse_known_args(argv)
@@ -21,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:  # overrides that follow an option
         options.overrides += rest
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return options.action(options) or 0
     except UserError as error:
@@ -33,28 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped at once" + "; the last checkpoint is in place." * (options.command == "train"), file=sys.stderr)
         return 1
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
-    parser.set_defaults(action=_train)
-
-
-def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
-    parser.set_defaults(action=_check)
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
-    parser.add_argument("--gpu", metavar="NAME", help="how long a step takes by it: h100, a100-80, rtx-4090, ...")
-    parser.add_argument("--memory", type=float, metavar="GB", help="which train.images_per_pass fits; by default the GPU's")
-    parser.set_defaults(action=_plan)
-
-
-def _configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file, such as configs/tiny/flow_grpo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,13 +83,7 @@ def positive(text: str) -> int:
     return number
 
 
-def _quiet() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def _train(options: argparse.Namespace) -> None:
-    _quiet()
     from flowalign.config import load_config, naming
 
     config = load_config(options.config, options.overrides)
@@ -111,7 +94,6 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    _quiet()
     from flowalign.config import load_config, naming
 
     config = load_config(options.config, options.overrides)
@@ -122,7 +104,6 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    _quiet()
     from flowalign.config import load_config, naming
     from flowalign.plan import report
 
@@ -133,14 +114,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    _quiet()
     from flowalign.sampling import sample
 
     sample(options)
 
 
 def _reward_test(options: argparse.Namespace) -> int:
-    _quiet()
     from flowalign.reward_maps import load_reward
     from flowalign.rewards.probe import bundled_samples, samples_from, show
 
@@ -149,7 +128,6 @@ def _reward_test(options: argparse.Namespace) -> int:
 
 
 def _reward_serve(options: argparse.Namespace) -> None:
-    _quiet()
     from flowalign.reward_maps import load_reward
 
     try:
@@ -160,7 +138,6 @@ def _reward_serve(options: argparse.Namespace) -> None:
 
 
 def _reward_list(_: argparse.Namespace) -> None:
-    _quiet()
     from flowalign.reward_maps import describe_rewards
 
     for name, text in describe_rewards().items():
