@@ -146,6 +146,17 @@ def rewards_of(config: Config) -> tuple[list[Reward], list[Reward]]:
             f"{moving[0]} learns as training goes, so before and after could not be compared by it; "
             "name rewards that do not in evaluation.rewards."
         )
+    for reward in evaluation:
+        if reward.traits.level == "pairwise":
+            raise UserError(
+                f"{reward.name} is pairwise: the mean of a prompt's images by it is always ½, before and after; "
+                "name rewards of single images in evaluation.rewards."
+            )
+        if reward.of_groups and config.evaluation.images_per_prompt == 1:
+            raise UserError(
+                f"evaluation.images_per_prompt is 1, but {reward.name} compares a prompt's images; write 2 or more, or name "
+                "other rewards in evaluation.rewards."
+            )
     return rewards, evaluation
 
 

@@ -21,7 +21,7 @@ from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.base import Objective
 from flowalign.policy import Decay, Sampler
 from flowalign.reading import merge, overridden, read_yaml
-from flowalign.reward_maps import checked_rewards, reward_name
+from flowalign.reward_maps import checked_rewards, reward_entry, reward_name
 from flowalign.rewards.combine import COMBINE, Combine
 from flowalign.settings import build, configure, Count, CountOrZero, mapping, Positive, Settings, settings_of, Share
 from flowalign.sources import Ranking
@@ -254,7 +254,8 @@ def check_combine(config: Config) -> None:
     """Whether the rewards can be combined so for this objective."""
     if not config.rewards:
         return
-    config.combine.check([reward_name(name) for name in config.rewards])
+    entries = [reward_entry(name, value) for name, value in config.rewards.items()]
+    config.combine.check({entry.name: entry.weight for entry in entries})
     advantage, combine = (config.raw[section]["name"] for section in ("advantage", "combine"))
     if ADVANTAGES.get(advantage) in BY_NAME and combine != DEFAULTS["combine"]["name"]:
         others = [name for name, entry in ADVANTAGES.items() if entry not in BY_NAME]

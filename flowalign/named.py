@@ -49,7 +49,7 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except FileNotFoundError:
         raise UserError(f"{key}: there is no file {place} (looked in {Path.cwd()}).{similar_file(place)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     if name not in vars(module):
         public = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]

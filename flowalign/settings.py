@@ -1,6 +1,5 @@
 """Settings: dataclasses and functions whose annotations say what may be written in a YAML file; pydantic holds it to them."""
 
-import copy
 import dataclasses
 import inspect
 import math
@@ -129,7 +128,7 @@ def configure(entry: Any, settings: dict[str, Any], key: str, beside: tuple[str,
     if not callable(entry):
         raise UserError(f"{key}: {entry!r} is neither a function nor a class.")
     try:
-        if is_dataclass(entry):
+        if inspect.isclass(entry) and is_dataclass(entry):
             return build(entry, settings, key, beside)
         arguments = vars(build(_arguments(entry), settings, key, beside))
         return entry(**arguments) if inspect.isclass(entry) else partial(entry, **arguments) if arguments else entry
@@ -147,14 +146,16 @@ def settings_of(value: Any) -> dict[str, Any]:
 
 
 def _arguments(entry: Callable[..., Any]) -> type:
-    """A dataclass of a function's arguments that have defaults."""
+    """A dataclass of a function's arguments that have defaults, and of all that a class is made with."""
     try:
         kinds = get_type_hints(entry.__init__ if inspect.isclass(entry) else entry, include_extras=True)
     except (NameError, TypeError):  # a name that only a type checker sees, or no types
         kinds = {}
-    fields = [
-        (p.name, kinds.get(p.name, Any), field(default_factory=partial(copy.deepcopy, p.default)))
-        for p in inspect.signature(entry).parameters.values()
+    settings = [p for p in inspect.signature(entry).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [(p.name, kinds.get(p.name, Any)) for p in settings if p.default is p.empty and inspect.isclass(entry)]
+    others = [
+        (p.name, kinds.get(p.name, Any), field(default_factory=lambda default=p.default: default))
+        for p in settings
         if p.default is not p.empty
     ]
-    return dataclasses.make_dataclass("Arguments", fields)
+    return dataclasses.make_dataclass("Arguments", [*required, *others])

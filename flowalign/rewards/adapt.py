@@ -1,7 +1,7 @@
 """Rewards as people write them, made into functions (images, prompts, metadata) -> scores.
 
-Understood, by the names of the parameters: ours; Flow-GRPO's factories, `def aesthetic(device): return score`, and results
-`(scores, extras)`; TRL's `def score(prompts, completions, **columns)`, also asynchronous; and what `traits` says.
+Understood, by the names of the parameters: ours, in any order; Flow-GRPO's factories, `def aesthetic(device): return score`,
+and results `(scores, extras)`; TRL's `def score(prompts, completions, **columns)`, also asynchronous; and what `traits` says.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from flowalign import processes
 from flowalign.errors import UserError
 from flowalign.rewards.base import Learns, numbers, Reward, RewardFunction, Traits
 
+OURS = "images", "prompts", "metadata"
 FORMS = "(images, prompts, metadata), TRL's (prompts, completions, **columns), or a function that returns one of them"
 PAIRS = "(first, second, prompts, metadata), which a pairwise reward is given"
 
@@ -34,10 +35,9 @@ def make_reward(name: str, written: Any, weight: float = 1.0) -> Reward:
     function = _answered(written)
     if said.level == "pairwise":
         function = partial(win_rates, _pil(function, 2) if said.images == "pil" else function)
-    elif "completions" in signature.parameters:
-        function = partial(_as_trl, function, _columns(signature.parameters))
-    elif said.images == "pil":
-        function = _pil(function, 1)
+    else:
+        function = partial(_by_name, function, signature) if _goes_by_names(signature) else function
+        function = _pil(function, 1) if said.images == "pil" else function
     return Reward(name, function, weight, said, written if isinstance(written, Learns) else None)
 
 
@@ -98,10 +98,12 @@ def _check_inputs(name: str, signature: inspect.Signature, said: Traits) -> None
     """UserError where it cannot be called with what it will be given."""
     parameters, pairwise = signature.parameters, said.level == "pairwise"
     try:
-        if "completions" in parameters:
-            signature.bind(**dict.fromkeys({"prompts", "completions"} | (_columns(parameters) or set())))
-        else:
-            signature.bind(*range(4 if pairwise else 3))
+        if pairwise:
+            signature.bind(*range(4))
+        elif not _goes_by_names(signature):
+            signature.bind(*range(3))
+            if any(asked in OURS and asked != ours for asked, ours in zip(_asked(signature), OURS, strict=False)):
+                raise TypeError("what has a known name stands in the place of another")
     except TypeError:
         wanted = PAIRS if pairwise else f"one of {FORMS}"
         raise UserError(f"rewards.{name} takes ({', '.join(parameters)}); write {wanted}.") from None
@@ -119,7 +121,8 @@ def _traits(written: Any) -> Traits | None:
     """What was said of a function or class, with settings bound or not."""
     while isinstance(written, partial):
         written = written.func
-    return getattr(written, "traits", None)
+    said = getattr(written, "traits", None)
+    return said if isinstance(said, Traits) else None
 
 
 def _answered(written: Callable[..., Any]) -> RewardFunction:
@@ -130,34 +133,64 @@ def _answered(written: Callable[..., Any]) -> RewardFunction:
         scores = written(*inputs, **columns)
         if inspect.isawaitable(scores):
             scores = runner.run(_waited(scores))
-        return scores[0] if isinstance(scores, tuple) and len(scores) == 2 and _several(scores[0]) else scores
+        if isinstance(scores, tuple) and len(scores) == 2 and _several(scores[0]):
+            scores = scores[0]
+        return _of_a_mapping(scores) if isinstance(scores, dict) else scores
 
     return function
 
 
 def _several(scores: Any) -> bool:
     """Whether it holds numbers, rather than being one."""
-    return isinstance(scores, list | tuple) or np.ndim(scores) > 0
+    return isinstance(scores, list | tuple | dict) or np.ndim(scores) > 0
+
+
+def _of_a_mapping(scores: dict[str, Any]) -> Any:
+    """Flow-GRPO's mean of several rewards, or the only ones there are."""
+    found = [scores[name] for name in ("avg", "score", "scores") if name in scores]
+    if not found:
+        raise ValueError(f"it returned a mapping of {', '.join(map(str, scores))}; return one number an image")
+    return found[0]
 
 
 async def _waited(promise: Any) -> Any:
     return await promise
 
 
-def _columns(parameters: Any) -> set[str] | None:
-    """The metadata fields that a TRL reward takes; None for all. What has a default is a setting."""
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return None
-    return {p.name for p in parameters.values() if p.default is p.empty} - {"prompts", "completions"}
+def _asked(signature: inspect.Signature) -> list[str]:
+    """What is given. Anything else that has a default is a setting."""
+    named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return [p.name for p in named if p.default is p.empty or p.name in OURS]
 
 
-def _as_trl(
-    function: RewardFunction, wanted: set[str] | None, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+def _any_more(signature: inspect.Signature) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _goes_by_names(signature: inspect.Signature) -> bool:
+    """Whether it is TRL's, or takes what is ours by our names, in any order, or images and prompts alone."""
+    asked, any_more = {*_asked(signature)}, _any_more(signature)
+    if "completions" in asked:
+        return "prompts" in asked or any_more
+    return {"images", "prompts"} <= asked and (any_more or asked <= {*OURS})
+
+
+def _by_name(
+    function: RewardFunction, signature: inspect.Signature, images: Any, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> Any:
-    """Pictures as completions, and the metadata as one list a field."""
-    names = {name for entry in metadata for name in entry} if wanted is None else wanted
-    columns = {name: [entry.get(name) for entry in metadata] for name in sorted(names - {"prompts", "completions"})}
-    return function(prompts=prompts, completions=to_pil(images), **columns)  # type: ignore[call-arg]
+    """What it asks for, pictures as TRL's completions among it, and the metadata as one list a field."""
+    asked, fields = {*_asked(signature)}, {field for entry in metadata for field in entry}
+    known: dict[str, Callable[[], Any]] = {
+        "images": lambda: images,
+        "prompts": lambda: prompts,
+        "metadata": lambda: metadata,
+        "completions": lambda: to_pil(images) if isinstance(images, Tensor) else images,
+        "completion_ids": lambda: [None] * len(prompts),
+    }
+    more = fields if _any_more(signature) and "metadata" not in asked else set[str]()
+    columns = sorted((asked | more) - set(known))
+    given = {name: make() for name, make in known.items() if name in asked}
+    return function(**given, **{name: [entry.get(name) for entry in metadata] for name in columns})  # type: ignore[call-arg]
 
 
 def _pil(function: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable, TypeVar
 import torch
 from torch import Tensor
 
-from flowalign.errors import RunError
+from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
 
 RewardFunction = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
@@ -32,6 +32,14 @@ class Traits:
     """What it is given: (B, 3, H, W) in [0, 1], or a list of PIL pictures."""
     range: tuple[float, float] = (-math.inf, math.inf)
     """Between what its scores lie."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("level", ("pointwise", "pairwise", "group")), ("images", ("tensor", "pil"))):
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"traits: {name} is {value!r}; write for example @traits({name}={choices[-1]!r}), of {choices}.")
+        low, high = self.range
+        if not low < high:
+            raise UserError(f"traits: range is {self.range}; write the lower end first.")
 
     def __call__(self, written: Written) -> Written:
         setattr(written, "traits", self)  # noqa: B010  functions have no such attribute for the type checker
@@ -91,8 +99,8 @@ class Reward:
         RunError when there is not one number an image within the range the reward declares.
         """
         try:
-            with torch.no_grad():
-                scores = self.function(images.clone(), prompts, metadata)  # it may write into its own
+            with torch.no_grad():  # it may write into its own
+                scores = self.function(images.clone(), prompts, [dict(entry) for entry in metadata])
         except RunError:
             raise
         except Exception as error:
@@ -102,7 +110,7 @@ class Reward:
     def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
         """As a call, on the images' device and with the gradient. RunError when the scores carry none."""
         try:
-            scores = self.function(images.clone(), prompts, metadata)
+            scores = self.function(images.clone(), prompts, [dict(entry) for entry in metadata])
         except (RunError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -90,8 +90,8 @@ class Clip:
 class ClipScore(Clip):
     """Cosine of picture and prompt, in [-1, 1]; about 0.2 to 0.35 by openai/clip-vit-large-patch14.
 
-    That model: 1.7 GB, MIT; the bundled CLIP, for pictures up to 128 pixels, takes little memory. CLIPScore as published
-    (arXiv 2104.08718) is 2.5 max(cosine, 0): `{weight: 2.5, path: openai/clip-vit-base-patch32, prefix: "A photo depicts "}`.
+    That model: 1.7 GB, MIT; the bundled CLIP, for pictures up to 128 pixels, takes little memory. The figure published
+    as CLIPScore (arXiv 2104.08718) is 2.5 max(it, 0) of `{path: openai/clip-vit-base-patch32, prefix: "A photo depicts "}`.
     """
 
     prefix: str = ""

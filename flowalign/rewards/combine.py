@@ -1,6 +1,7 @@
 """Several rewards made into one. A score of NaN stands for a reward that no image of a prompt has: the others decide there."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,8 +21,8 @@ class Combine(Settings):
     follows: ClassVar[bool] = False
     """Whether it looks at whole steps; a reward that a gradient passes through is combined image by image."""
 
-    def check(self, names: list[str]) -> None:
-        """UserError where the settings name a reward that is not there."""
+    def check(self, weights: dict[str, float]) -> None:
+        """UserError where the settings name a reward that is not there, or its weight makes no sense."""
 
     def follow(self, scores: Scores) -> None:
         """Learn from the scores of a step, (N,) each, of all processes; called before they are combined."""
@@ -76,21 +77,28 @@ class Uncertainty(Combine):
 
 @dataclass
 class Gate(Combine):
-    """Base and bonus: rewards not named in `base` count only where all that are have reached their thresholds."""
+    """Base and bonus: what rewards not named in `base` give, counts only where all that are have reached their thresholds.
+
+    What they take counts everywhere; otherwise a picture would gain by missing a threshold.
+    """
 
     base: dict[str, float] = field(default_factory=dict)
     """Thresholds by reward."""
 
-    def check(self, names: list[str]) -> None:
-        _known("combine.base", self.base, names)
-        if len(self.base) == len(names):
+    def check(self, weights: dict[str, float]) -> None:
+        _known("combine.base", self.base, weights)
+        for name in self.base:
+            if weights[name] < 0:
+                raise UserError(f"rewards.{name} has a weight below 0, but combine.base asks for more of it; write 0 or more.")
+        if len(self.base) == len(weights):
             raise UserError("combine.base names all rewards; leave out those that are the bonus.")
 
     def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
         base = {name: score for name, score in scores.items() if name in self.base}
         bonus = {name: score for name, score in scores.items() if name not in self.base}
         reached = torch.stack([~(score < self.base[name]) for name, score in base.items()]).all(0)
-        return total(torch.cat([weighted(base, weights), weighted(bonus, weights) * reached]))
+        more = weighted(bonus, weights)
+        return total(torch.cat([weighted(base, weights), torch.where(reached, more, more.clamp(max=0))]))
 
 
 @dataclass
@@ -140,9 +148,13 @@ class Constrained(Combine):
         super().__post_init__()
         self.multipliers: dict[str, float] = {}  # λ by reward
 
-    def check(self, names: list[str]) -> None:
-        _known("combine.at_least", self.at_least, names)
-        if len(self.at_least) == len(names):
+    def check(self, weights: dict[str, float]) -> None:
+        _known("combine.at_least", self.at_least, weights)
+        for name in self.at_least:
+            if weights[name] != 1:
+                found = f"rewards.{name} has weight {weights[name]:g}, which would have no effect"
+                raise UserError(f"{found}: combine.at_least gives it a multiplier that adapts; leave the weight out.")
+        if len(self.at_least) == len(weights):
             raise UserError("combine.at_least names all rewards; leave out the one to maximise.")
 
     def follow(self, scores: Scores) -> None:
@@ -187,7 +199,8 @@ def total(values: Tensor) -> PerImage:
     return torch.where(values.isnan().all(0), math.nan, values.nansum(0))
 
 
-def _known(key: str, named: dict[str, float], names: list[str]) -> None:
+def _known(key: str, named: dict[str, float], names: Iterable[str]) -> None:
+    names = list(names)
     if not named:
         raise UserError(f"{key} is empty; write thresholds by reward, for example {{{names[0]}: 0.5}}.")
     if unknown := [name for name in named if name not in names]:

@@ -49,6 +49,8 @@ def reference_file(name: str, prompt: str, entry: dict[str, Any]) -> str | None:
 def read_reference(name: str, file: str) -> Image.Image:
     """RunError names a file that is no picture."""
     try:
+        if not Path(file).is_file():
+            raise OSError("there is no such file")
         return open_picture(Path(file).read_bytes())
     except (OSError, ValueError) as error:
         raise RunError(f"rewards.{name}: ref_image {file} cannot be read (looked in {Path.cwd()}): {error}") from error

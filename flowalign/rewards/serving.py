@@ -5,9 +5,10 @@ import base64
 import hmac
 import io
 import math
-import os
 import socket
+import struct
 from contextlib import suppress
+from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any
 
@@ -23,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from flowalign import processes
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.base import Reward
-from flowalign.rewards.web import BUSY
+from flowalign.rewards.web import BUSY, token_in
 
 TURN = 5.0
 """Seconds after which a request that waits for others is told so, to be sent again."""
@@ -72,6 +73,7 @@ def make_app(reward: Reward, token: str | None, max_bytes: int) -> FastAPI:
         if not room.acquire(timeout=TURN):
             raise HTTPException(503, "busy with other requests", {BUSY: "yes"})
         try:
+            refuse_other_files(asked.metadata)
             pictures = unpacked(asked.images, max_bytes)
             with one_at_a_time:
                 scores = reward(pictures.to(processes.device()).float() / 255, asked.prompts, asked.metadata)
@@ -102,16 +104,27 @@ def refusal(status: int, why: str) -> JSONResponse:
     return JSONResponse({"detail": why}, status)
 
 
+def refuse_other_files(metadata: list[dict[str, Any]]) -> None:
+    """HTTPException where a prompt's reference picture is not in the folder that the server was started in."""
+    here = Path.cwd().resolve()
+    for name in filter(None, (entry.get("ref_image") for entry in metadata)):
+        if not isinstance(name, str) or "\0" in name or not (here / name).resolve().is_relative_to(here):
+            raise HTTPException(422, "ref_image must be a file in the folder that this server was started in")
+
+
 def unpacked(images: list[str], max_bytes: int) -> torch.Tensor:
-    """(B, 3, H, W) bytes of base64 PNGs of one size. HTTPException where they are none, or too large."""
+    """(B, 3, H, W) bytes of base64 PNGs of one size. HTTPException where they are none, or too large to be opened."""
     try:
-        opened = [Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) for text in images]
-        if len({picture.size for picture in opened}) > 1:
+        files = [base64.b64decode(text, validate=True) for text in images]
+        headers = [(file[:8] + file[12:16], *struct.unpack(">IIB", file[16:25])) for file in files]
+        if any(start != b"\x89PNG\r\n\x1a\nIHDR" or depth > 8 for start, _, _, depth in headers):
+            raise ValueError("it must begin as one, of 8 bits a channel")
+        if len({(width, height) for _, width, height, _ in headers}) > 1:
             raise HTTPException(422, "the images of a request must be of one size")
-        if (size := 3 * len(opened) * math.prod(opened[0].size)) > max_bytes:
+        if (size := 3 * len(files) * headers[0][1] * headers[0][2]) > max_bytes:
             raise HTTPException(413, f"the images have {size} bytes when unpacked; at most {max_bytes} are taken")
-        return torch.stack([pil_to_tensor(picture.convert("RGB")) for picture in opened])
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        return torch.stack([pil_to_tensor(Image.open(io.BytesIO(file), formats=["PNG"]).convert("RGB")) for file in files])
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error) as error:
         raise HTTPException(422, f"an image is no base64 PNG: {error}") from error
 
 
@@ -129,7 +142,7 @@ def serve(reward: Reward, host: str, port: int, token_variable: str, max_megabyt
         raise UserError(
             f"{reward.name} learns as training goes, and behind HTTP it would not; name it in the rewards of the run."
         )
-    token = os.environ.get(token_variable)
+    token = token_in(token_variable)
     with listen(host, port) as incoming:
         address = f"http://{socket.gethostname() if host in ('', '0.0.0.0') else host}:{port}"
         print(f"{reward.name} at {address}, token {'asked for' if token else f'not asked for (set {token_variable})'}")

@@ -78,7 +78,7 @@ class Server:
         if self.seconds <= 0 or self.concurrency < 1 or self.retries < 0:
             raise UserError(f"{self.key}: seconds must be above 0, concurrency 1 or more, and retries 0 or more.")
         self.session = requests.Session()
-        self.session.auth = _bearer(os.environ.get(self.token_variable))
+        self.session.auth = _bearer(token_in(self.token_variable))
         again = Patience(self.retries, backoff_factor=0.5, backoff_max=8, status_forcelist=TRANSIENT)
         again.allowed_methods, again.raise_on_status, again.respect_retry_after_header = None, False, False
         for scheme in ("http://", "https://"):
@@ -136,7 +136,7 @@ class WebReward(Server):
             self.traits = _traits(json.loads(self.ask("/health")))
         except RunError as error:
             raise UserError(f"{error}\nStart one there: flowalign reward serve NAME --port PORT.") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, UserError) as error:
             raise UserError(f"{self.key}: what answers there is no flowalign reward serve ({error}).") from error
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
@@ -177,7 +177,15 @@ def to_base64(picture: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _bearer(token: str | None) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
+def token_in(variable: str) -> str:
+    """The token that an environment variable holds, or nothing. UserError where it cannot be sent; the token is never shown."""
+    token = os.environ.get(variable, "").strip()
+    if not token.isascii() or not token.isprintable():
+        raise UserError(f"the environment variable {variable} holds what no token has: write visible letters of ASCII.")
+    return token
+
+
+def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
     """Sends the token and nothing else: without this, requests looks for passwords in ~/.netrc."""
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:

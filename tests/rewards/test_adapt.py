@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from threading import Thread
+from dataclasses import dataclass
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flowalign.errors import RunError
+from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward, Traits, traits
 from flowalign.settings import configure
@@ -108,6 +109,41 @@ async def trl_async(prompts, completions, **columns):
     return trl(prompts, completions, **columns)
 
 
+def trl_with_a_column_and_more(completions, level, **columns):
+    assert columns == {"note": ["x"] * 3}
+    return trl_named(PROMPTS, completions, level)
+
+
+def trl_with_ids(prompts, completions, completion_ids, **columns):
+    assert completion_ids == [None] * 3
+    return trl(prompts, completions, **columns)
+
+
+def in_another_order(prompts, metadata, images):
+    return native(images, prompts, metadata)
+
+
+def by_keyword(images, *, prompts, metadata):
+    return native(images, prompts, metadata)
+
+
+def without_metadata(images, prompts):
+    return native(images, prompts, METADATA)
+
+
+def with_columns(prompts, images, **columns):
+    return native(images, prompts, METADATA) * (columns["note"] == ["x"] * 3)
+
+
+@traits(images="pil")
+def with_columns_of_pictures(images, prompts, **columns):
+    return of_pictures(images, prompts, [])
+
+
+def a_mean_of_several(images, prompts, metadata):
+    return {"bright": 3, "avg": native(images, prompts, metadata)}, {}
+
+
 class Module(nn.Module):
     def forward(self, images, prompts, metadata):
         return native(images, prompts, metadata)
@@ -121,7 +157,8 @@ def group(images, prompts, metadata):
 FORMS = [
     *(native, other_names, optional_inputs, a_list, a_tuple, an_array, of_pictures, Instance, Module),
     *(factory, factory_of_device, factory_of_optional_device, list_and_extras, factory_of_extras),
-    *(trl, trl_named, trl_async, group),
+    *(trl, trl_named, trl_async, trl_with_a_column_and_more, trl_with_ids, group),
+    *(in_another_order, by_keyword, without_metadata, with_columns, with_columns_of_pictures, a_mean_of_several),
 ]
 
 
@@ -145,6 +182,72 @@ def scaled_trl(prompts, completions, level, scale: float = 1.0):
 @pytest.mark.parametrize("written", [scaled, Instance, scaled_factory, scaled_trl], ids=lambda written: written.__name__)
 def test_arguments_with_a_default_are_settings(written):
     assert scores(made(written, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
+
+
+class Made:
+    def __init__(self, scale, client=Lock()):  # noqa: B008
+        self.scale, self.client = scale, client
+
+    def __call__(self, images, prompts, metadata):
+        return self.scale * native(images, prompts, metadata)
+
+
+def test_what_a_class_is_made_with_is_its_settings_and_must_be_there():
+    assert scores(made(Made, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
+    with pytest.raises(UserError, match=r"rewards\.mine\.scale is missing; write it as rewards\.mine: {scale: \.\.\.}"):
+        made(Made)
+
+
+@dataclass
+class Scaled:
+    scale: float = 1.0
+
+    def __call__(self, images, prompts, metadata):
+        return self.scale * native(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("written", [Instance(2.0), Scaled(2.0)], ids=["plain", "dataclass"])
+def test_an_instance_serves_as_it_is(written):
+    assert scores(made(written)) == pytest.approx((2 * LEVELS).tolist())
+
+
+def test_what_a_reward_does_to_the_metadata_stays_there():
+    def emptied(images, prompts, metadata):
+        return [entry.pop("level") for entry in metadata]
+
+    assert scores(made(emptied)) == scores(made(emptied)) == pytest.approx(LEVELS.tolist())
+
+
+def test_a_known_name_in_the_place_of_another_is_refused():
+    with pytest.raises(UserError, match=r"takes \(prompts, pictures, metadata\); write one of"):
+        made(lambda prompts, pictures, metadata: [0.0] * len(prompts))
+
+
+def test_a_mapping_without_a_mean_is_named():
+    with pytest.raises(RunError, match=r"a mapping of strict, loose; return one number an image"):
+        scores(made(lambda images, prompts, metadata: {"strict": [1, 1, 1], "loose": [1, 1, 1]}))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"level": "grup"}, "level is 'grup'"),
+        ({"images": "PIL"}, "images is 'PIL'"),
+        ({"range": (1, 0)}, "range is \\(1, 0\\)"),
+        ({"level": native}, "level is <function native"),
+    ],
+    ids=str,
+)
+def test_traits_that_are_none_are_refused(said, message):
+    with pytest.raises(UserError, match=f"traits: {message}"):
+        traits(**said)
+
+
+def test_an_attribute_of_that_name_is_no_traits():
+    class Named(Instance):
+        traits = "bright"
+
+    assert scores(made(Named)) == pytest.approx(LEVELS.tolist())
 
 
 def test_what_an_asynchronous_reward_keeps_open_stays_open_from_call_to_call_and_thread_to_thread():

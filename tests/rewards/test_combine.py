@@ -102,6 +102,11 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
     assert all(torch.equal(value, resumed.state()[name]) for name, value in whole.state().items())
 
 
+def test_what_a_bonus_takes_counts_everywhere_so_that_no_picture_gains_by_missing_a_threshold():
+    scores = {"good": torch.tensor([0.4, 0.4, 0.6, 0.6]), "bonus": torch.tensor([-3.0, 2, -3, 2])}
+    assert_close(Gate(base={"good": 0.5})(scores, {"good": 1.0, "bonus": 1.0}), torch.tensor([-2.6, 0.4, -2.4, 2.6]))
+
+
 @pytest.mark.parametrize("combine", [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1})], ids=repr)
 def test_the_others_remember_nothing(combine: Combine):
     combine.follow(SCORES)
@@ -116,6 +121,14 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
     [
         ([TWO, "combine={name: gate}"], "combine.base is empty; write thresholds by reward, for example {brightness: 0.5}"),
         ([TWO, "combine={name: gate, base: {bright: 1}}"], "combine.base names 'bright'; the rewards are brightness, jpeg_size"),
+        (
+            ["rewards={brightness: -1, jpeg_size: 1}", "combine={name: gate, base: {brightness: 1}}"],
+            "rewards.brightness has a weight below 0, but combine.base asks for more of it; write 0 or more",
+        ),
+        (
+            ["rewards={brightness: 2, jpeg_size: 1}", "combine={name: constrained, at_least: {brightness: 1}}"],
+            "rewards.brightness has weight 2, which would have no effect: combine.at_least gives it a multiplier",
+        ),
         ([TWO, "combine={name: gate, base: {brightness: 1, jpeg_size: 1}}"], "combine.base names all rewards; leave out"),
         ([TWO, "combine={name: constrained}"], "combine.at_least is empty"),
         ([TWO, "combine={name: constrained, at_least: {size: 1}}"], "combine.at_least names 'size'; the rewards are brightness"),
@@ -188,3 +201,32 @@ def test_a_reward_that_learns_needs_whole_steps(reds):
         assembly.rewards_of(
             load_config(TINY, learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}"))
         )
+
+
+GROUPS = """
+from flowalign.rewards.base import traits
+
+@traits(level="pairwise")
+def prefers(first, second, prompts, metadata):
+    return [0.5] * len(first)
+
+@traits(level="group")
+def spread(images, prompts, metadata):
+    return images.flatten(1).std(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prefers", "prefers is pairwise: the mean .* is always ½"),
+        ("spread", "evaluation.images_per_prompt is 1, but spread compares"),
+    ],
+)
+def test_rewards_that_say_nothing_of_single_images_do_not_judge_an_evaluation_of_them(name, message, tmp_path):
+    (tmp_path / "mine.py").write_text(GROUPS)
+    reward = f'{{"{tmp_path}/mine.py:{name}": 1.0}}'
+    config = load_config(TINY, [*SMALL, f"rewards={reward}", f"evaluation.rewards={reward}"])
+    with pytest.raises(UserError, match=message):
+        assembly.rewards_of(config)
+    assert assembly.rewards_of(load_config(TINY, [*SMALL, f"rewards={reward}", "evaluation.rewards={brightness: 1.0}"]))

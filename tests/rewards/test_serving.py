@@ -1,9 +1,11 @@
 """What the server of a reward refuses, and runs whose server goes away."""
 
 import base64
+import io
 import json
 import math
 import socket
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from queue import Queue
@@ -14,6 +16,7 @@ import pytest
 import requests
 import torch
 import uvicorn
+from PIL import Image
 from torch.testing import assert_close
 
 from flowalign.checkpoint import checkpoints
@@ -93,6 +96,42 @@ def png(width: int, height: int, *chunks: bytes) -> str:
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks)).decode()
 
 
+def test_texts_in_pictures_are_held_one_picture_at_a_time():
+    megabyte = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (2**20 - 16)))
+    images = [_with(30 * megabyte)] * 8
+    tracemalloc.start()
+    unpacked(images, 2**20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
+
+
+def _with(text: bytes) -> str:
+    """PNG with another chunk after its header."""
+    data = base64.b64decode(PNG)
+    return base64.b64encode(data[:33] + text + data[33:]).decode()
+
+
+def sixteen_bits() -> str:
+    file = io.BytesIO()
+    Image.new("I;16", (8, 8), 30000).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../picture.png", "/dev/zero", "a\0b", 3])
+def test_files_outside_the_folder_of_the_server_are_not_read(name, server):
+    body = asked(PNG) | {"metadata": [{"ref_image": name}]}
+    reply = requests.post(f"{server}/v1/score", json=body, timeout=60)
+    assert reply.status_code == 422
+    assert reply.json()["detail"] == "ref_image must be a file in the folder that this server was started in"
+
+
+@pytest.mark.parametrize("name", ["picture.png", "folder/picture.png", None])
+def test_files_in_the_folder_of_the_server_may_be_named(name, server):
+    reply = requests.post(f"{server}/v1/score", json=asked(PNG) | {"metadata": [{"ref_image": name}]}, timeout=60)
+    assert reply.status_code == 200
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with served(BRIGHTNESS) as url:
@@ -108,8 +147,9 @@ def server() -> Iterator[str]:
         (PNG[:60], 422),
         (png(8, 8, chunk(b"IDAT", b"no zlib")), 422),
         (png(8, 8, chunk(b"IDAT", zlib.compress(b"\0" * 9)), b"\0\0\0\1????"), 422),
+        (sixteen_bits(), 422),
         (png(5000, 5000, chunk(b"IDAT", b"")), 413),
-        (png(50000, 50000, chunk(b"IDAT", b"")), 422),
+        (png(50000, 50000, chunk(b"IDAT", b"")), 413),
     ],
 )
 def test_what_is_no_picture_is_refused(image, status, server):

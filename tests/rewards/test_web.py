@@ -22,7 +22,7 @@ from flowalign.rewards.adapt import make_reward
 from flowalign.rewards.base import Reward, traits
 from flowalign.rewards.probe import bundled_samples
 from flowalign.rewards.serving import make_app
-from flowalign.rewards.web import WebReward
+from flowalign.rewards.web import token_in, WebReward
 
 IMAGES = torch.tensor([10, 250, 90, 30, 170, 60, 200])[:, None, None, None].expand(7, 3, 8, 8) / 255
 PROMPTS = ["one", "two", "three", "four", "five", "six", "seven"]
@@ -252,6 +252,16 @@ def test_a_server_that_is_gone_is_named():
 def test_what_is_no_server_of_rewards_is_named(health):
     with answering(lambda body: FINE, health) as url, pytest.raises(UserError, match=url):
         web(url)
+
+
+def test_a_token_that_cannot_be_sent_is_named_by_its_variable_alone(monkeypatch):
+    monkeypatch.setenv("MINE", "geheim\nwort")
+    with pytest.raises(UserError) as caught:
+        WebReward("http://127.0.0.1:1", token_variable="MINE")
+    assert "MINE holds what no token has" in str(caught.value)
+    assert "geheim" not in str(caught.value)
+    monkeypatch.setenv("MINE", " geheim\n")
+    assert token_in("MINE") == "geheim"
 
 
 @pytest.mark.parametrize("settings", [{"batch": 0}, {"seconds": 0}, {"concurrency": 0}, {"retries": -1}, {"url": "ftp://x"}])
