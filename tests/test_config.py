@@ -7,6 +7,7 @@ import pytest
 from flowalign.config import load_config
 from flowalign.dynamics import cps, flow_sde, ode
 from flowalign.errors import UserError
+from flowalign.named import imported
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.nft import NFT
@@ -299,3 +300,9 @@ def test_an_objective_of_ones_own_is_named_by_its_path(tmp_path, small):
     assert load_config(small, [f"objective={{name: '{mine}:Mine', strength: 2}}"]).objective.strength == 2
     assert "Did you mean 'Mine'?" in refusal(small, f"objective={{name: '{mine}:Mime'}}")
     assert "there is no file nowhere.py" in refusal(small, "objective={name: 'nowhere.py:Mine'}")
+
+
+def test_a_file_that_ends_the_program_when_it_is_imported_is_named(tmp_path):
+    (tmp_path / "script.py").write_text("raise SystemExit(2)\n")
+    with pytest.raises(UserError, match=r"rewards: .*script\.py cannot be imported: SystemExit: 2"):
+        imported(f"{tmp_path}/script.py:score", "rewards", {})

@@ -125,7 +125,7 @@ def examine(reward: Reward, samples: Samples) -> tuple[PerImage, list[Finding]]:
 
 
 def look(reward: Reward, samples: Samples) -> tuple[PerImage, list[Finding]]:
-    """As `examine`, without a gradient: three questions about every picture."""
+    """As `examine`, without a gradient: three questions about every picture; of groups the third in another order."""
     began = time.perf_counter()
     scores = ask(reward, samples)
     seconds = time.perf_counter() - began
@@ -137,7 +137,10 @@ def look(reward: Reward, samples: Samples) -> tuple[PerImage, list[Finding]]:
         _spread(scores),
         _same("determinism", "asked twice, the same", "asked twice, scores differ", scores, again, 0.0),
     ]
-    if not reward.of_groups:
+    if reward.of_groups:
+        backwards = ask(reward, samples.some([*range(len(scores))][::-1])).flip(0)
+        findings.append(_same("order", "in any order the same", "in another order, scores differ", scores, backwards, 1e-4))
+    else:
         alone = torch.cat([reward(*samples.some([i]).inputs) for i in range(len(scores))])
         findings.append(_same("batch size", "one by one as together", "one by one, scores differ", scores, alone, 1e-4))
     findings.append(Finding("speed", f"{1000 * seconds / len(scores):.3g} ms an image, on {samples.images.device}"))

@@ -33,7 +33,7 @@ def test_nothing_is_wrong_with_a_bundled_reward(spec, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == NOTHING_WRONG
     assert not [line for line in lines if line.startswith("!")]
-    subjects = ["scores", "spread", "determinism", *(["batch size"] if spec != "vendi" else []), "speed", "gradient"]
+    subjects = ["scores", "spread", "determinism", "order" if spec == "vendi" else "batch size", "speed", "gradient"]
     assert [line.strip().partition(":")[0] for line in lines[9:-1]] == subjects
     assert len(lines) < 20
 
@@ -209,6 +209,15 @@ def test_rewards_of_groups_are_asked_about_one_prompt_at_a_time(folder, mine, ca
     assert main(["reward", "test", f"{mine}of_one_prompt", "--images", str(folder)]) == 0
     scores = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:4]]
     assert scores == pytest.approx([2 * 50 / 255, 150 / 255, 2 * 250 / 255], abs=0.01)
+
+
+def test_a_reward_of_groups_that_scores_places_is_named_as_such(tmp_path, capsys):
+    (tmp_path / "places.py").write_text(
+        "from flowalign.rewards.base import traits\n\n"
+        "@traits(level='group')\ndef first(images, prompts, metadata):\n    return [float(i == 0) for i in range(len(images))]\n"
+    )
+    assert main(["reward", "test", f"{tmp_path}/places.py:first"]) == 1
+    assert "in another order, scores differ" in capsys.readouterr().out
 
 
 def test_pictures_are_shown_as_large_as_they_are(folder, capsys):
