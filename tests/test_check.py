@@ -56,7 +56,8 @@ def test_nothing_is_wrong_with_what_is_shipped(name, tmp_path):
     [("flow_grpo", "float16"), ("flow_grpo", "bfloat16"), ("crd", "bfloat16"), ("flow_grpo_flux", "bfloat16")],
 )
 def test_rounding_to_half_precision_is_not_taken_for_a_loss(name, dtype, tmp_path):
-    fine, text = said(name, tmp_path / "run", *SMALL, f"model.dtype={dtype}")
+    window = ["sampler.window.range=[0, 0]"] if name == "crd" else []  # without noise
+    fine, text = said(name, tmp_path / "run", *SMALL, *window, f"model.dtype={dtype}")
     assert fine, text
     assert f"diffusers loads what is saved, in {dtype}, off by 0." in text
 
