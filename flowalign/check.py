@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def before_start(assembly: Assembly) -> Iterator[Finding]:
     if is_stochastic(policy.sampler.dynamics) and not times.wrong:
         yield marginals(policy)
     yield optimized(policy, assembly.learned.optimizer)
+    yield from guided_twice(assembly)
 
 
 def refuse_what_is_wrong(assembly: Assembly) -> None:
@@ -190,6 +191,26 @@ def optimized(policy: Policy, optimizer: torch.optim.Optimizer) -> Finding:
     return Finding("optimizer", "it does not hold the adapter that trains" if wrong else f"holds the adapter: {text}", wrong)
 
 
+def guided_twice(assembly: Assembly) -> Iterator[Finding]:
+    """Where the objective guides a model that is told its guidance, as Flux-dev is."""
+    told = assembly.config.sampler.embedded_guidance
+    for key, guidance in guidances(asdict(assembly.config.objective), "objective"):
+        if guidance > 1 and assembly.policy.model.is_told_guidance:
+            text = (
+                f"{key} is {guidance:g}, but this model is told its guidance, sampler.embedded_guidance: {told:g}; write {key}: 1"
+            )
+            yield Finding("guidance", text, wrong=True)
+
+
+def guidances(settings: dict[str, Any], key: str) -> Iterator[tuple[str, float]]:
+    """Those of an objective's settings, with their keys."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from guidances(value, f"{key}.{name}")
+        elif name == "guidance" and value is not None:
+            yield f"{key}.{name}", value
+
+
 def keyed_prompts(supplies: Supplies, policy: Policy) -> Prompts:
     """Some images of two prompts, with the keys of the first training step."""
     texts = (supplies.prompts * PROMPTS)[:PROMPTS]
@@ -271,7 +292,7 @@ def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator
     if errors:
         yield ratio(list(errors.values()), objective.clips_at, str(policy.model.transformer.dtype).removeprefix("torch."))
     if kls:
-        guided = [anchor.guidance for anchor in anchors(objective) if anchor.guidance != policy.sampler.guidance]
+        guided = [g for g in (anchor.guidance for anchor in anchors(objective)) if g not in (None, policy.sampler.guidance)]
         why = f"; the reference is asked under guidance {guided[0]:g}" if guided else "; it should be 0" if max(kls) else ""
         yield Finding("kl", f"{max(kls):.2g} before the first update{why}", max(kls) > 0 and not guided)
 

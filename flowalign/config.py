@@ -73,7 +73,7 @@ class Train(Settings):
     keep: Count = 2
     """Checkpoints that stay."""
     drop_equal_groups: bool = False
-    """Whether images of a prompt whose rewards are all equal are left out, instead of having advantage 0."""
+    """Whether images of a prompt whose advantages are all equal are left out, instead of having advantage 0. Ties always are."""
     max_bad_steps: Count = 3
     """Updates with a loss or gradient that is not finite, which are not applied, before the run stops."""
     stop: dict[str, StopRule] = field(default_factory=dict)
@@ -208,14 +208,20 @@ def check_experience(config: Config) -> None:
         found = "rewards is empty" if "rewards" in config.raw else "the section 'rewards' is missing"
         raise UserError(f"{found}; name at least one, for example rewards: {{scene_match: 1.0}}.")
     if kind is not Prompts and train.images_per_prompt < 2:
-        raise UserError("train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more.")
+        raise UserError("train.images_per_prompt is 1, but images of the same prompt are compared; use 2 or more.")
     objective.check(config.sampler)
-    if config.sampler.same_noise and not config.sampler.stochastic_steps(0, 0):
-        raise UserError(
-            "sampler.same_noise is true, but sampler.dynamics adds no noise, so all images of a prompt would be one; write false."
-        )
+    if config.sampler.same_noise and (kind is Prompts or not config.sampler.stochastic_steps(0, 0)):
+        why = f"the objective {name} makes images by the ODE" if kind is Prompts else "sampler.dynamics adds no noise"
+        raise UserError(f"sampler.same_noise is true, but {why}, so all images of a prompt would be one; write false.")
     if objective.learns_once and train.updates_per_step > 1:
         raise UserError(f"train.updates_per_step is {train.updates_per_step}, but {name} learns from a rollout once; write 1.")
+    for copied, decay in objective.snapshots.items():
+        if decay.every > 1 and decay.every % train.updates_per_step:
+            near = -(-decay.every // train.updates_per_step) * train.updates_per_step
+            raise UserError(
+                f"objective.{copied}.every is {decay.every} updates, but copies follow once a step, of "
+                f"{train.updates_per_step} updates; write {near}."
+            )
     if kind is Pairs and 2 * data.ranking.top > train.images_per_prompt:
         half = train.images_per_prompt // 2
         raise UserError(
@@ -237,7 +243,7 @@ def check_idle(config: Config) -> None:
     rules = (  # key, what it is by default, whether it is that, whether anything looks at it, why nothing does
         ("advantage", "{name: group}", default("advantage", ADVANTAGES, config.advantage), by_advantage, None),
         ("combine", "{name: weighted_sum}", default("combine", COMBINE, config.combine), made, given),
-        ("train.drop_equal_groups", "false", not train.drop_equal_groups, kind is Rollout, None),
+        ("train.drop_equal_groups", "false", not train.drop_equal_groups, kind in (Rollout, Pairs), None),
         ("data.ranking", "{top: 1}", data.ranking == Ranking(), kind is Pairs and made, None if made else given),
         ("sampler.window", "{size: 0, range: [0, 0]}", sampler.window == Window(), stochastic, no_noise),
         ("sampler.same_noise", "false", not sampler.same_noise, made, given),

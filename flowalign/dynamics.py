@@ -93,7 +93,7 @@ class Window(Settings):
     """First step and the one after the last that may be stochastic; (0, 0) for all but the last."""
     moves: Literal["random", "progressive"] = "random"
     """Where `size` is smaller, whether the window's start is drawn evenly once a training step, or goes on from the noisiest
-    by one step after every `stay` training steps, and around (MixGRPO)."""
+    by one step after every `stay` training steps, and around where it no longer fits (MixGRPO; there its end is cut off)."""
     stay: Count = 25
 
     def __post_init__(self) -> None:

@@ -124,7 +124,7 @@ class Judge:
     images_per_pass: int
     device: torch.device
     drop_equal_groups: bool = False
-    """Whether images of a prompt whose rewards are all equal are left out of training."""
+    """Whether images of a prompt whose advantages are all equal are left out of training."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -212,7 +212,8 @@ class Judge:
         metrics |= {"reward/not_scored": reward.isnan().float().mean().item(), **self.combine.metrics()}
         start = processes.rank() * len(rollout)
         mine = slice(start, start + len(rollout))
-        taught = ~reward[mine].isnan() & ((deviation[mine] > 0) | (not self.drop_equal_groups))
+        _, differing = group_statistics(advantage.masked_fill(reward.isnan(), torch.nan), group)
+        taught = ~reward[mine].isnan() & ((differing[mine] > 0) | (not self.drop_equal_groups))
         judged = {"reward": reward[mine].to(self.device), "advantage": advantage[mine].to(self.device)}
         return replace(rollout, weight=taught.float(), **judged), metrics | self._teach(rollout)
 

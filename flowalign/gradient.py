@@ -18,7 +18,8 @@ class Meter:
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, stats: dict[str, Tensor], update: int = 0) -> None:
+    def add(self, stats: dict[str, Tensor], rows: int, update: int = 0) -> None:
+        """Of a pass of so many rows; a scalar is the mean over them."""
         for name, value in stats.items():
             value = value.detach().float()
             if "max_" in name:
@@ -26,6 +27,7 @@ class Meter:
                     self.sums[name] = torch.maximum(self.sums.get(name, value.max()), value.max())
                     self.counts[name] = 1
                 continue
+            value = value if value.dim() else value.expand(rows)
             self.sums[name] = self.sums.get(name, torch.zeros_like(value.sum())) + value.sum()
             self.counts[name] = self.counts.get(name, 0) + value.numel()
 
@@ -58,7 +60,7 @@ def compute_gradient(
             share = loss.total * (scale * len(piece) / rows / len(draws))
             share.backward()
             mean += share.detach()
-            meter.add({"loss": loss.total, **loss.stats}, update)
+            meter.add({"loss": loss.total, **loss.stats}, len(piece), update)
     parameters = policy.parameters()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     joined = processes.mean(torch.cat([*(gradient.flatten() for gradient in gradients), mean])) / scale

@@ -53,6 +53,7 @@ def read_examples(path: str, key: str, paired: bool) -> list[Example]:
         examples = _from_dataset(place, key)
     if paired and (single := next((i for i, example in enumerate(examples) if example.rejected is None), None)) is not None:
         raise UserError(f"{key}: {path}, entry {single + 1} has one picture only; the objective learns from pairs.")
+    examples = [example for example in examples if example.gap or not paired]
     if not examples:
         raise UserError(f"{key}: {path} has no pairs (ties are left out).")
     return examples

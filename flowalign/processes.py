@@ -61,7 +61,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def mean(values: Tensor) -> Tensor:
     """Element by element over processes."""
-    return cast(Tensor, accelerate_reduce(values, "mean")) if count() > 1 else values
+    return cast(Tensor, accelerate_reduce(values.to(device()), "mean")).to(values.device) if count() > 1 else values
 
 
 def together(make: Callable[[], Made]) -> Made:

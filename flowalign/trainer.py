@@ -158,8 +158,10 @@ class Run:
         else:
             pieces = batch.pieces(len(batch) // train.updates_per_step)
         for update, piece in enumerate(pieces):
-            self.learned.optimizer.zero_grad()
             taught = piece.taught()
+            if not processes.maximum(torch.tensor(float(len(taught)))).item():
+                continue  # nothing to learn from on any process
+            self.learned.optimizer.zero_grad()
             loss = compute_gradient(policy, objective, taught, train.images_per_pass, meter, update)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm)
             norms.append(norm.item())

@@ -16,6 +16,7 @@ from flowalign.config import load_config
 from flowalign.dynamics import Gaussian
 from flowalign.errors import UserError
 from flowalign.models import load_model
+from flowalign.models.flux import Flux
 from flowalign.models.sd3 import SD3
 from flowalign.objectives.base import Anchor
 from flowalign.policy import Policy
@@ -324,6 +325,23 @@ def test_a_disk_without_room_is_named_before_training(monkeypatch, tmp_path, cap
     with pytest.raises(UserError, match=r"disk: a checkpoint has .*0.01 MB are free; make room, or choose another folder"):
         train(small_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "key"), [("{name: crd}", "objective.kl.guidance is 4.5"), ("{name: crd, kl: {guidance: 1}}", None)]
+)
+def test_a_model_that_is_told_its_guidance_is_not_guided_again(objective, key, monkeypatch, tmp_path):
+    overrides = [f"objective={objective}", "sampler.dynamics.name=ode", "train.steps=1", f"output={tmp_path / 'run'}"]
+    config = load_config("configs/tiny/flow_grpo_flux.yaml", [*SMALL, "sampler.window.range=[0, 0]", *overrides])
+    assert not Flux(config.model).is_told_guidance
+    monkeypatch.setattr(Flux, "is_told_guidance", property(lambda _: True))
+    run = assembly.assemble(assembly.read_inputs(config), load_model(config.model))
+    found = [f"{finding.subject}: {finding.text}" for finding in checks.before_start(run) if finding.wrong]
+    if key:
+        told = f"guidance: {key}, but this model is told its guidance, sampler.embedded_guidance: 3.5"
+        assert found == [f"{told}; write objective.kl.guidance: 1"]
+    else:
+        assert found == []
 
 
 def test_every_run_begins_with_the_cheap_part(monkeypatch, tmp_path):

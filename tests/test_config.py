@@ -1,5 +1,6 @@
 """Configuration: what merges, what replaces, and what an error tells its reader to type."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -266,7 +267,7 @@ def test_placeholders_are_refused(small, override):
 
 
 def test_one_image_a_prompt_is_refused(small):
-    message = "train.images_per_prompt is 1, but advantages compare images of the same prompt; use 2 or more."
+    message = "train.images_per_prompt is 1, but images of the same prompt are compared; use 2 or more."
     assert refusal(small, "train.images_per_prompt=1") == f"{small}: {message}"
 
 
@@ -306,3 +307,23 @@ def test_a_file_that_ends_the_program_when_it_is_imported_is_named(tmp_path):
     (tmp_path / "script.py").write_text("raise SystemExit(2)\n")
     with pytest.raises(UserError, match=r"rewards: .*script\.py cannot be imported: SystemExit: 2"):
         imported(f"{tmp_path}/script.py:score", "rewards", {})
+
+
+def test_the_page_s_table_of_objectives_has_every_setting_and_its_default():
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", (CONFIGS.parent / "docs" / "configuration.md").read_text(), re.MULTILINE
+    )
+    described = {name: cell for name, cell in rows if name in OBJECTIVES}
+    assert set(described) == set(OBJECTIVES)
+    for name, cell in described.items():
+        objective = imported(OBJECTIVES[name], "objective", OBJECTIVES)()
+        found = {match[1]: match[2] for match in re.finditer(r"`(\w+)`(?: ([^,(]+))?", cell)}
+        assert set(found) == set(vars(objective)), name
+        for key, written in found.items():
+            value = getattr(objective, key)
+            if isinstance(value, bool):
+                assert written == str(value).lower(), (name, key)
+            elif isinstance(value, int | float) and written != "none":
+                assert float(written) == value, (name, key)
+            elif isinstance(value, str):
+                assert written.split()[0] == value, (name, key)

@@ -89,6 +89,13 @@ def test_the_gap_is_the_difference_of_scores_and_1_without_them(folder):
     assert [example.gap for example in read_examples(path, "data.pairs", paired=True)] == [1.0, 0.5]
 
 
+def test_pairs_of_equal_scores_are_ties_and_left_out_but_serve_as_pictures(folder):
+    pair = {"prompt": "one", "chosen": "a.png", "rejected": "b.png"}
+    path = written(folder, {**pair, "score_chosen": 0.5, "score_rejected": 0.5}, {**pair, "prompt": "two"})
+    assert [example.prompt.text for example in read_examples(path, "data.pairs", paired=True)] == ["two"]
+    assert [example.prompt.text for example in read_examples(path, "data.pairs", paired=False)] == ["one", "two"]
+
+
 ROWS = {
     "caption": ["one", "two", "tie", "unlabelled"],
     "jpg_0": ["a", "b", "a", "a"],

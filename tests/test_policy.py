@@ -125,17 +125,19 @@ def test_targets_that_match_no_layer_are_answered_with_those_there_are():
         Policy(load_model(config), Sampler())
 
 
-def test_the_gradient_is_the_same_in_one_pass_and_in_many():
-    gradients = []
-    for images_per_pass in (6, 2):
+def test_the_gradient_and_the_loss_are_the_same_in_passes_of_any_size():
+    gradients, losses = [], []
+    for images_per_pass in (6, 4, 2):
         policy = make_policy(Sampler(steps=4, dynamics=flow_sde))
         stir(policy)
         rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
         rollout.advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
-        compute_gradient(policy, FlowGRPO(kl_weight=0.1), rollout, images_per_pass, Meter())
+        compute_gradient(policy, FlowGRPO(kl_weight=0.1), rollout, images_per_pass, meter := Meter())
+        losses.append(meter.values()["loss"])
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
-    one, many = gradients
-    assert (one - many).norm() <= 1e-5 * one.norm()
+    for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
+        assert (gradients[0] - gradient).norm() <= 1e-5 * gradients[0].norm()
+        assert loss == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_images_depend_on_their_keys_and_not_on_their_company():

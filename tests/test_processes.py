@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowalign import processes
 from flowalign.checkpoint import checkpoints
 from flowalign.tracking import read_metrics
 from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
@@ -29,13 +30,14 @@ from flowalign.policy import Policy
 from tests.tiny import small_config, stir
 
 torch.set_num_threads(1)
-folder, expected, objective, uneven = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+folder, expected, objective, more = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 processes.state()
 assert processes.count() == expected, f"{processes.count()} processes, not {expected}"
-config = small_config(folder, "train.prompts_per_step=4", f"train.images_per_pass={4 - expected}", f"objective={objective}")
+settings = ["train.prompts_per_step=4", f"train.images_per_pass={4 - expected}", f"objective={objective}"]
+config = small_config(folder, *settings, *(["data.ranking={weighted: true}"] if "weighted" in more else []))
 run = trainer.prepare(config)
 batch, metrics = run.assembly.source(0)
-if uneven:  # as where images have no score; and with a scale, as float16 has
+if "uneven" in more:  # as where images have no score; and with a scale, as float16 has
     batch = batch[[row for row, key in enumerate(batch.keys.tolist()) if key[2] != 3 and key[2:] != [1, 1]]]
     Policy.loss_scale = lambda self, passes: 2.0 ** (5 + passes)
 stir(run.policy)
@@ -57,21 +59,49 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("objective", "uneven"),
-    [("{name: flow_grpo, kl_weight: 0.1}", []), ("{name: crd}", []), ("{name: kto}", []), ("{name: crd}", ["uneven"])],
+    ("objective", "more"),
+    [
+        ("{name: flow_grpo, kl_weight: 0.1}", []),
+        ("{name: crd}", []),
+        ("{name: crd}", ["uneven"]),
+        ("{name: dgpo}", []),
+        ("{name: rwr}", ["uneven"]),
+        ("{name: kto}", []),
+        ("{name: dpo}", ["weighted"]),
+    ],
 )
-def test_two_processes_compute_the_gradient_of_one(tmp_path, objective, uneven):
+def test_two_processes_compute_the_gradient_of_one(tmp_path, objective, more):
     """One makes passes of whole prompts, two part them."""
     (tmp_path / "gradient.py").write_text(GRADIENT)
     results = []
     for launcher, count in (([sys.executable], 1), (TORCHRUN, 2)):
         folder = tmp_path / str(count)
-        run_process([*launcher, str(tmp_path / "gradient.py"), str(folder), str(count), objective, *uneven])
+        run_process([*launcher, str(tmp_path / "gradient.py"), str(folder), str(count), objective, *more])
         results.append(load_file(folder / "gradient.safetensors"))
     one, two = results
     assert (one["gradient"] - two["gradient"]).norm() <= 1e-5 * one["gradient"].norm()
     assert one["reward"] == pytest.approx(two["reward"].item(), abs=1e-6)
     assert one["gradient"].norm() > 0
+
+
+def test_what_processes_tell_each_other_is_on_their_device(monkeypatch):
+    """GPUs exchange what lies on GPUs alone, and hand it back where it came from. `meta` stands for the device here."""
+    seen = []
+
+    def exchanged(values: Tensor, *_: object) -> Tensor:
+        seen.append(values.device.type)
+        return torch.zeros(values.shape)
+
+    monkeypatch.setattr(processes, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "accelerate_reduce", exchanged)
+    monkeypatch.setattr(processes, "accelerate_gather", exchanged)
+    monkeypatch.setattr(processes, "pad_across_processes", lambda rows: rows)
+    monkeypatch.setattr(torch.distributed, "all_reduce", exchanged)
+    assert processes.mean(torch.ones(2)).device.type == "cpu"
+    assert len(processes.gather(torch.ones(2, 3))) == 0
+    processes.maximum(torch.ones(2))
+    assert seen == ["meta"] * 3
 
 
 def test_train_runs_under_torchrun_and_accelerate_launch(tmp_path):

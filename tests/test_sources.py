@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign import trainer
-from flowalign.advantage import group_advantage
+from flowalign.advantage import gdpo, group_advantage
 from flowalign.batch import Batch, Examples, Pairs, Rollout
 from flowalign.checkpoint import checkpoints, read_tensors
 from flowalign.config import load_config
@@ -200,6 +200,24 @@ def test_groups_of_equal_rewards_are_dropped_where_that_is_asked_for(drop, taugh
     assert drop == (set(rollout.taught().prompts) == {CAPTIONS[1]})
 
 
+def test_a_prompt_is_dropped_where_its_advantages_are_equal_whatever_its_sums_are():
+    """1 · a + 2 · b is 2 for every image; GDPO, which normalises a and b one by one, tells those of the first prompt apart."""
+
+    def looked_up(*scores: float) -> Any:
+        return lambda images, prompts, metadata: torch.tensor(scores)[(images[:, 0, 0, 0] * 255).round().long()]
+
+    supplied = supplies(drop_equal_groups=True)
+    rollout = judged_rollouts(supplied)(0)[0]
+    number = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
+    rollout = replace(rollout, images=number.expand_as(rollout.images).clone())
+    rewards = [Reward("a", looked_up(0, 1, 0, 0, 0, 0)), Reward("b", looked_up(1, 0.5, 1, 1, 1, 1), weight=2.0)]
+    judge = replace(supplied.judge, rewards=rewards)
+    assert judge([rollout])[0].reward.eq(2).all()
+    assert len(judge([rollout])[0].taught()) == 0
+    taught = replace(judge, advantage=gdpo)([rollout])[0].taught()
+    assert taught.prompts == rollout.prompts[:3]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("objective", [FlowGRPO(), PRDP(), KTO()], ids=lambda objective: type(objective).__name__)
 def test_an_update_in_which_nothing_is_taught_has_no_gradient(objective, dtype):
@@ -224,6 +242,18 @@ def few_prompts(tmp_path) -> str:
 def run(folder: Path, objective: str, few_prompts: str, *overrides: str) -> dict[str, Any]:
     changes = [f"objective={objective}", f"evaluation.prompts={few_prompts}", f"output={folder}", *overrides]
     return trainer.train(load_config(TINY, [*SMALL, *changes]))
+
+
+def test_updates_that_nothing_is_learned_from_move_nothing(few_prompts, tmp_path):
+    """Not even by weight decay; where such images are not left out, the anchor and the decay move them."""
+    (tmp_path / "dull.py").write_text("def dull(images, prompts, metadata):\n    return [0.5] * len(images)\n")
+    changes = [f"rewards={{'{tmp_path}/dull.py:dull': 1}}", "evaluation.rewards={scene_match: 1}", "train.save_every=1"]
+    for drop in (True, False):
+        folder = tmp_path / f"run-{drop}"
+        run(folder, "{name: nft}", few_prompts, *changes, "train.weight_decay=0.5", f"train.drop_equal_groups={drop}")
+        first, last = (read_tensors(saved / "pytorch_lora_weights.safetensors") for saved in checkpoints(folder))
+        assert all(torch.equal(first[key], last[key]) for key in first) == drop
+        assert json.loads((checkpoints(folder)[-1] / "state.json").read_text())["updates"] == (0 if drop else 2)
 
 
 GIVEN = ["train.images_per_prompt=1", "train.images_per_pass=2", "train.learning_rate=1e-3"]
@@ -328,7 +358,7 @@ def test_a_reward_without_gradient_is_refused_before_training(few_prompts, tmp_p
         (["objective={name: nft}", "data.prompts=''"], "data.prompts is missing"),
         (["objective={name: nft}", "rewards={}"], "rewards is empty; name at least one"),
         (["objective={name: dpo}", "rewards={}"], "rewards is empty; name at least one"),
-        (["objective={name: dpo}", "train.images_per_prompt=1"], "advantages compare images of the same prompt; use 2 or more"),
+        (["objective={name: dpo}", "train.images_per_prompt=1"], "images of the same prompt are compared; use 2 or more"),
         (
             ["objective={name: prdp}", "sampler.dynamics={name: ode}"],
             "the objective learns from stochastic steps, but sampler",

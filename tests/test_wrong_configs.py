@@ -499,6 +499,12 @@ CONTRADICTIONS = [
     ("nft", [*MILLIONS, "train.images_per_pass=7"], "nearest that divide: 5 or 8"),
     ("ddpo", ["train.updates_per_step=2"], "train.updates_per_step is 2"),
     ("nft", ["sampler.same_noise=true"], "sampler.same_noise is true, but sampler.dynamics adds no noise"),
+    ("draft_lv", ["sampler.same_noise=true"], "sampler.same_noise is true, but the objective draft_lv makes images by the ODE"),
+    (
+        "nft",
+        ["train.updates_per_step=2", "objective.old.every=3"],
+        "objective.old.every is 3 updates, but copies follow once a step",
+    ),
     ("alignprop", ["advantage.std=group"], "advantage would have no effect: the objective alignprop does not look at it"),
     ("dpo_online", ["advantage.clip=2"], "advantage would have no effect: the objective dpo does"),
     ("raft", ["advantage={name: win_rate}"], "advantage would have no effect: the objective raft"),

@@ -112,6 +112,11 @@ class FlowModel(ABC):
         scale = self.pipe.vae_scale_factor
         return self.vae.config.latent_channels, self.config.height // scale, self.config.width // scale
 
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether guidance is distilled into it and `Cond.embedded_guidance` is an input."""
+        return False
+
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         """v at (x, t), guided as `cond` says: one forward, of a doubled batch where there is guidance."""
         if cond.guidance == 1:

@@ -25,10 +25,14 @@ class Flux(FlowModel):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ]
 
+    @property
+    def is_told_guidance(self) -> bool:
+        return bool(self.transformer.config.guidance_embeds)
+
     def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         dtype = self.transformer.dtype
         height, width = x.shape[2] // 2, x.shape[3] // 2
-        guidance = x.new_full((len(x),), cond.embedded_guidance) if self.transformer.config.guidance_embeds else None
+        guidance = x.new_full((len(x),), cond.embedded_guidance) if self.is_told_guidance else None
         packed = self.transformer(
             hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2).to(dtype),
             timestep=t,

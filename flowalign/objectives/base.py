@@ -182,8 +182,8 @@ class Anchor(Settings):
 
     weight: NonNegative = 0.0
     """0 never asks the reference."""
-    guidance: Guidance = 1.0
-    """Of the reference; the policy itself may be trained to do without."""
+    guidance: Guidance | None = None
+    """Of the reference, where the policy itself is trained to do with another; by default the policy's."""
 
     def __call__(self, loss: Loss, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> Loss:
         """The loss with this added to it."""
@@ -193,7 +193,12 @@ class Anchor(Settings):
         return Loss(loss.total + self.weight * kl.mean(), loss.stats | {"kl": kl})
 
     def distance(self, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> PerImage:
-        return mean_square(v - policy.at("reference").velocity(xt, t, cond.guided(self.guidance)))
+        return mean_square(v - self.velocity(policy, xt, t, cond))
+
+    def velocity(self, policy: Policy, xt: Latent, t: PerImage, cond: Cond) -> Latent:
+        """v_ref."""
+        guided = cond if self.guidance is None else cond.guided(self.guidance)
+        return policy.at("reference").velocity(xt, t, guided)
 
 
 def rewarded(policy: Policy, prompts: Prompts, x0: Latent, enough: float = math.inf) -> Loss:

@@ -6,7 +6,9 @@ Of a prompt's images the better half shall outweigh the worse: maximise log σ(-
 which stops by itself where the group is told apart. Images whose ratio exp(e_old - e) has left [1 - ε, 1 + ε] the way their
 advantage points give no gradient. Times and noise are shared within a prompt.
 
-Difference from the released code: the policy samples throughout (there: a fast average, after 200 steps).
+Differences from the released code: the policy samples throughout (there: a fast average, after 200 steps); times are any of an
+interval and each has noise of its own (there: the sampler's, with one noise a prompt); `old` follows once a step (there: after
+every update).
 """
 
 from dataclasses import dataclass, field, replace
@@ -69,6 +71,6 @@ class DGPO(ForwardObjective):
 
     def preference(self, policy: Policy, error: PerImage, xt: Latent, target: Latent, rollout: Rollout, draw: Draw) -> PerImage:
         """S of each image's group; no gradient."""
-        v_ref = policy.at("reference").velocity(xt, draw.t, rollout.cond.guided(self.kl.guidance))
+        v_ref = self.kl.velocity(policy, xt, draw.t, rollout.cond)
         gained = error.detach() - mean_square(v_ref - target)
         return self.beta * group_mean(rollout.advantage * gained, rollout.group)

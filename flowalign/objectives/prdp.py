@@ -43,8 +43,9 @@ class PRDP(PathObjective):
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
         *terms, moved = self.terms(policy, pairs, k)
+        steps = len(self.draws(pairs))  # of whose gradients the mean is taken, and meant is their sum
         errors = [
-            self.temperature * (whole - term.detach() + term) - pairs.gap
+            self.temperature * (whole + steps * (term - term.detach())) - pairs.gap
             for whole, term in zip(pairs.prepared.T, terms, strict=True)
         ]
         plain, clipped = (error**2 for error in errors)

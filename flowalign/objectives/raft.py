@@ -38,4 +38,4 @@ class RAFT(ForwardObjective):
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
         loss = Loss((w * error).mean(), {"error": error, "kept": (w > 0).float()})
-        return self.kl(loss, policy, v, xt, draw.t, rollout.cond)
+        return self.kl(loss, policy, v, xt, draw.t, rollout.cond.unguided())

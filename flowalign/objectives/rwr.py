@@ -34,4 +34,4 @@ class RWR(ForwardObjective):
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
         loss = Loss((w * error).mean(), {"error": error, "weight/of_squares": w**2})
-        return self.kl(loss, policy, v, xt, draw.t, rollout.cond)
+        return self.kl(loss, policy, v, xt, draw.t, rollout.cond.unguided())

@@ -6,15 +6,18 @@ and v_δ = v - δ t / V is the velocity of N(m + δ, s²). At the xt of an x0 an
     v_δ - (noise - x0) = t / V · (x0 - m - δ) - (1 - t) s² / V · noise
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowalign.batch import Batch, Cond, Rollout
 from flowalign.flow import Latent, over_latent, PerImage
+from flowalign.gradient import compute_gradient, Meter
 from flowalign.objectives.base import Draw, Objective
 
 MEAN, VARIANCE = 1.5, 0.25
@@ -30,6 +33,13 @@ class GaussianPolicy:
     """Their δ, by name."""
     variance: float = VARIANCE
     images_per_pass: int | None = None
+    model: ClassVar = SimpleNamespace(device=torch.device("cpu"))
+
+    def parameters(self) -> list[Tensor]:
+        return [self.delta]
+
+    def loss_scale(self, passes: int) -> float:
+        return 2.0**passes
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         t, m, m_null = (over_latent(rows, x) for rows in (t, cond.pooled[:, 0], cond.null_pooled[:, 0]))
@@ -69,15 +79,13 @@ def rollout_of(
 
 
 def gradient(objective: Objective, policy: GaussianPolicy, batch: Batch, draws: Sequence[Draw] | None = None) -> Tensor:
-    """By δ, of the mean loss over rows and draws, taken in passes as the loop does."""
-    batch = objective.prepare(policy, batch)
-    total = torch.zeros_like(policy.delta)
-    for piece in batch.passes(policy.images_per_pass or len(batch) * batch.images_per_row):
-        chosen = list(objective.draws(piece)) if draws is None else draws
-        for draw in chosen:
-            (found,) = torch.autograd.grad(objective.loss(policy, piece, draw).total, policy.delta)
-            total += found * len(piece) / len(batch) / len(chosen)
-    return total
+    """By δ, as the loop takes it, in passes of the policy's size; at the given draws, or the objective's own."""
+    if draws is not None:
+        objective = copy.copy(objective)
+        objective.draws = lambda _: draws
+    policy.delta.grad = None
+    compute_gradient(policy, objective, batch, policy.images_per_pass or len(batch) * batch.images_per_row, Meter())
+    return policy.delta.grad
 
 
 def midpoints(count: int) -> Tensor:

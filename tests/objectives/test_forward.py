@@ -213,6 +213,17 @@ def test_without_advantages_there_is_no_first_gradient(objective):
 GUIDED = Anchor(weight=KAPPA, guidance=3.0)
 
 
+@pytest.mark.parametrize("objective", [awm(Anchor(KAPPA)), nft(Anchor(KAPPA)), crd(Anchor(KAPPA)), dgpo(Anchor(KAPPA))])
+def test_a_guided_policy_is_held_to_the_reference_under_its_own_guidance(objective):
+    """So that before the first update the distance is 0, and DGPO's weight ½."""
+    rollout = images()
+    rollout = replace(rollout, cond=rollout_of(rollout.x0, rollout.advantage, null_mean=1.2).cond.guided(3.0))
+    for draw in objective.draws(rollout):
+        stats = objective.loss(policy_at(0.0, old=0.0), rollout, draw).stats
+        assert stats["kl"].eq(0).all()
+        assert stats.get("group_weight", torch.tensor(0.5)).eq(0.5).all()
+
+
 @pytest.mark.parametrize("objective", [awm(GUIDED), nft(GUIDED), crd(GUIDED), dgpo(GUIDED)])
 def test_without_advantages_the_policy_learns_what_the_guided_reference_does(objective):
     """Under guidance w the reference makes N(m_null + w (m - m_null), s²); here m is 1.5 and m_null 1.2."""
@@ -427,6 +438,24 @@ def test_crd_centres_within_the_prompt():
     keys = rollout.keys.clone()
     keys[:, 2] = 0
     assert relative_difference(gradient(crd(), policy, replace(rollout, keys=keys), [Draw(0, t, noise)]), together) > 0.1
+
+
+def test_the_loss_of_crd_as_it_comes_is_that_of_its_equation():
+    """Two images of a prompt, errors over their own mean size, which takes no gradient; R is 0.7 and 0.4."""
+    policy = policy_at(torch.tensor([0.3, -0.2, 0.1]), old=0.1)
+    rollout = rollout_of(torch.tensor([[2.0, 1.0, 1.4], [1.0, 1.7, 0.3]]), torch.tensor([2.0, -1.0]))
+    draw = Draw(0, torch.full((2,), 0.6), torch.tensor([0.4, -1.0, 0.2]).expand(2, 3))
+    xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+    away, away_old = (view.velocity(xt, draw.t, rollout.cond) - target for view in (policy, policy.at("old")))
+    sizes, sizes_old = (error.detach().abs().sum(1) / 3 for error in (away, away_old))
+    rho = (away_old**2).sum(1) / 3 / sizes_old - (away**2).sum(1) / 3 / sizes
+    residual = 2.0 * rho - torch.tensor([0.7, 0.4])
+    centre = (residual.detach()[0] + residual.detach()[1]) / 2
+    expected = 5.0 / 2.0 * ((residual - centre) ** 2).sum() / 2
+    objective = CRD(beta=2.0, kl=NO_KL)
+    torch.testing.assert_close(objective.loss(policy, rollout, draw).total, expected)
+    (slope,) = torch.autograd.grad(expected, policy.delta)
+    torch.testing.assert_close(gradient(objective, policy, rollout, [draw]), slope)
 
 
 def test_the_centre_of_crd_is_weighted_towards_the_good_and_then_the_bad():
