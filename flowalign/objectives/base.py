@@ -134,7 +134,7 @@ class PathObjective(Objective):
                 "write for example sampler: {dynamics: {name: flow_sde}}."
             )
 
-    def draws(self, batch: Any) -> Iterable[int]:
+    def draws(self, batch: Any) -> range:
         return self.steps(batch)
 
 

@@ -41,15 +41,20 @@ class KTO(Objective):
         return list(self.times(batch))
 
     def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
-        """z of every draw, over all processes."""
-        view = policy.at("policy")
-        gained = torch.stack([self.gained(view, pairs, draw).double().sum() for draw in self.draws(pairs)])
-        images = torch.full_like(gained, 2 * len(pairs))  # other processes may have fewer
-        z = processes.mean(gained) / processes.mean(images).clamp(min=1)
-        return replace(pairs, prepared=z.clamp(min=0).float().expand(len(pairs), -1))
+        """Of every draw z, over all processes, and the reference's errors of the liked and of the disliked images."""
+        view, columns = policy.at("policy"), []
+        for draw in self.draws(pairs):
+            error_ref = self.error(policy.at("reference"), pairs, draw)
+            gained = (error_ref - self.error(view, pairs, draw)).double().sum()
+            images = torch.full_like(gained, 2 * len(pairs))  # other processes may have fewer
+            total, count = processes.mean(torch.stack([gained, images]))
+            z = (total / count.clamp(min=1)).clamp(min=0).float().expand(len(pairs))
+            columns += [z, error_ref[: len(pairs)], error_ref[len(pairs) :]]
+        return replace(pairs, prepared=torch.stack(columns, 1))
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
-        g, z = self.gained(policy, pairs, draw), pairs.prepared[:, draw.index].repeat(2)
+        z, *errors_ref = pairs.prepared[:, 3 * draw.index : 3 * draw.index + 3].T
+        g, z = torch.cat(errors_ref) - self.error(policy, pairs, draw), z.repeat(2)
         y = torch.ones_like(z)
         y[len(pairs) :] = -1
 
@@ -59,9 +64,7 @@ class KTO(Objective):
         stats = {"chosen_preferred": (liked > disliked).float() + 0.5 * (liked == disliked), "reference_point": z}
         return Loss((weight * (1 - value)).mean(), stats | {"gained/liked": liked, "gained/disliked": disliked})
 
-    def gained(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
-        """g of the liked, then of the disliked images (2 B)."""
+    def error(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
+        """‖v - (noise - x0)‖² of the liked, then of the disliked images (2 B)."""
         xt, target = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise]))
-        t, cond = draw.t.repeat(2), pairs.cond.unguided().twice()
-        error = mean_square(policy.velocity(xt, t, cond) - target)
-        return mean_square(policy.at("reference").velocity(xt, t, cond) - target) - error
+        return mean_square(policy.velocity(xt, draw.t.repeat(2), pairs.cond.unguided().twice()) - target)

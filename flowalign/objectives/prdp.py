@@ -36,31 +36,37 @@ class PRDP(PathObjective):
         return self.clip_range
 
     def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
-        """Sums over the steps: ρ(chosen) - ρ(rejected), and the same of clipped terms."""
-        view = policy.at("policy")
-        terms = [torch.stack(self.terms(view, pairs, k)[:2], 1) for k in self.draws(pairs)]
-        return replace(pairs, prepared=torch.stack(terms).sum(0))
+        """Sums over the steps: ρ(chosen) - ρ(rejected), and the same of clipped terms; then every step's log π_ref of both."""
+        view, reference = policy.at("policy"), policy.at("reference")
+        ref_log_probs = [self.log_prob(reference, pairs, k) for k in self.draws(pairs)]
+        terms = [
+            torch.stack(self.terms(view, pairs, k, ref)[:2], 1) for k, ref in zip(self.draws(pairs), ref_log_probs, strict=True)
+        ]
+        kept = [ref.view(2, len(pairs)).T for ref in ref_log_probs]
+        return replace(pairs, prepared=torch.cat([torch.stack(terms).sum(0), *kept], 1))
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
-        *terms, moved = self.terms(policy, pairs, k)
-        steps = len(self.draws(pairs))  # of whose gradients the mean is taken, and meant is their sum
+        steps = self.draws(pairs)
+        wholes, kept = pairs.prepared[:, :2].T, pairs.prepared[:, 2:].unflatten(1, (len(steps), 2))
+        *terms, moved = self.terms(policy, pairs, k, kept[:, steps.index(k)].T.flatten())
         errors = [
-            self.temperature * (whole + steps * (term - term.detach())) - pairs.gap
-            for whole, term in zip(pairs.prepared.T, terms, strict=True)
+            self.temperature * (whole + len(steps) * (term - term.detach())) - pairs.gap  # the loop takes the mean over steps
+            for whole, term in zip(wholes, terms, strict=True)
         ]
         plain, clipped = (error**2 for error in errors)
         loss = (pairs.weight * torch.maximum(plain, clipped)).mean()
         stats = {"difference_error": errors[0].abs(), "ratio/clipped": (plain < clipped).float()}
         return Loss(loss, stats | {"ratio/max_log_error": moved.abs()})
 
-    def terms(self, policy: Policy, pairs: Pairs, k: int) -> tuple[PerImage, PerImage, PerImage]:
-        """Step k's part of the difference, as it is and clipped, and every log-ratio to the weights that sampled."""
-        paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
-        x, x_next = paths[:, k], paths[:, k + 1]
-        old_log_prob = torch.cat([pairs.chosen_log_prob[:, k], pairs.rejected_log_prob[:, k]])
-        ref_log_prob = policy.at("reference").step(x, k, cond).log_prob(x_next)
+    def log_prob(self, policy: Policy, pairs: Pairs, k: int) -> PerImage:
+        """log π(x_{k+1} | x_k, c) of the chosen, then of the rejected (2 B)."""
+        paths = torch.cat([pairs.chosen, pairs.rejected])
+        return policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1])
 
-        moved = policy.step(x, k, cond).log_prob(x_next) - old_log_prob
+    def terms(self, policy: Policy, pairs: Pairs, k: int, ref_log_prob: PerImage) -> tuple[PerImage, PerImage, PerImage]:
+        """Step k's part of the difference, as it is and clipped, and every log-ratio to the weights that sampled."""
+        old_log_prob = torch.cat([pairs.chosen_log_prob[:, k], pairs.rejected_log_prob[:, k]])
+        moved = self.log_prob(policy, pairs, k) - old_log_prob
         before = old_log_prob - ref_log_prob
         clipped = moved.clamp(-self.clip_range, self.clip_range)
         return _difference(moved + before), _difference(clipped + before), moved

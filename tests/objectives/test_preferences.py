@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -213,8 +214,13 @@ def kto_gradient(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Dra
     return gradient(objective.loss(policy, pairs, draw).total, policy.theta)
 
 
-def with_reference_point(pairs: Pairs, z: float) -> Pairs:
-    return replace(pairs, prepared=torch.full((len(pairs), 1), z))
+def with_reference_point(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw, z: float) -> Pairs:
+    errors_ref = objective.error(policy.at("reference"), pairs, draw).detach().chunk(2)
+    return replace(pairs, prepared=torch.stack([torch.full((len(pairs),), z), *errors_ref], 1))
+
+
+def gained(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw) -> Tensor:
+    return (objective.error(policy.at("reference"), pairs, draw) - objective.error(policy, pairs, draw)).detach()
 
 
 @pytest.mark.parametrize("error", [1.0, 0.5])
@@ -223,7 +229,7 @@ def test_kto_s_loss_is_half_where_every_image_gained_the_same(error):
     policy, pairs, draw, target = free_case()
     policy = replace(policy, theta=target + error, reference=target + 1)
     objective = KTO(liked=0.8, disliked=0.8)
-    prepared = with_reference_point(pairs, 1 - error**2)
+    prepared = with_reference_point(objective, policy, pairs, draw, 1 - error**2)
     assert objective.loss(policy, prepared, draw).total.item() == pytest.approx(0.8 / 2, abs=1e-4)
 
 
@@ -235,7 +241,8 @@ def test_kto_s_gradient_draws_liked_images_near_and_pushes_disliked_away():
     y, scale = torch.tensor([1.0, 1, -1, -1]), torch.tensor([0.7, 0.7, 1.5, 1.5])
     h = (y * 3.0 * (g - z)).sigmoid()
     expected = (y * scale * 2 * 3.0 * h * (1 - h))[:, None, None] * (policy.theta - target) / 6 / 4
-    assert_close(kto_gradient(objective, policy, with_reference_point(pairs, z), draw), expected)
+    prepared = with_reference_point(objective, policy, pairs, draw, z)
+    assert_close(kto_gradient(objective, policy, prepared, draw), expected)
 
 
 def kto_case(step: float) -> tuple[KTO, VelocityPolicy, Pairs]:
@@ -248,9 +255,9 @@ def test_kto_s_reference_point_is_the_mean_over_the_whole_update():
     objective, policy, pairs = kto_case(step=0.3)
     (draw,) = objective.draws(pairs)
     prepared = objective.prepare(policy, pairs)
-    mean = objective.gained(policy, pairs, draw).mean()
+    mean = gained(objective, policy, pairs, draw).mean()
     assert mean > 0
-    assert_close(prepared.prepared, mean.expand(4, 1))
+    assert_close(prepared.prepared[:, 0], mean.expand(4))
     assert not prepared.prepared.requires_grad
 
 
@@ -270,8 +277,28 @@ def test_kto_s_reference_point_is_never_negative():
     pairs = replace(pairs, rejected=pairs.chosen - 2.5)
     policy = replace(policy, theta=torch.tensor([5.0]))
     (draw,) = objective.draws(pairs)
-    assert objective.gained(policy, pairs, draw).mean() < 0
-    assert objective.prepare(policy, pairs).prepared.abs().max() == 0
+    assert gained(objective, policy, pairs, draw).mean() < 0
+    assert objective.prepare(policy, pairs).prepared[:, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("make", [KTO, PRDP])
+def test_the_reference_is_asked_once_about_every_image_and_draw(make, monkeypatch):
+    policy = make_policy(Sampler(steps=3, dynamics=flow_sde))
+    rollout = collect(policy.at("policy"), two_groups(policy), 6)
+    pairs = rank(replace(rollout, reward=torch.arange(6.0)), Ranking())
+    asked, velocity = [], Policy.velocity
+
+    def counted(self: Policy, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        asked.append((self.weights, len(x)))
+        return velocity(self, x, t, cond)
+
+    monkeypatch.setattr(Policy, "velocity", counted)
+    objective = make()
+    pairs = objective.prepare(policy, pairs)
+    draws = list(objective.draws(pairs))
+    for draw in draws:
+        objective.loss(policy, pairs, draw)
+    assert asked.count(("reference", 2 * len(pairs))) == len(draws) == len([name for name, _ in asked if name == "reference"])
 
 
 # D3PO
