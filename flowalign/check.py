@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.probe import examine, Finding, Samples
+from flowalign.settings import settings_of
 from flowalign.sources import source_of, Supplies
 
 SMALLER = 10**5
@@ -194,7 +195,7 @@ def optimized(policy: Policy, optimizer: torch.optim.Optimizer) -> Finding:
 def guided_twice(assembly: Assembly) -> Iterator[Finding]:
     """Where the objective guides a model that is told its guidance, as Flux-dev is."""
     told = assembly.config.sampler.embedded_guidance
-    for key, guidance in guidances(asdict(assembly.config.objective), "objective"):
+    for key, guidance in guidances(settings_of(assembly.config.objective), "objective"):
         if guidance > 1 and assembly.policy.model.is_told_guidance:
             text = (
                 f"{key} is {guidance:g}, but this model is told its guidance, sampler.embedded_guidance: {told:g}; write {key}: 1"
