@@ -69,7 +69,7 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
         "evaluation.rewards": REWARDS,
         "output": folder,
     }
-    if not (folder / "summary.json").exists():
+    if not is_done(folder / "summary.json"):
         overrides = [f"{key}={value}" for key, value in settings.items()]
         subprocess.run([sys.executable, "train.py", str(file), *overrides], cwd=ROOT, check=True)
     summary = json.loads((folder / "summary.json").read_text())
@@ -80,6 +80,11 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
             points.append({"images": line["images"], "seconds": line["seconds"], **scores})
     points.append({"images": summary["images"], "seconds": summary["seconds"], **summary["after"]})
     return {"points": points, "summary": summary, **after(folder)}
+
+
+def is_done(summary: Path) -> bool:
+    """Whether the run ended, and was not interrupted."""
+    return summary.exists() and json.loads(summary.read_text())["stopped"] != "interrupted"
 
 
 @torch.no_grad()

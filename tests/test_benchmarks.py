@@ -51,6 +51,15 @@ def test_objectives_tell_when_a_target_was_reached():
 
 
 @pytest.mark.usefixtures("benchmark")
+@pytest.mark.usefixtures("benchmark")
+def test_a_run_that_was_interrupted_is_gone_on_with(tmp_path):
+    objectives, summary = importlib.import_module("objectives"), tmp_path / "summary.json"
+    assert not objectives.is_done(summary)
+    for stopped, done in (("interrupted", False), ("finished", True), ("eval/diversity", True)):
+        summary.write_text(json.dumps({"stopped": stopped}))
+        assert objectives.is_done(summary) == done
+
+
 def test_objectives_are_compared_in_a_table_and_a_plot(tmp_path):
     objectives = importlib.import_module("objectives")
 

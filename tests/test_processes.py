@@ -30,22 +30,33 @@ from flowalign.policy import Policy
 from tests.tiny import small_config, stir
 
 torch.set_num_threads(1)
-folder, expected, objective, more = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+folder, expected, cases = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 processes.state()
 assert processes.count() == expected, f"{processes.count()} processes, not {expected}"
-settings = ["train.prompts_per_step=4", f"train.images_per_pass={4 - expected}", f"objective={objective}"]
-config = small_config(folder, *settings, *(["data.ranking={weighted: true}"] if "weighted" in more else []))
-run = trainer.prepare(config)
-batch, metrics = run.assembly.source(0)
-if "uneven" in more:  # as where images have no score; and with a scale, as float16 has
-    batch = batch[[row for row, key in enumerate(batch.keys.tolist()) if key[2] != 3 and key[2:] != [1, 1]]]
-    Policy.loss_scale = lambda self, passes: 2.0 ** (5 + passes)
-stir(run.policy)
-compute_gradient(run.policy, config.objective, batch, config.train.images_per_pass, Meter())
-if processes.is_main():
-    gradient = torch.cat([p.grad.flatten() for p in run.policy.parameters()])
-    save_file({"gradient": gradient, "reward": torch.tensor(metrics["reward/combined"])}, f"{folder}/gradient.safetensors")
+for number, (objective, more) in enumerate(cases):
+    settings = ["train.prompts_per_step=4", f"train.images_per_pass={4 - expected}", f"objective={objective}"]
+    config = small_config(f"{folder}/{number}", *settings, *(["data.ranking={weighted: true}"] if "weighted" in more else []))
+    run = trainer.prepare(config)
+    batch, metrics = run.assembly.source(0)
+    Policy.loss_scale = lambda self, passes: 1.0
+    if "uneven" in more:  # as where images have no score; and with a scale, as float16 has
+        batch = batch[[row for row, key in enumerate(batch.keys.tolist()) if key[2] != 3 and key[2:] != [1, 1]]]
+        Policy.loss_scale = lambda self, passes: 2.0 ** (5 + passes)
+    stir(run.policy)
+    compute_gradient(run.policy, config.objective, batch, config.train.images_per_pass, Meter())
+    if processes.is_main():
+        gradient = torch.cat([p.grad.flatten() for p in run.policy.parameters()])
+        save_file({"gradient": gradient, "reward": torch.tensor(metrics["reward/combined"])}, f"{folder}/{number}.safetensors")
 """
+CASES = [
+    ("{name: flow_grpo, kl_weight: 0.1}", ""),
+    ("{name: crd}", ""),
+    ("{name: crd}", "uneven"),
+    ("{name: dgpo}", ""),
+    ("{name: rwr}", "uneven"),
+    ("{name: kto}", ""),
+    ("{name: dpo}", "weighted"),
+]
 
 
 def run_process(command: list[str], folder: Path = ROOT) -> str:
@@ -58,30 +69,16 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return math.sqrt(sum((one[key] - other[key]).square().sum().item() for key in one))
 
 
-@pytest.mark.parametrize(
-    ("objective", "more"),
-    [
-        ("{name: flow_grpo, kl_weight: 0.1}", []),
-        ("{name: crd}", []),
-        ("{name: crd}", ["uneven"]),
-        ("{name: dgpo}", []),
-        ("{name: rwr}", ["uneven"]),
-        ("{name: kto}", []),
-        ("{name: dpo}", ["weighted"]),
-    ],
-)
-def test_two_processes_compute_the_gradient_of_one(tmp_path, objective, more):
+def test_two_processes_compute_the_gradient_of_one(tmp_path):
     """One makes passes of whole prompts, two part them."""
     (tmp_path / "gradient.py").write_text(GRADIENT)
-    results = []
     for launcher, count in (([sys.executable], 1), (TORCHRUN, 2)):
-        folder = tmp_path / str(count)
-        run_process([*launcher, str(tmp_path / "gradient.py"), str(folder), str(count), objective, *more])
-        results.append(load_file(folder / "gradient.safetensors"))
-    one, two = results
-    assert (one["gradient"] - two["gradient"]).norm() <= 1e-5 * one["gradient"].norm()
-    assert one["reward"] == pytest.approx(two["reward"].item(), abs=1e-6)
-    assert one["gradient"].norm() > 0
+        run_process([*launcher, str(tmp_path / "gradient.py"), str(tmp_path / str(count)), str(count), repr(CASES)])
+    for number, case in enumerate(CASES):
+        one, two = (load_file(tmp_path / str(count) / f"{number}.safetensors") for count in (1, 2))
+        assert (one["gradient"] - two["gradient"]).norm() <= 1e-5 * one["gradient"].norm(), case
+        assert one["reward"] == pytest.approx(two["reward"].item(), abs=1e-6), case
+        assert one["gradient"].norm() > 0, case
 
 
 def test_what_processes_tell_each_other_is_on_their_device(monkeypatch):
