@@ -104,13 +104,18 @@ class Window(Settings):
         if end and self.size > end - first:
             raise WrongSetting(f"size is {self.size}, but range {[first, end]} has {end - first} steps; write at most that.")
 
+    def reach(self, count: int) -> Steps:
+        """All steps of a path of `count` steps that the window may come to."""
+        first, end = self.range
+        return range(first, min(end or count - 1, count - 1))
+
     def steps(self, count: int, step: int, seed: int) -> Steps:
         """The stochastic steps of a path of `count` steps, in this training step."""
         first, end = self.range
         if end > count:
             found = f"sampler.window.range is {[first, end]}, but sampler.steps is {count} and the last step is an ODE step"
             raise UserError(f"{found}; write an end of at most {count}.")
-        end = min(end or count - 1, count - 1)
+        end = self.reach(count).stop
         if first + max(self.size, 1) > end:
             wanted = f"{max(self.size, 1)} stochastic steps from step {first} on"
             raise UserError(

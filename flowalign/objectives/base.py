@@ -47,6 +47,11 @@ class Objective(Settings):
         return False
 
     @property
+    def images_needed(self) -> int:
+        """The fewest images of a prompt that it can tell apart."""
+        return 2
+
+    @property
     def clips_at(self) -> float:
         """Log-ratios beyond this are clipped; infinite where none is."""
         return math.inf
@@ -59,7 +64,7 @@ class Objective(Settings):
         return [0]
 
     def prepare(self, policy: Policy, batch: Any, /) -> Any:
-        """The batch with what the loss must know of whole groups, found without gradient; it sees all images of an update."""
+        """The batch with what the loss must know of whole groups; it sees all images of an update. `policy` gives no gradient."""
         return batch
 
     def loss(self, policy: Policy, batch: Any, t: Any, /) -> Loss:
@@ -148,6 +153,17 @@ class ForwardObjective(Objective):
         return self.times(batch)
 
 
+@dataclass
+class ImageObjective(ForwardObjective):
+    """Learns from the policy's own images and their scores."""
+
+    guidance: Guidance | None = None
+    """Of the velocities that are trained and compared; 1 for none, by default the sampler's."""
+
+    def cond(self, rollout: Rollout) -> Cond:
+        return rollout.cond if self.guidance is None else rollout.cond.guided(self.guidance)
+
+
 def group_mean(values: PerImage, group: Tensor) -> PerImage:
     """The mean over the images of each image's prompt."""
     labels, index = group.to(values.device).unique(return_inverse=True)
@@ -187,13 +203,14 @@ class Anchor(Settings):
 
     def __call__(self, loss: Loss, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> Loss:
         """The loss with this added to it."""
-        if self.weight == 0:
-            return loss
-        kl = self.distance(policy, v, xt, t, cond)
+        return self.added(loss, v, self.velocity(policy, xt, t, cond)) if self.weight else loss
+
+    def added(self, loss: Loss, v: Latent, v_ref: Latent) -> Loss:
+        kl = self.distance(v, v_ref)
         return Loss(loss.total + self.weight * kl.mean(), loss.stats | {"kl": kl})
 
-    def distance(self, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> PerImage:
-        return mean_square(v - self.velocity(policy, xt, t, cond))
+    def distance(self, v: Latent, v_ref: Latent) -> PerImage:
+        return mean_square(v - v_ref)
 
     def velocity(self, policy: Policy, xt: Latent, t: PerImage, cond: Cond) -> Latent:
         """v_ref."""

@@ -3,8 +3,8 @@
 The KL-regularised optimum π* has β log(π*/π_old) = R - β log Z(prompt). Z is the same for all images of a prompt, so
 centring within the prompt removes it: with ρ = -(‖v - u‖² - ‖v_old - u‖²), u = noise - x0, in the place of the log-ratio,
     loss = A_max / β · (β ρ - R - Σ_j p_j (β ρ_j - R_j))² + λ (c + (1 - c) R) ‖v - v_ref‖²
-R in [0, 1] is how good an image is; v_ref is the model without adapter under guidance, so that the policy learns to do
-without; good images are anchored most. The copy that samples is not the one that ρ is measured against.
+R in [0, 1] is how good an image is; v_ref is the model without adapter under guidance, so that the policy learns to do without;
+c = kl_least / λ, so good images are anchored most. The copy that samples is not the one that ρ is measured against.
 
 Differences from the released code: it subtracts one mean over many prompts, here each prompt has its own (its Z is its own);
 times and noise are shared within a prompt, since their scale would leak into ρ.
@@ -15,17 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, ForwardObjective, goodness, group_mean, group_softmax, Loss, relative_error
+from flowalign.objectives.base import Anchor, Draw, goodness, group_mean, group_softmax, ImageObjective, Loss, relative_error
 from flowalign.policy import Decay, Policy
 from flowalign.settings import NonNegative, Positive, WrongSetting
 
 
 @dataclass
-class CRD(ForwardObjective):
+class CRD(ImageObjective):
     """Any sampler. `train.images_per_prompt` of 2 or more."""
 
     beta: Positive = 1.0
@@ -54,54 +53,50 @@ class CRD(ForwardObjective):
         return {"old": self.old, "sampler": self.sampler}
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
-        """The centres of every draw, where passes part the images of a prompt."""
+        """v_old's errors and the centres of every draw, where passes part the images of a prompt."""
         if rollout.keeps_groups_whole(policy.images_per_pass):
             return rollout
-        view, columns = policy.at("policy"), []
+        cond, columns = self.cond(rollout), []
         for draw in self.draws(rollout):
             xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-            rho = self.log_ratio(view, view.velocity(xt, draw.t, rollout.cond), xt, target, rollout, draw)
-            columns += self.centres(rho, rollout)
+            error_old = self.error(policy.at("old").velocity(xt, draw.t, cond), target)
+            rho = error_old - self.error(policy.velocity(xt, draw.t, cond), target)
+            columns += [error_old, *self.centres(rho, rollout)]
         return replace(rollout, prepared=torch.stack(columns, 1))
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        cond = self.cond(rollout)
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-        v = policy.velocity(xt, draw.t, rollout.cond)
+        v = policy.velocity(xt, draw.t, cond)
+        error, reward = self.error(v, target), self.reward(rollout)
+        if rollout.prepared.numel():
+            width = 3 if self.temperature else 2
+            error_old, *centres = rollout.prepared[:, width * draw.index : width * (draw.index + 1)].T
+        else:
+            error_old = self.error(policy.at("old").velocity(xt, draw.t, cond), target)
+            centres = self.centres(error_old - error.detach(), rollout)
 
-        rho = self.log_ratio(policy, v, xt, target, rollout, draw)
-        reward = self.reward(rollout)
-        residuals = [self.beta * rho - reward - centre for centre in self.prepared(rho, rollout, draw)]
+        rho = error_old - error
+        residuals = [self.beta * rho - reward - centre for centre in centres]
         loss = self.limit / self.beta * torch.stack(residuals).square().mean()
         stats = {"log_ratio": rho}
         if self.kl.weight == 0:
             return Loss(loss, stats)
 
-        kl = self.kl.distance(policy, v, xt, draw.t, rollout.cond)
+        kl = self.kl.distance(v, self.kl.velocity(policy, xt, draw.t, cond))
         weight = self.kl_least + (self.kl.weight - self.kl_least) * reward
         return Loss(loss + (weight * kl).mean(), stats | {"kl": kl})
 
     def reward(self, rollout: Rollout) -> PerImage:
         return goodness(rollout.advantage, self.limit)
 
-    def log_ratio(self, policy: Policy, v: Latent, xt: Latent, target: Latent, rollout: Rollout, draw: Draw) -> PerImage:
-        """ρ: by how much less v errs than v_old."""
-        v_old = policy.at("old").velocity(xt, draw.t, rollout.cond)
-        return self.error(v_old, target) - self.error(v, target)
-
     def error(self, v: Latent, target: Latent) -> PerImage:
         return relative_error(v, target) if self.adaptive else mean_square(v - target)
 
     def centres(self, rho: PerImage, rollout: Rollout) -> Iterator[PerImage]:
-        """Σ_j p_j (β ρ_j - R_j) over the images of each prompt, for each choice of p; no gradient."""
+        """Σ_j p_j (β ρ_j - R_j) over the images of each prompt, for each choice of p."""
         reward = self.reward(rollout)
-        residual = (self.beta * rho - reward).detach()
+        residual = self.beta * rho - reward
         for sign in (1, -1) if self.temperature else (0,):
             p = group_softmax(sign * reward / (self.temperature or 1), rollout.group)
             yield group_mean(p * residual, rollout.group)
-
-    def prepared(self, rho: PerImage, rollout: Rollout, draw: Draw) -> list[Tensor]:
-        """The centres found by `prepare`, or of this piece where it holds whole groups."""
-        if not rollout.prepared.numel():
-            return list(self.centres(rho, rollout))
-        width = 2 if self.temperature else 1
-        return list(rollout.prepared[:, draw.index * width : (draw.index + 1) * width].T)

@@ -54,4 +54,5 @@ class DDPO(PathObjective):
 
         loss = ESTIMATORS[self.estimator](log_prob, old_log_prob, rollout.advantage, self.clip_range).mean()
         difference = (log_prob - old_log_prob).detach()
-        return Loss(loss, {"ratio/mean": difference.exp(), "ratio/max_log_error": difference.abs()})
+        clipped = ((difference.exp() - 1).abs() > self.clips_at).float()
+        return Loss(loss, {"ratio/mean": difference.exp(), "ratio/clipped": clipped, "ratio/max_log_error": difference.abs()})

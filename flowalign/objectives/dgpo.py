@@ -1,7 +1,7 @@
 """DGPO: direct group preference optimisation (arXiv 2510.08425).
 
 Of a prompt's images the better half shall outweigh the worse: maximise log σ(-S), S = β mean_i A_i δ_i over the group, with
-δ = e - e_ref and e = ‖v - (noise - x0)‖². Its gradient is that of
+δ = e - e_ref and e = ‖v - (noise - x0)‖². Its gradient is, up to a factor β that the released code leaves out, that of
     loss = σ(S) A e + λ ‖v - v_ref‖²,   σ(S) without gradient
 which stops by itself where the group is told apart. Images whose ratio exp(e_old - e) has left [1 - ε, 1 + ε] the way their
 advantage points give no gradient. Times and noise are shared within a prompt.
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from flowalign.batch import Rollout
-from flowalign.flow import add_noise, Latent, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_mean, Loss
+from flowalign.flow import add_noise, mean_square, PerImage
+from flowalign.objectives.base import Anchor, Draw, group_mean, ImageObjective, Loss
 from flowalign.policy import Decay, Policy
 from flowalign.settings import Positive
 
 
 @dataclass
-class DGPO(ForwardObjective):
+class DGPO(ImageObjective):
     """Any sampler. `train.images_per_prompt` of 2 or more."""
 
     beta: Positive = 100.0
@@ -45,17 +45,19 @@ class DGPO(ForwardObjective):
         """S of every draw, where passes part the images of a prompt."""
         if rollout.keeps_groups_whole(policy.images_per_pass):
             return rollout
-        view, columns = policy.at("policy"), []
+        cond, columns = self.cond(rollout), []
         for draw in self.draws(rollout):
             xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-            error = mean_square(view.velocity(xt, draw.t, rollout.cond) - target)
-            columns.append(self.preference(view, error, xt, target, rollout, draw))
+            v, v_ref = policy.velocity(xt, draw.t, cond), self.kl.velocity(policy, xt, draw.t, cond)
+            columns.append(self.preference(mean_square(v - target), mean_square(v_ref - target), rollout))
         return replace(rollout, prepared=torch.stack(columns, 1))
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        cond = self.cond(rollout)
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-        v = policy.velocity(xt, draw.t, rollout.cond)
-        v_old = policy.at("old").velocity(xt, draw.t, rollout.cond)
+        v = policy.velocity(xt, draw.t, cond)
+        v_old = policy.at("old").velocity(xt, draw.t, cond)
+        v_ref = self.kl.velocity(policy, xt, draw.t, cond)
 
         error, advantage = mean_square(v - target), rollout.advantage
         ratio = (mean_square(v_old - target) - error.detach()).exp()
@@ -63,14 +65,12 @@ class DGPO(ForwardObjective):
         if rollout.prepared.numel():
             preference = rollout.prepared[:, draw.index]
         else:
-            preference = self.preference(policy, error, xt, target, rollout, draw)
+            preference = self.preference(error.detach(), mean_square(v_ref - target), rollout)
         weight = preference.sigmoid()
         loss = (weight * advantage * torch.where(gone, error.detach(), error)).mean()
         stats = {"ratio/mean": ratio, "ratio/clipped": gone.float(), "group_weight": weight}
-        return self.kl(Loss(loss, stats), policy, v, xt, draw.t, rollout.cond)
+        return self.kl.added(Loss(loss, stats), v, v_ref)
 
-    def preference(self, policy: Policy, error: PerImage, xt: Latent, target: Latent, rollout: Rollout, draw: Draw) -> PerImage:
-        """S of each image's group; no gradient."""
-        v_ref = self.kl.velocity(policy, xt, draw.t, rollout.cond)
-        gained = error.detach() - mean_square(v_ref - target)
-        return self.beta * group_mean(rollout.advantage * gained, rollout.group)
+    def preference(self, error: PerImage, error_ref: PerImage, rollout: Rollout) -> PerImage:
+        """S of each image's group."""
+        return self.beta * group_mean(rollout.advantage * (error - error_ref), rollout.group)

@@ -50,7 +50,7 @@ class DPO(Objective):
     """From pairs of `data.pairs`, or online from the ranked images of `data.prompts`."""
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False))
     beta: Positive = 500.0
     beta_over_time: Literal["constant", "of_noise_error"] = "constant"
     form: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"

@@ -5,8 +5,9 @@ With ratio_k = π_θ(x_{k+1} | x_k, c) / π_old(x_{k+1} | x_k, c) and advantages
 
 Its relatives are settings. `ratio: normalised` and `step_weight: inverse_time` are GRPO-Guard (2510.22319): with Δμ the
 move of the step's mean, log ratio becomes mean(noise · Δμ), which is centred and has one scale for all steps.
-`step_weight: noise` is TempFlow-GRPO's (2508.04324). `sampler.window` trains on a window of steps (Flow-GRPO-Fast,
-MixGRPO 2507.21802).
+`step_weight: noise` with one stochastic step a rollout (`sampler: {window: {size: 1}, same_noise: true}`: all that differs
+between the images of a prompt is that step's noise) is TempFlow-GRPO (2508.04324). `sampler.window` trains on a window of steps
+(Flow-GRPO-Fast, MixGRPO 2507.21802).
 
 Differences from the paper: the log-probability is the mean over latent elements, as in the released code, and so is the
 KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's length: |t - s| times the exact one. The last step
@@ -37,16 +38,17 @@ def normalised_log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
     return (noise * moved).flatten(1).mean(1)
 
 
-def even(policy: Policy, trained: range, k: int) -> float:
+def even(policy: Policy, k: int) -> float:
     return 1.0
 
 
-def by_noise(policy: Policy, trained: range, k: int) -> float:
-    """The step's std over the mean of those trained."""
-    return policy.std(k) * len(trained) / sum(map(policy.std, trained))
+def by_noise(policy: Policy, k: int) -> float:
+    """The step's std over the mean of all that the sampler's window reaches."""
+    steps = policy.sampler.window.reach(policy.sampler.steps)
+    return policy.std(k) * len(steps) / sum(map(policy.std, steps))
 
 
-def by_inverse_time(policy: Policy, trained: range, k: int) -> float:
+def by_inverse_time(policy: Policy, k: int) -> float:
     return 1 / (policy.times[k] - policy.times[k + 1])
 
 
@@ -76,7 +78,7 @@ class FlowGRPO(PathObjective):
         log_ratio = RATIOS[self.ratio](step, rollout, k)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        weight = STEP_WEIGHTS[self.step_weight](policy, self.steps(rollout), k)
+        weight = STEP_WEIGHTS[self.step_weight](policy, k)
         loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() * weight
         stats = {
             "ratio/mean": ratio,

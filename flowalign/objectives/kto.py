@@ -5,8 +5,8 @@ z = max(0, mean of g over all images of the update), without gradient,
     loss = λ_y (1 - σ(y β (g - z)))
 Velocities are those without guidance, however images are sampled.
 
-Difference from the paper: images come as pairs, one liked and one disliked, that share time and noise (there: each by itself,
-four of five liked).
+Differences from the paper: images come as pairs, one liked and one disliked, that share time and noise (there: each by itself,
+four of five liked); z is the released code's, as is the default β (there: a mean over other prompts' images, and 5000).
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ class KTO(Objective):
     """
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False))
     beta: Positive = 1000.0
     liked: NonNegative = 1.0
     """λ of liked images."""
@@ -42,10 +42,10 @@ class KTO(Objective):
 
     def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
         """Of every draw z, over all processes, and the reference's errors of the liked and of the disliked images."""
-        view, columns = policy.at("policy"), []
+        columns = []
         for draw in self.draws(pairs):
             error_ref = self.error(policy.at("reference"), pairs, draw)
-            gained = (error_ref - self.error(view, pairs, draw)).double().sum()
+            gained = (error_ref - self.error(policy, pairs, draw)).double().sum()
             images = torch.full_like(gained, 2 * len(pairs))  # other processes may have fewer
             total, count = processes.mean(torch.stack([gained, images]))
             z = (total / count.clamp(min=1)).clamp(min=0).float().expand(len(pairs))

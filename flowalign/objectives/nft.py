@@ -1,7 +1,7 @@
 """DiffusionNFT: learn from good and bad images in the forward process (arXiv 2509.16117, equation 5).
 
 With v± = v_old ± β (v - v_old) and r in [0, 1] how good an image is,
-    loss = A_max / β · (r ‖v+ - (noise - x0)‖² + (1 - r) ‖v- - (noise - x0)‖²)
+    loss = A_max / β · (r ‖v+ - (noise - x0)‖² + (1 - r) ‖v- - (noise - x0)‖²) + λ ‖v - v_ref‖²
 
 Differences from the released code: times are drawn from strata of an interval (there: those of the sampler's steps, in random
 order), and the images of a prompt share times and noise unless `times.shared` is false.
@@ -12,13 +12,13 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, ForwardObjective, goodness, Loss, relative_error
+from flowalign.objectives.base import Anchor, Draw, goodness, ImageObjective, Loss, relative_error
 from flowalign.policy import Decay, Policy
 from flowalign.settings import Positive
 
 
 @dataclass
-class NFT(ForwardObjective):
+class NFT(ImageObjective):
     """Any sampler; the lagging copy `old` samples."""
 
     beta: Positive = 1.0
@@ -36,16 +36,17 @@ class NFT(ForwardObjective):
         return {"old": self.old}
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
+        cond = self.cond(rollout)
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-        v = policy.velocity(xt, draw.t, rollout.cond)
-        v_old = policy.at("old").velocity(xt, draw.t, rollout.cond)
+        v = policy.velocity(xt, draw.t, cond)
+        v_old = policy.at("old").velocity(xt, draw.t, cond)
 
         good = self.error(v_old + self.beta * (v - v_old), target, draw.t)
         bad = self.error(v_old - self.beta * (v - v_old), target, draw.t)
         r = goodness(rollout.advantage, self.limit)
         loss = self.limit / self.beta * (r * good + (1 - r) * bad).mean()
         stats = {"error/good": good, "error/bad": bad, "moved": mean_square(v.detach() - v_old)}
-        return self.kl(Loss(loss, stats), policy, v, xt, draw.t, rollout.cond)
+        return self.kl(Loss(loss, stats), policy, v, xt, draw.t, cond)
 
     def error(self, v: Latent, target: Latent, t: PerImage) -> PerImage:
         # x0_hat - x0 is -t (v - target): the adaptive weight divides t² ‖·‖² by t |·|.

@@ -1,7 +1,10 @@
 """RAFT: imitate the best of every prompt's images (arXiv 2304.06767), on the flow-matching loss.
 
 loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G / n for the n best of a prompt's G images (ties count), 0 for the others
-v is the velocity without guidance, however images are sampled.
+v is the velocity without guidance, however images are sampled, unless `guidance` says otherwise.
+
+Differences from the paper, which is on language models: λ, and times and noise that the images of a prompt share unless
+`times.shared` is false.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,20 +12,25 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Anchor, Draw, ForwardObjective, group_mean, Loss
+from flowalign.objectives.base import Anchor, Draw, group_mean, ImageObjective, Loss
 from flowalign.policy import Policy
-from flowalign.settings import Count
+from flowalign.settings import Count, Guidance
 
 
 @dataclass
-class RAFT(ForwardObjective):
+class RAFT(ImageObjective):
     """Any sampler. A prompt whose images are all equally good teaches as plain imitation would."""
 
     by_advantage: ClassVar[bool] = False
     keep: Count = 1
     """How many of a prompt's images are imitated."""
+    guidance: Guidance | None = 1.0
     kl: Anchor = field(default_factory=Anchor)
     """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
+
+    @property
+    def images_needed(self) -> int:
+        return self.keep + 1
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """The weights, which need whole groups."""
@@ -34,8 +42,8 @@ class RAFT(ForwardObjective):
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
-        v = policy.velocity(xt, draw.t, rollout.cond.unguided())
+        v = policy.velocity(xt, draw.t, self.cond(rollout))
 
         error, w = mean_square(v - target), rollout.prepared[:, 0]
         loss = Loss((w * error).mean(), {"error": error, "kept": (w > 0).float()})
-        return self.kl(loss, policy, v, xt, draw.t, rollout.cond.unguided())
+        return self.kl(loss, policy, v, xt, draw.t, self.cond(rollout))

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 from flowalign.batch import Pairs, Rollout
-from flowalign.dynamics import flow_sde
+from flowalign.dynamics import flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.experience import collect
 from flowalign.flow import add_noise
@@ -172,7 +172,7 @@ def test_chosen_and_rejected_share_time_and_noise():
 @pytest.mark.parametrize("objective", [DPO(beta=1.0, imitate=0.5), KTO(beta=1.0)])
 def test_a_pair_of_weight_0_gives_no_gradient(objective):
     policy, pairs, draw, _ = free_case()
-    pairs = objective.prepare(policy, replace(pairs, weight=torch.tensor([1.0, 0.0])))
+    pairs = objective.prepare(policy.at("policy"), replace(pairs, weight=torch.tensor([1.0, 0.0])))
     found = gradient(objective.loss(policy, pairs, draw).total, policy.theta)
     assert found[[0, 2]].abs().min() > 0
     assert found[[1, 3]].abs().max() == 0
@@ -254,7 +254,7 @@ def kto_case(step: float) -> tuple[KTO, VelocityPolicy, Pairs]:
 def test_kto_s_reference_point_is_the_mean_over_the_whole_update():
     objective, policy, pairs = kto_case(step=0.3)
     (draw,) = objective.draws(pairs)
-    prepared = objective.prepare(policy, pairs)
+    prepared = objective.prepare(policy.at("policy"), pairs)
     mean = gained(objective, policy, pairs, draw).mean()
     assert mean > 0
     assert_close(prepared.prepared[:, 0], mean.expand(4))
@@ -263,12 +263,14 @@ def test_kto_s_reference_point_is_the_mean_over_the_whole_update():
 
 def test_pieces_of_a_kto_update_have_the_gradient_of_the_whole():
     objective, policy, pairs = kto_case(step=0.3)
-    prepared = objective.prepare(policy, pairs)
+    prepared = objective.prepare(policy.at("policy"), pairs)
     (draw,) = objective.draws(prepared)
     whole = kto_gradient(objective, policy, prepared, draw)
     pieces = [kto_gradient(objective, policy, piece, *objective.draws(piece)) for piece in prepared.pieces(1)]
     assert_close(torch.stack(pieces).mean(0), whole)
-    alone = [kto_gradient(objective, policy, objective.prepare(policy, p), *objective.draws(p)) for p in pairs.pieces(1)]
+    alone = [
+        kto_gradient(objective, policy, objective.prepare(policy.at("policy"), p), *objective.draws(p)) for p in pairs.pieces(1)
+    ]
     assert not torch.allclose(torch.stack(alone).mean(0), whole, rtol=1e-2)
 
 
@@ -278,7 +280,7 @@ def test_kto_s_reference_point_is_never_negative():
     policy = replace(policy, theta=torch.tensor([5.0]))
     (draw,) = objective.draws(pairs)
     assert gained(objective, policy, pairs, draw).mean() < 0
-    assert objective.prepare(policy, pairs).prepared[:, 0].abs().max() == 0
+    assert objective.prepare(policy.at("policy"), pairs).prepared[:, 0].abs().max() == 0
 
 
 @pytest.mark.parametrize("make", [KTO, PRDP])
@@ -294,11 +296,23 @@ def test_the_reference_is_asked_once_about_every_image_and_draw(make, monkeypatc
 
     monkeypatch.setattr(Policy, "velocity", counted)
     objective = make()
-    pairs = objective.prepare(policy, pairs)
+    pairs = objective.prepare(policy.at("policy"), pairs)
     draws = list(objective.draws(pairs))
     for draw in draws:
         objective.loss(policy, pairs, draw)
     assert asked.count(("reference", 2 * len(pairs))) == len(draws) == len([name for name, _ in asked if name == "reference"])
+
+
+@pytest.mark.parametrize("make", [DPO, KTO])
+def test_every_pair_of_a_prompt_has_a_time_and_a_noise_of_its_own(make):
+    """Or 16 pairs of 8 images would teach what 8 images do."""
+    policy = make_policy(Sampler(steps=3, dynamics=flow_sde))
+    rollout = collect(policy.at("policy"), two_groups(policy), 6)
+    keys = rollout.keys.clone()
+    keys[:, 2], keys[:, 3] = 0, torch.arange(6)  # all of one prompt
+    pairs = rank(replace(rollout, keys=keys, reward=torch.arange(6.0)), Ranking(top=3))
+    (draw,) = make().draws(pairs)
+    assert len(draw.t.unique()) == len(draw.noise.flatten(1).unique(dim=0)) == len(pairs) == 9
 
 
 # D3PO
@@ -374,7 +388,7 @@ def chain_pairs(slope: float, old: ChainPolicy) -> Pairs:
 
 def prdp_gradient(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> Tensor:
     """Of the mean over the draws, as the loop takes it."""
-    pairs = objective.prepare(policy, pairs)
+    pairs = objective.prepare(policy.at("policy"), pairs)
     return torch.stack([gradient(objective.loss(policy, pairs, k).total, policy.bias) for k in objective.draws(pairs)]).mean(0)
 
 
@@ -388,7 +402,7 @@ def directly(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> tuple[Tensor
     errors = []
     for step in (moved, moved.clamp(-limit, limit)):
         chosen, rejected = (step.sum(1) + before).chunk(2)
-        errors.append((objective.temperature * (chosen - rejected) - pairs.gap) ** 2)
+        errors.append((objective.temperature * (chosen - rejected) - pairs.gap) ** 2 / objective.temperature)
     return errors[0], errors[1]
 
 
@@ -400,9 +414,9 @@ def test_prdp_ends_at_the_kl_regularised_optimum():
     policy = ChainPolicy(torch.zeros(3, requires_grad=True), STDS)
     for _ in range(200):
         step = prdp_gradient(objective, policy, pairs) * torch.tensor(STDS) ** 2
-        policy = replace(policy, bias=(policy.bias - 0.1 * step).detach().requires_grad_())
+        policy = replace(policy, bias=(policy.bias - 0.15 * step).detach().requires_grad_())
     assert_close(policy.bias.detach(), optimum, rtol=1e-4, atol=1e-5)
-    losses = [objective.loss(policy, objective.prepare(policy, pairs), k).total for k in range(3)]
+    losses = [objective.loss(policy, objective.prepare(policy.at("policy"), pairs), k).total for k in range(3)]
     assert max(losses) < 1e-8
 
 
@@ -425,7 +439,7 @@ def test_prdp_takes_the_larger_of_the_plain_and_the_clipped_error():
     assert (plain < clipped).any()
     assert (plain > clipped).any()
     for k in range(3):
-        loss = objective.loss(policy, objective.prepare(policy, pairs), k)
+        loss = objective.loss(policy, objective.prepare(policy.at("policy"), pairs), k)
         assert_close(loss.total, torch.maximum(plain, clipped).mean(), rtol=1e-4, atol=1e-6)
         assert_close(loss.stats["ratio/clipped"], (plain < clipped).float())
 
@@ -500,11 +514,12 @@ def test_the_normalised_ratio_is_the_ratio_without_its_bias_and_scale(sampled):
         assert centred.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.67])
-def test_weights_by_noise_average_to_one_over_the_steps_that_are_trained(sampled, fraction):
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_weights_by_noise_average_to_one_over_the_steps_that_a_window_reaches(sampled, size):
+    """Also where one step is trained at a time, as by TempFlow-GRPO."""
     policy, rollout = sampled
-    steps = PathSteps(fraction=fraction)
-    weights = {k: step_weight(policy, rollout, FlowGRPO(step_weight="noise", steps=steps), k) for k in steps(rollout)}
+    policy = policy.sampling(replace(policy.sampler, window=Window(size=size)))
+    weights = {k: step_weight(policy, rollout, FlowGRPO(step_weight="noise"), k) for k in rollout.steps}
     assert sum(weights.values()) / len(weights) == pytest.approx(1, rel=1e-5)
     assert [weights[k] / weights[0] for k in weights] == pytest.approx([policy.std(k) / policy.std(0) for k in weights], rel=1e-5)
 
