@@ -115,7 +115,7 @@ def of_one_pass(run: Assembly) -> tuple[int, int]:
     objective, policy, train = run.config.objective, run.policy, run.config.train
     batch, _ = run.source(0)
     taught = batch[: len(batch) // train.updates_per_step].taught()
-    piece = objective.prepare(policy, taught).passes(train.images_per_pass)[0]
+    piece = objective.prepare(policy.at("policy"), taught).passes(train.images_per_pass)[0]
     draw = next(iter(objective.draws(piece)))
     model = policy.model
     given = [x for x in [*vars(piece).values(), *vars(piece.cond).values()] if isinstance(x, Tensor)]

@@ -274,7 +274,7 @@ def pass_size(policy: Policy, images: int) -> int:
 
 def losses(policy: Policy, objective: Objective, batch: Batch, images_per_pass: int) -> Iterator[tuple[Any, Loss]]:
     """Draw by draw, of every pass."""
-    batch = objective.prepare(policy, batch)
+    batch = objective.prepare(policy.at("policy"), batch)
     for piece in batch.passes(images_per_pass):
         for number, t in enumerate(objective.draws(piece)):
             yield number, objective.loss(policy, piece, t)
@@ -293,7 +293,7 @@ def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator
     if errors:
         yield ratio(list(errors.values()), objective.clips_at, str(policy.model.transformer.dtype).removeprefix("torch."))
     if kls:
-        guided = [g for g in (anchor.guidance for anchor in anchors(objective)) if g not in (None, policy.sampler.guidance)]
+        guided = [anchor.guidance for anchor in anchors(objective) if anchor.guidance is not None]
         why = f"; the reference is asked under guidance {guided[0]:g}" if guided else "; it should be 0" if max(kls) else ""
         yield Finding("kl", f"{max(kls):.2g} before the first update{why}", max(kls) > 0 and not guided)
 

@@ -48,7 +48,7 @@ def compute_gradient(
     policy: Policy, objective: Objective, batch: Batch, images_per_pass: int, meter: Meter, update: int = 0
 ) -> Tensor:
     """Fill the policy's gradients with those of the mean loss over the batch's rows and draws, over all processes: returned."""
-    batch = objective.prepare(policy, batch)
+    batch = objective.prepare(policy.at("policy"), batch)
     passes = batch.passes(images_per_pass)
     scale = policy.loss_scale(round(processes.maximum(torch.tensor(float(len(passes)))).item()))  # one for all processes
     rows = processes.mean(torch.tensor(float(len(batch)))).item()  # processes may hold different numbers of them

@@ -115,7 +115,7 @@ def rehearse(config: Config) -> Plan:
             made, _ = source_of(objective.learns_from, supplies_of(config, policy))(0)
         with ledger.part() as prepared:
             taught = made.taught()
-            batch = objective.prepare(policy, taught)
+            batch = objective.prepare(policy.at("policy"), taught)
         piece = batch.passes(train.images_per_pass)[0]
         draws = list(objective.draws(piece))
         with ledger.part() as learned:

@@ -137,8 +137,7 @@ def test_the_screen_gives_the_arithmetic_and_the_ratios(tmp_path, capsys):
 def kl_without_gradient(monkeypatch):
     exact = Gaussian.kl
     monkeypatch.setattr(Gaussian, "kl", lambda self, other: exact(self, other).detach())
-    distance = Anchor.distance
-    monkeypatch.setattr(Anchor, "distance", torch.no_grad()(distance))
+    monkeypatch.setattr(Anchor, "distance", torch.no_grad()(Anchor.distance))
 
 
 def schedule_off_by_one(monkeypatch):
