@@ -203,12 +203,14 @@ def check_experience(config: Config) -> None:
             )
         return
     if not data.prompts:
-        raise UserError("data.prompts is missing.")
+        given = ", or data.pairs, pictures of yours" if may_be_given and not objective.needs_stochastic_steps else ""
+        raise UserError(f"data.prompts is missing; write a file with a prompt a line, such as prompts.txt{given}.")
     if not config.rewards:
         found = "rewards is empty" if "rewards" in config.raw else "the section 'rewards' is missing"
         raise UserError(f"{found}; name at least one, for example rewards: {{scene_match: 1.0}}.")
-    if kind is not Prompts and train.images_per_prompt < 2:
-        raise UserError("train.images_per_prompt is 1, but images of the same prompt are compared; use 2 or more.")
+    if kind is not Prompts and train.images_per_prompt < objective.images_needed:
+        found = f"train.images_per_prompt is {train.images_per_prompt}, but images of the same prompt are compared"
+        raise UserError(f"{found}; use {objective.images_needed} or more.")
     objective.check(config.sampler)
     if config.sampler.same_noise and (kind is Prompts or not config.sampler.stochastic_steps(0, 0)):
         why = f"the objective {name} makes images by the ODE" if kind is Prompts else "sampler.dynamics adds no noise"

@@ -10,6 +10,29 @@ from typing import Any
 from flowalign.errors import did_you_mean, similar_file, UserError
 from flowalign.settings import configure, mapping
 
+RELATIVES = {
+    "grpo": "objective: {name: flow_grpo}",
+    "dancegrpo": "objective: {name: flow_grpo} with sampler: {dynamics: {name: dance_sde}}",
+    "flowgrpofast": "objective: {name: flow_grpo} with sampler: {window: {size: 2}}",
+    "mixgrpo": "objective: {name: flow_grpo} with sampler: {window: {size: 4, moves: progressive}}",
+    "grpoguard": "objective: {name: flow_grpo, ratio: normalised, step_weight: inverse_time}",
+    "tempflowgrpo": "objective: {name: flow_grpo, step_weight: noise} with sampler: {window: {size: 1}, same_noise: true}",
+    "diffusionnft": "objective: {name: nft}",
+    "flowdpo": "objective: {name: dpo}",
+    "diffusiondpo": "objective: {name: dpo, beta_over_time: of_noise_error}",
+    "onlinedpo": "objective: {name: dpo} with data.prompts",
+    "dp2o": "objective: {name: dpo} with data: {ranking: {top: 8, weighted: true}}",
+    "ipo": "objective: {name: dpo, form: ipo}",
+    "diffusionkto": "objective: {name: kto}",
+    "draft": "objective: {name: alignprop, depth: K}, K the number of steps; sampler.steps for all",
+    "draftk": "objective: {name: alignprop, depth: K}, K the number of steps",
+    "gdpo": "advantage: {name: gdpo}",
+    "prefgrpo": "advantage: {name: win_rate}",
+    "paco": "advantage: {name: log_tamed}",
+    "pacogrpo": "advantage: {name: log_tamed}",
+}
+"""Methods that are settings here, by their papers' names in small letters alone."""
+
 
 def build_named(table: dict[str, Any], section: Any, key: str, kind: type | tuple[str, ...]) -> Any:
     """What `name` asks for, with the section's other fields as its settings: of a class, or a function of these arguments."""
@@ -41,9 +64,10 @@ def imported(spec: str, key: str, table: dict[str, Any]) -> Any:
     """What `file.py:name` or `package.module:name` stands for."""
     place, colon, name = spec.rpartition(":")
     if not colon:
+        written = RELATIVES.get("".join(filter(str.isalnum, spec.lower())))
+        near = f" Here it is {written}." if written else did_you_mean(spec, table)
         raise UserError(
-            f"{key}: there is no {spec!r}; choose from {', '.join(table)}, "
-            f'or name your own: "my_file.py:{spec}".{did_you_mean(spec, table)}'
+            f'{key}: there is no {spec!r}; choose from {", ".join(table)}, or name your own: "my_file.py:{spec}".{near}'
         )
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)

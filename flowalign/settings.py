@@ -93,6 +93,12 @@ def refusal(error: ValidationError, cls: Any, key: str, beside: tuple[str, ...])
         cause = first.get("ctx", {})["error"]
         own = isinstance(cause, WrongSetting)
         return f"{place}.{cause}" if own else f"{place} cannot be made: {type(cause).__name__}: {cause}"
+    inner = cls
+    for part in first["loc"] if first["type"] == "dataclass_type" else ():
+        inner = dataclass_in(get_type_hints(inner).get(str(part))) or inner
+    if inner is not cls:
+        fields = ", ".join(f"{f.name}: ..." for f in dataclasses.fields(inner) if f.init)
+        return f"{place} is {first['input']!r}; it must be a mapping: write one or more of {place}: {{{fields}}}."
     return f"{place} is {first['input']!r}; {advice(first)}"
 
 

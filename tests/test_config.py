@@ -8,7 +8,7 @@ import pytest
 from flowalign.config import load_config
 from flowalign.dynamics import cps, flow_sde, ode
 from flowalign.errors import UserError
-from flowalign.named import imported
+from flowalign.named import imported, RELATIVES
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.nft import NFT
@@ -294,6 +294,16 @@ def test_a_missing_setting_is_named(tmp_path, section, key):
     assert f"{key} is missing" in refusal(written(tmp_path, text))
 
 
+@pytest.mark.parametrize("written", RELATIVES.values())
+def test_what_a_method_is_called_here_can_be_written_so(written):
+    """The parts `section: {...}` of the answer, each as an override."""
+    sections = re.findall(r"(\w+): (\{.*\})", written.replace("K}", "2}").replace(" with ", "\n"))
+    counts = ["train.prompts_per_step=4", "train.images_per_prompt=16", "train.images_per_pass=16"]
+    overrides = [f"{section}={settings}" for section, settings in sections]
+    assert overrides
+    load_config(CONFIGS / "base" / "tiny-online.yaml", [*counts, *overrides])
+
+
 def test_an_objective_of_ones_own_is_named_by_its_path(tmp_path, small):
     head = "from dataclasses import dataclass\nfrom flowalign.objectives.base import Objective\n\n"
     code = head + "@dataclass\nclass Mine(Objective):\n    strength: float = 1.0\n"
@@ -323,7 +333,7 @@ def test_the_page_s_table_of_objectives_has_every_setting_and_its_default():
             value = getattr(objective, key)
             if isinstance(value, bool):
                 assert written == str(value).lower(), (name, key)
-            elif isinstance(value, int | float) and written != "none":
-                assert float(written) == value, (name, key)
+            elif isinstance(value, int | float):
+                assert float(written.replace(".inf", "inf")) == value, (name, key)
             elif isinstance(value, str):
                 assert written.split()[0] == value, (name, key)
