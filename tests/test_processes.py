@@ -101,34 +101,24 @@ def test_what_processes_tell_each_other_is_on_their_device(monkeypatch):
     assert seen == ["meta"] * 3
 
 
-def test_train_runs_under_torchrun_and_accelerate_launch(tmp_path):
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    for name, launcher in (("torchrun", TORCHRUN), ("accelerate", accelerate)):
-        out = run_process([*launcher, "train.py", str(TINY), *SMALL, "train.images_per_pass=3", f"output={tmp_path / name}"])
-        assert "2 process(es) on cpu" in out
-        assert [line["images"] for line in read_metrics(tmp_path / name)] == [6, 12]
-        assert json.loads((tmp_path / name / "environment.json").read_text())["processes"] == 2
-    one, other = (
-        load_file(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors") for name in ("torchrun", "accelerate")
-    )
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
 def test_a_run_goes_on_with_another_number_of_processes_and_the_same_prompts_and_noise(tmp_path):
+    """Of one process, and of two by accelerate and by torchrun."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = ["train.py", str(TINY), *SMALL, "train.images_per_pass=3", "train.save_every=1"]
     whole = tmp_path / "whole"
     run_process([sys.executable, *command, "train.steps=4", "train.keep=4", f"output={whole}"])
     before, end = (load_file(checkpoints(whole)[i] / "pytorch_lora_weights.safetensors") for i in (-2, -1))
     last_update = distance(before, end)
-    launchers = {1: [sys.executable], 2: TORCHRUN}
     shutil.copytree(
         whole, tmp_path / "1-2", ignore=shutil.ignore_patterns("step-000003", "step-000004", "adapter", "summary.json")
     )
-    run_process([*TORCHRUN, *command, "train.steps=2", f"output={tmp_path / '2-1'}"])
-    for first, then in ((2, 1), (1, 2)):
-        parted = tmp_path / f"{first}-{then}"
-        out = run_process([*launchers[then], *command, "train.steps=4", f"output={parted}"])
+    out = run_process([*accelerate, *command, "train.steps=2", f"output={tmp_path / '2-1'}"])
+    assert "2 process(es) on cpu" in out
+    assert [line["images"] for line in read_metrics(tmp_path / "2-1")] == [6, 12]
+    for parted, launcher, then in ((tmp_path / "2-1", [sys.executable], 1), (tmp_path / "1-2", TORCHRUN, 2)):
+        out = run_process([*launcher, *command, "train.steps=4", f"output={parted}"])
         assert "Going on from" in out
+        assert f"{then} process(es) on cpu" in out
         assert json.loads((parted / "environment.json").read_text())["processes"] == then
         for one, other in zip(read_metrics(whole), read_metrics(parted), strict=True):
             assert one["reward/combined"] == pytest.approx(other["reward/combined"], abs=1e-5)
