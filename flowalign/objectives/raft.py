@@ -3,8 +3,7 @@
 loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G / n for the n best of a prompt's G images (ties count), 0 for the others
 v is the velocity without guidance, however images are sampled, unless `guidance` says otherwise.
 
-Differences from the paper, which is on language models: λ, and times and noise that the images of a prompt share unless
-`times.shared` is false.
+Difference from the paper, which is on language models: λ.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Anchor, Draw, group_mean, ImageObjective, Loss
+from flowalign.objectives.base import Anchor, Draw, ForwardTimes, group_mean, ImageObjective, Loss
 from flowalign.policy import Policy
 from flowalign.settings import Count, Guidance
 
@@ -22,6 +21,7 @@ class RAFT(ImageObjective):
     """Any sampler. A prompt whose images are all equally good teaches as plain imitation would."""
 
     by_advantage: ClassVar[bool] = False
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(shared=False))
     keep: Count = 1
     """How many of a prompt's images are imitated."""
     guidance: Guidance | None = 1.0

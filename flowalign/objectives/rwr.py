@@ -3,8 +3,8 @@
 loss = w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖²,   w = G softmax(reward / τ) over the G images of a prompt
 Where images are sampled under guidance, so is v: the paper found that rounds after the first need it.
 
-Differences from the paper: λ (there: none), times and noise that the images of a prompt share unless `times.shared` is false, and
-τ, here for rewards from 0 to 1 (there: 5, for aesthetic scores and sizes of files).
+Differences from the paper: λ (there: none), and τ, here for rewards from 0 to 1 (there: 5, for aesthetic scores and sizes of
+files).
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Anchor, Draw, group_softmax, ImageObjective, Loss
+from flowalign.objectives.base import Anchor, Draw, ForwardTimes, group_softmax, ImageObjective, Loss
 from flowalign.policy import Policy
 from flowalign.settings import Positive
 
@@ -22,6 +22,7 @@ class RWR(ImageObjective):
     """Any sampler."""
 
     by_advantage: ClassVar[bool] = False
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(shared=False))
     temperature: Positive = 0.2
     """τ, in units of the reward."""
     kl: Anchor = field(default_factory=Anchor)

@@ -664,8 +664,9 @@ def test_images_of_a_prompt_share_times_and_noise_and_prompts_do_not():
         assert noise[:, 0, 0].unique().numel() == 3
 
 
-def test_images_have_their_own_times_and_noise_where_they_are_not_shared():
-    for draw in ForwardTimes(shared=False)(images(prompts=3, per_prompt=4)):
+@pytest.mark.parametrize("objective", [RWR(), RAFT(), AWM(times=ForwardTimes(shared=False))])
+def test_images_have_their_own_times_and_noise_where_they_are_not_shared(objective):
+    for draw in objective.draws(images(prompts=3, per_prompt=4)):
         assert draw.t.unique().numel() == 12
         assert draw.noise[:, 0].unique().numel() == 12
 
