@@ -3,7 +3,7 @@
 Runs configs/tiny/NAME.yaml from the same model, prompts and seeds, and prints for each what a user asks: the gain after 4,000
 images, images and seconds to a strict score of 0.8 and 0.9, the final score, the reward that can be hacked (tiny CLIP) beside the
 checker, how different the images of a prompt still are, and how far the velocities moved. Writes table.md, results.json and
-curves.png. Runs that are done are not repeated.
+curves.png, beside what results.json says of other names. Runs that are done are not repeated.
 """
 
 import argparse
@@ -51,11 +51,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/objectives"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for name, seed in product(options.names, range(options.seeds)):
-        results.setdefault(name, []).append(measured(name, seed, options))
-        report(results, options.output)
+        runs.setdefault(name, []).append(measured(name, seed, options))
+        report(best_first(known(options.output) | runs), options.output)
     print((options.output / "table.md").read_text())
+
+
+def known(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs in results.json, by name."""
+    path = folder / "results.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def best_first(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """By the median of the last strict scores."""
+
+    def score(name: str) -> float:
+        return statistics.median(run["points"][-1]["scene_match"] for run in results[name])
+
+    return {name: results[name] for name in sorted(results, key=score, reverse=True)}
 
 
 def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
