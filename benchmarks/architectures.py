@@ -9,8 +9,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from flowalign.models.base import FlowModel
@@ -99,7 +103,9 @@ class RandomSD35Medium(SD3):
     pipeline_class: ClassVar = RandomSD35MediumPipeline
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(len(texts), 2048)
+        return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(
+            len(texts), 2048
+        )
 
 
 class RandomFluxDev(Flux):
@@ -108,7 +114,9 @@ class RandomFluxDev(Flux):
     pipeline_class: ClassVar = RandomFluxDevPipeline
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(len(texts), 768)
+        return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(
+            len(texts), 768
+        )
 
 
 ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {

@@ -19,20 +19,33 @@ from random import Random
 
 import torch
 
-from flowalign.checkpoint import checkpoints
 from flowalign.cli import main as flowalign
+from flowalign.runs.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[1]
 NAMES = "flow_grpo", "crd"
 SMALL = [
-    *("train.steps=8", "train.prompts_per_step=4", "train.images_per_prompt=3", "train.images_per_pass=6"),
-    *("sampler.steps=4", "train.save_every=1", "train.evaluate_every=3", "train.ema.decay=0.5", "evaluation.images_per_prompt=1"),
+    *(
+        "train.steps=8",
+        "train.prompts_per_step=4",
+        "train.images_per_prompt=3",
+        "train.images_per_pass=6",
+    ),
+    *(
+        "sampler.steps=4",
+        "train.save_every=1",
+        "train.evaluate_every=3",
+        "train.ema.decay=0.5",
+        "evaluation.images_per_prompt=1",
+    ),
     "evaluation.prompts=tests/prompts.jsonl",
 ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,20 +58,31 @@ def main() -> None:
         found = [interrupted(number, Path(folder), options) for number in range(options.runs)]
     same = sum(run["same"] for run in found)
     kills, while_writing = (sum(run[key] for run in found) for key in ("kills", "while_writing"))
-    print(f"{same} of {len(found)} runs end with the adapter of the run that was never killed; {kills} kills, ", end="")
+    print(
+        f"{same} of {len(found)} runs end with the adapter of the run that was never killed; {kills} kills, ",
+        end="",
+    )
     print(f"{while_writing} of them while a checkpoint was being written")
     if options.output:
-        options.output.write_text(json.dumps({"processes": options.processes, "seed": options.seed, "runs": found}, indent=2))
+        options.output.write_text(
+            json.dumps(
+                {"processes": options.processes, "seed": options.seed, "runs": found}, indent=2
+            )
+        )
     sys.exit(same != len(found))
 
 
-def interrupted(number: int, folder: Path, options: argparse.Namespace) -> dict[str, int | bool | str]:
+def interrupted(
+    number: int, folder: Path, options: argparse.Namespace
+) -> dict[str, int | bool | str]:
     """One run, killed and continued to its end."""
     random, name = Random(f"{options.seed}/{number}"), NAMES[number % len(NAMES)]
     whole, run = folder / f"{name}-whole", folder / f"run-{number}"
     if not whole.exists():
         began = time.monotonic()
-        assert finished(start(name, whole, options.processes)), f"{name} failed without being killed"
+        assert finished(start(name, whole, options.processes)), (
+            f"{name} failed without being killed"
+        )
         (whole / "took").write_text(str(time.monotonic() - began))
     took, kills, while_writing = float((whole / "took").read_text()), 0, 0
     for _ in range(random.randint(1, 3)):
@@ -68,15 +92,31 @@ def interrupted(number: int, folder: Path, options: argparse.Namespace) -> dict[
             kills, while_writing = kills + 1, while_writing + writing
     assert finished(start(name, run, options.processes)), f"run {number} did not go on"
     same = digest(run) == digest(whole)
-    print(f"run {number:2} ({name}): killed {kills} times, {'the same adapter' if same else 'ANOTHER ADAPTER'}", flush=True)
-    return {"name": name, "kills": kills, "while_writing": while_writing, "same": same, "sha256": digest(run)}
+    print(
+        f"run {number:2} ({name}): killed {kills} times, {'the same adapter' if same else 'ANOTHER ADAPTER'}",
+        flush=True,
+    )
+    return {
+        "name": name,
+        "kills": kills,
+        "while_writing": while_writing,
+        "same": same,
+        "sha256": digest(run),
+    }
 
 
 def start(name: str, folder: Path, processes: int) -> int:
     """The run, in a process group of its own: its leader."""
     command = ["train", f"configs/tiny/{name}.yaml", *SMALL, f"output={folder}"]
     if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "train.py", *command[1:]]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "train.py",
+            *command[1:],
+        ]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(launch, start_new_session=True, **quiet).pid
     if leader := os.fork():  # what is imported need not be imported again
@@ -103,7 +143,10 @@ def finished(leader: int) -> bool:
 
 def digest(run: Path) -> str:
     """Of what the run handed over and of its last checkpoint."""
-    files = [run / "adapter" / "pytorch_lora_weights.safetensors", *sorted(checkpoints(run)[-1].rglob("*.safetensors"))]
+    files = [
+        run / "adapter" / "pytorch_lora_weights.safetensors",
+        *sorted(checkpoints(run)[-1].rglob("*.safetensors")),
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -20,15 +20,21 @@ from torch import nn, Tensor
 from torch.profiler import profile, ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowalign.assembly import assemble, Assembly, read_inputs
-from flowalign.config import Config, load_config
-from flowalign.gradient import compute_gradient, Meter
+from flowalign.config.load import load_config
+from flowalign.config.sections import Config
+from flowalign.diagnostics.meta_model import CALLS
+from flowalign.diagnostics.plan import rehearse
 from flowalign.models import load_model
-from flowalign.models.outline import CALLS
-from flowalign.plan import rehearse
+from flowalign.training.gradient import compute_gradient, Meter
+from flowalign.training.setup import assemble, Assembly, read_inputs
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["train.prompts_per_step=2", "sampler.steps=4", "train.images_per_prompt=4", "evaluation.images_per_prompt=1"]
+SMALL = [
+    "train.prompts_per_step=2",
+    "sampler.steps=4",
+    "train.images_per_prompt=4",
+    "evaluation.images_per_prompt=1",
+]
 RECOMPUTED = "model.gradient_checkpointing=true"
 CASES: dict[str, tuple[str, list[str]]] = {
     "flow_grpo, passes of 2": ("flow_grpo", ["train.images_per_pass=2"]),
@@ -40,11 +46,19 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "Flux, recomputed": ("flow_grpo_flux", ["train.images_per_pass=4", RECOMPUTED]),
     "crd, passes of 2, 2 updates": (
         "crd",
-        ["train.images_per_pass=2", "sampler.steps=2", "objective.times.count=1", "train.updates_per_step=2"],
+        [
+            "train.images_per_pass=2",
+            "sampler.steps=2",
+            "objective.times.count=1",
+            "train.updates_per_step=2",
+        ],
     ),
     "nft": ("nft", ["train.images_per_pass=4"]),
     "dpo_online": ("dpo_online", ["train.images_per_pass=4", "rewards={brightness: 1.0}"]),
-    "alignprop": ("alignprop", ["train.images_per_pass=4", "sampler.steps=2", "rewards={brightness: 1.0}"]),
+    "alignprop": (
+        "alignprop",
+        ["train.images_per_pass=4", "sampler.steps=2", "rewards={brightness: 1.0}"],
+    ),
 }
 """Names to a file of configs/tiny and overrides."""
 COLUMNS = {
@@ -74,17 +88,31 @@ def planned(config: Config) -> Figures:
     plan = rehearse(config)
     weights, calls = sum(plan.weights.values()), {name: plan.work[name] for name in CALLS}
     peak = max(plan.peaks["while images are made"], plan.peaks["in an update"])
-    return Figures(sum(plan.parameters.values()), weights, plan.kept, plan.pass_peak, peak, plan.flops, calls)
+    return Figures(
+        sum(plan.parameters.values()), weights, plan.kept, plan.pass_peak, peak, plan.flops, calls
+    )
 
 
 def measured(config: Config) -> Figures:
     """Of the run's first step, the optimiser's moments in place."""
     gc.collect()  # what goes while allocations are watched would count as given back
-    inputs, model = read_inputs(config), load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    inputs, model = (
+        read_inputs(config),
+        load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu"),
+    )
     networks = [part for part in model.pipe.components.values() if isinstance(part, nn.Module)]
     tensors = [tensor for part in networks for tensor in [*part.parameters(), *part.buffers()]]
-    parameters, weights = sum(p.numel() for part in networks for p in part.parameters()), total(tensors)
-    resident = total([x for part in (model.transformer, model.vae) for x in [*part.parameters(), *part.buffers()]])
+    parameters, weights = (
+        sum(p.numel() for part in networks for p in part.parameters()),
+        total(tensors),
+    )
+    resident = total(
+        [
+            x
+            for part in (model.transformer, model.vae)
+            for x in [*part.parameters(), *part.buffers()]
+        ]
+    )
     runs, calls, operations = list[Assembly](), Counter[str](), FlopCounterMode(display=False)
 
     def begin() -> None:
@@ -97,7 +125,9 @@ def measured(config: Config) -> Figures:
     with operations, counted(model.transformer, calls):
         step(runs[0])
     kept, pass_peak = of_one_pass(runs[0])
-    return Figures(parameters, weights, kept, pass_peak, peak, operations.get_total_flops(), dict(calls))
+    return Figures(
+        parameters, weights, kept, pass_peak, peak, operations.get_total_flops(), dict(calls)
+    )
 
 
 def step(run: Assembly) -> None:
@@ -106,7 +136,9 @@ def step(run: Assembly) -> None:
     batch, _ = run.source(0)
     for piece in batch.pieces(len(batch) // train.updates_per_step):
         run.learned.optimizer.zero_grad()
-        compute_gradient(run.policy, run.config.objective, piece.taught(), train.images_per_pass, Meter())
+        compute_gradient(
+            run.policy, run.config.objective, piece.trainable_rows(), train.images_per_pass, Meter()
+        )
         run.learned.optimizer.step()
 
 
@@ -114,14 +146,23 @@ def of_one_pass(run: Assembly) -> tuple[int, int]:
     """Bytes that the first pass of an update keeps, and the most it allocates."""
     objective, policy, train = run.config.objective, run.policy, run.config.train
     batch, _ = run.source(0)
-    taught = batch[: len(batch) // train.updates_per_step].taught()
+    taught = batch[: len(batch) // train.updates_per_step].trainable_rows()
     piece = objective.prepare(policy.at("policy"), taught).passes(train.images_per_pass)[0]
     draw = next(iter(objective.draws(piece)))
     model = policy.model
-    given = [x for x in [*vars(piece).values(), *vars(piece.cond).values()] if isinstance(x, Tensor)]
-    known = [*given, *model.transformer.parameters(), *model.transformer.buffers(), *model.vae.parameters()]
+    given = [
+        x for x in [*vars(piece).values(), *vars(piece.cond).values()] if isinstance(x, Tensor)
+    ]
+    known = [
+        *given,
+        *model.transformer.parameters(),
+        *model.transformer.buffers(),
+        *model.vae.parameters(),
+    ]
     kept = saved(lambda: objective.loss(policy, piece, draw).total, known)
-    peak = allocated(model.device, lambda: None, lambda: objective.loss(policy, piece, draw).total.backward())
+    peak = allocated(
+        model.device, lambda: None, lambda: objective.loss(policy, piece, draw).total.backward()
+    )
     return kept, peak
 
 
@@ -153,7 +194,11 @@ def allocated(device: torch.device, prepare: Callable[[], None], action: Callabl
             action()
     assert seen.profiler is not None
     assert seen.profiler.kineto_results is not None
-    results = [event for event in seen.profiler.kineto_results.events() if event.name() in ("[memory]", "action")]
+    results = [
+        event
+        for event in seen.profiler.kineto_results.events()
+        if event.name() in ("[memory]", "action")
+    ]
     began = next(event.start_ns() for event in results if event.name() == "action")
     live = most = 0
     for event in sorted(results, key=lambda event: event.start_ns()):
@@ -171,7 +216,9 @@ def counted(transformer: nn.Module, calls: Counter[str]) -> Iterator[None]:
             out[0].register_hook(lambda _: calls.update([CALLS[2]]))
 
     handles = [
-        transformer.register_forward_pre_hook(lambda _, __: calls.update([CALLS[torch.is_grad_enabled()]])),
+        transformer.register_forward_pre_hook(
+            lambda _, __: calls.update([CALLS[torch.is_grad_enabled()]])
+        ),
         transformer.register_forward_hook(answered),
     ]
     try:
@@ -191,7 +238,12 @@ def compared(name: str) -> dict[str, Any]:
     config = load_config(ROOT / "configs" / "tiny" / f"{file}.yaml", [*SMALL, *overrides])
     plan, found = planned(config), measured(config)
     ratios = {key: getattr(plan, key) / max(1, getattr(found, key)) for key in COLUMNS}
-    return {"plan": asdict(plan), "measured": asdict(found), "ratios": ratios, "same calls": plan.calls == found.calls}
+    return {
+        "plan": asdict(plan),
+        "measured": asdict(found),
+        "ratios": ratios,
+        "same calls": plan.calls == found.calls,
+    }
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -200,7 +252,9 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {'; '.join(CASES)}")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()

@@ -19,19 +19,28 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from flowalign.config import Config, load_config
-from flowalign.data import read_prompts
-from flowalign.experience import Judge, make_prompts, passes
-from flowalign.reward_maps import load_rewards
-from flowalign.rewards.adapt import make_reward
+from flowalign.config.load import load_config
+from flowalign.config.sections import Config
+from flowalign.data.prompts import read_prompts
+from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.base import Reward
-from flowalign.rewards.serving import make_app
-from flowalign.tracking import environment
-from flowalign.trainer import prepare
+from flowalign.rewards.registry import load_rewards
+from flowalign.rewards.remote.server import make_app
+from flowalign.rollouts.collect import make_prompts, passes
+from flowalign.rollouts.scoring import RolloutScorer
+from flowalign.runs.environment import environment
+from flowalign.training.trainer import prepare
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.2
-BUNDLED = ("scene_match", "scene_match_graded", "clip_score", "jpeg_size", "sharpness", "colorfulness")
+BUNDLED = (
+    "scene_match",
+    "scene_match_graded",
+    "clip_score",
+    "jpeg_size",
+    "sharpness",
+    "colorfulness",
+)
 
 
 def slow(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -42,7 +51,9 @@ def slow(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> 
 @contextmanager
 def served(reward: Reward) -> Any:
     """The address of a reward behind HTTP."""
-    server = uvicorn.Server(uvicorn.Config(make_app(reward, None, 2**26), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(reward, None, 2**26), port=0, log_level="warning")
+    )
     thread = Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -63,13 +74,18 @@ def timed(action: Any, repetitions: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--images", type=int, default=240, help="a step")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(ROOT / "configs" / "tiny" / "flow_grpo.yaml", [f"train.prompts_per_step={options.images // 12}"])
+    config = load_config(
+        ROOT / "configs" / "tiny" / "flow_grpo.yaml",
+        [f"train.prompts_per_step={options.images // 12}"],
+    )
     found = measure(config, options)
     if options.output:
         about = {"environment": environment(torch.device("cpu"), 1), "results": found}
@@ -83,15 +99,23 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         view, each = run.policy.at("policy"), config.train.images_per_pass
         texts = read_prompts(config.data.prompts)
         members = [
-            (slot, image) for slot in range(config.train.prompts_per_step) for image in range(config.train.images_per_prompt)
+            (slot, image)
+            for slot in range(config.train.prompts_per_step)
+            for image in range(config.train.images_per_prompt)
         ]
-        prompts = make_prompts(view, [texts[slot] for slot, _ in members], [(0, 0, slot, image) for slot, image in members])
+        prompts = make_prompts(
+            view,
+            [texts[slot] for slot, _ in members],
+            [(0, 0, slot, image) for slot, image in members],
+        )
         rollouts = list(passes(view, prompts, each))
         step = timed(run.step, options.repetitions)
         print(f"a step of {options.images} images: {step:.2f} s")
 
-        def judge(rewards: list[Reward]) -> Judge:
-            return Judge(rewards, config.combine, config.advantage, each, torch.device("cpu"))
+        def judge(rewards: list[Reward]) -> RolloutScorer:
+            return RolloutScorer(
+                rewards, config.combine, config.advantage, each, torch.device("cpu")
+            )
 
         shares = {}
         for name in BUNDLED:
@@ -107,7 +131,9 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         print(
             f"a rollout of {len(rollouts)} passes: {making:.2f} s; scoring it behind HTTP, {SECONDS} s a request: {scoring:.2f} s"
         )
-        print(f"scoring while the next is made: {both:.2f} s, {(making + scoring - both) / scoring:.0%} of the scoring hidden")
+        print(
+            f"scoring while the next is made: {both:.2f} s, {(making + scoring - both) / scoring:.0%} of the scoring hidden"
+        )
         return {"step": step, "shares": shares, "making": making, "scoring": scoring, "both": both}
 
 

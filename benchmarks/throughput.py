@@ -20,22 +20,25 @@ import torch
 from architectures import ARCHITECTURES
 from torch import nn, Tensor
 
-from flowalign.assembly import assemble, Inputs
 from flowalign.batch import Rollout
-from flowalign.checkpoint import State
-from flowalign.config import build_config, Config
-from flowalign.data import Prompt
+from flowalign.config.load import build_config
+from flowalign.config.sections import Config
+from flowalign.data.prompts import Prompt
 from flowalign.errors import UserError
-from flowalign.experience import collect, Counts
-from flowalign.folder import peak_memory
 from flowalign.models import load_model
-from flowalign.models.base import describe
-from flowalign.reward_maps import load_rewards
-from flowalign.tracking import environment
-from flowalign.trainer import Run
+from flowalign.models.loading import describe
+from flowalign.rewards.registry import load_rewards
+from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.collect import collect
+from flowalign.runs.checkpoint import Progress
+from flowalign.runs.environment import environment, peak_memory
+from flowalign.training.setup import assemble, Inputs
+from flowalign.training.trainer import Run
 
 PROMPTS = [
-    Prompt(f"a {color} {shape}") for color in ("red", "green", "blue", "yellow") for shape in ("circle", "square", "triangle")
+    Prompt(f"a {color} {shape}")
+    for color in ("red", "green", "blue", "yellow")
+    for shape in ("circle", "square", "triangle")
 ]
 
 
@@ -83,9 +86,9 @@ class Bench:
     run: Run
 
     def __post_init__(self) -> None:
-        self.counts, self.supplies = self.run.assembly.counts, self.run.assembly.supplies
+        self.counts, self.context = self.run.assembly.counts, self.run.assembly.context
         model, train = self.run.policy.model, self.run.config.train
-        self.batch = self.supplies.step_prompts(0)
+        self.batch = self.context.step_prompts(0)
         self.rollout = self.collect()
         self.network, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
         with self.network.recording(), self.decoder.recording():
@@ -93,12 +96,18 @@ class Bench:
         self.peak_memory = peak_memory(model.device)
         passes = self.counts.images_per_step // train.images_per_pass
         made, trained = self.network.count(gradient=False), self.network.count(gradient=True)
-        assert made == passes * self.run.config.sampler.steps, f"{made} forwards for {passes} passes"
-        assert trained == passes * len(self.rollout.steps), f"{trained} trained forwards for {passes} passes"
+        assert made == passes * self.run.config.sampler.steps, (
+            f"{made} forwards for {passes} passes"
+        )
+        assert trained == passes * len(self.rollout.steps), (
+            f"{trained} trained forwards for {passes} passes"
+        )
         assert self.decoder.count(gradient=False) in (passes, self.counts.images_per_step)
 
     def collect(self) -> Rollout:
-        return collect(self.run.policy.at("policy"), self.batch, self.run.config.train.images_per_pass)
+        return collect(
+            self.run.policy.at("policy"), self.batch, self.run.config.train.images_per_pass
+        )
 
     def measure(self, repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
         """Seconds of every part, turn by turn, in an order that is reversed every other time."""
@@ -106,7 +115,7 @@ class Bench:
             "rollout": self.collect,
             "bare forwards": lambda: self.network.replay(gradient=False),
             "bare decode": lambda: self.decoder.replay(gradient=False),
-            "reward": lambda: self.supplies.judge([self.rollout]),
+            "reward": lambda: self.context.judge([self.rollout]),
             "step": self.run.step,
             "bare backwards": lambda: self.network.replay(gradient=True),
         }
@@ -160,18 +169,35 @@ def build(options: argparse.Namespace) -> Bench:
     family = ARCHITECTURES[options.architecture][1] if options.architecture else None
     model = family(config.model, device) if family else load_model(config.model, device)
     train, rewards = config.train, load_rewards(config.rewards)
-    counts = Counts(train.prompts_per_step, train.images_per_prompt, train.updates_per_step, train.images_per_pass)
+    counts = BatchPlan(
+        train.prompts_per_step,
+        train.images_per_prompt,
+        train.updates_per_step,
+        train.images_per_pass,
+    )
     assembly = assemble(Inputs(config, counts, PROMPTS, PROMPTS, [], [], rewards, rewards), model)
-    return Bench(Run(assembly, Path(), State()))
+    return Bench(Run(assembly, Path(), Progress()))
 
 
 def configuration(options: argparse.Namespace) -> Config:
     if options.architecture:
         family, path = ARCHITECTURES[options.architecture][0], f"random/{options.architecture}"
-        model = {"name": family, "path": path, "dtype": "bfloat16", "height": 512, "width": 512, "max_sequence_length": 128}
+        model = {
+            "name": family,
+            "path": path,
+            "dtype": "bfloat16",
+            "height": 512,
+            "width": 512,
+            "max_sequence_length": 128,
+        }
     else:
         model = asdict(describe(options.model))
-    asked = {"dtype": options.dtype, "height": options.side, "width": options.side, "max_sequence_length": options.tokens}
+    asked = {
+        "dtype": options.dtype,
+        "height": options.side,
+        "width": options.side,
+        "max_sequence_length": options.tokens,
+    }
     model |= {key: value for key, value in asked.items() if value is not None}
     model |= {"gradient_checkpointing": options.gradient_checkpointing}
     images = options.prompts * options.images_per_prompt
@@ -182,7 +208,12 @@ def configuration(options: argparse.Namespace) -> Config:
         "max_bad_steps": 10**6,
     }
     dynamics = {"name": "flow_sde", "eta": 0.7}
-    sampler = {"steps": options.steps, "guidance": options.guidance, "window": {"size": options.window}, "dynamics": dynamics}
+    sampler = {
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "window": {"size": options.window},
+        "dynamics": dynamics,
+    }
     sections = {
         "model": model,
         "sampler": sampler,
@@ -194,24 +225,39 @@ def configuration(options: argparse.Namespace) -> Config:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="assets/tiny-sd3", metavar="MODEL_FOLDER")
-    parser.add_argument("--architecture", choices=ARCHITECTURES, help="random weights instead of a folder")
+    parser.add_argument(
+        "--architecture", choices=ARCHITECTURES, help="random weights instead of a folder"
+    )
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     parser.add_argument("--prompts", type=int, default=8, help="a step")
     parser.add_argument("--images-per-prompt", type=int, default=8)
-    parser.add_argument("--passes", type=int, default=1, help="in which a step's images are made and trained")
     parser.add_argument(
-        "--window", type=int, default=0, help="stochastic steps, which are the trained ones; 0 for all but the last"
+        "--passes", type=int, default=1, help="in which a step's images are made and trained"
     )
-    parser.add_argument("--guidance", type=float, default=1.0, help="above 1, every call has a doubled batch")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=0,
+        help="stochastic steps, which are the trained ones; 0 for all but the last",
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="above 1, every call has a doubled batch"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--side", type=int, help="height and width of the pictures")
     parser.add_argument("--tokens", type=int, help="model.max_sequence_length")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--reward", default="scene_match_graded")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="the process's own time, where others share the processor")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="the process's own time, where others share the processor",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     try:
@@ -219,14 +265,23 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     device = bench.run.policy.model.device
-    measured = bench.measure(options.repetitions, time.process_time if options.cpu_time else time.perf_counter)
+    measured = bench.measure(
+        options.repetitions, time.process_time if options.cpu_time else time.perf_counter
+    )
     found = results(bench, measured)
     for name, value in found.items():
         if not isinstance(value, dict):
-            print(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.3f}")
+            print(
+                f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.3f}"
+            )
     if options.output:
         settings = {key: value for key, value in vars(options).items() if key != "output"}
-        about = {"settings": settings, "environment": environment(device, 1), "results": found, "repetitions": measured}
+        about = {
+            "settings": settings,
+            "environment": environment(device, 1),
+            "results": found,
+            "repetitions": measured,
+        }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(about, indent=2))
 

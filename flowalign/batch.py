@@ -70,19 +70,25 @@ class Batch:
         """(B,) which prompt each image belongs to."""
         return self.keys[:, 2]
 
-    def keeps_groups_whole(self, images_per_pass: int | None) -> bool:
+    def groups_fit(self, images_per_pass: int | None) -> bool:
         """Whether passes of that many images never part the images of a prompt, which stand side by side."""
         if images_per_pass is None:
             return True
         size = max(1, images_per_pass // self.images_per_row)
-        return not any(self.group[cut] == self.group[cut - 1] for cut in range(size, len(self), size))
+        return not any(
+            self.group[cut] == self.group[cut - 1] for cut in range(size, len(self), size)
+        )
 
     def __getitem__(self, index: slice | list[int]) -> Self:
         """The rows of a slice, or of these numbers."""
-        chosen = {f.name: _take(getattr(self, f.name), index) for f in fields(self) if f.metadata.get("per", "image") == "image"}
+        chosen = {
+            f.name: _take(getattr(self, f.name), index)
+            for f in fields(self)
+            if f.metadata.get("per", "image") == "image"
+        }
         return replace(self, **chosen)
 
-    def taught(self) -> Self:
+    def trainable_rows(self) -> Self:
         """The rows that something is learned from."""
         return self
 
@@ -94,7 +100,9 @@ class Batch:
         """Consecutive pieces of at most `images_per_pass` images, one row at least."""
         return self.pieces(max(1, images_per_pass // self.images_per_row))
 
-    def noise(self, purpose: str, draw: int, shape: tuple[int, ...], shared: bool = False) -> Latent:
+    def noise(
+        self, purpose: str, draw: int, shape: tuple[int, ...], shared: bool = False
+    ) -> Latent:
         """Standard normal (B, *shape), the same for the same keys, purpose and draw. On the CPU, in float32.
 
         `shared` leaves the image out of the key: the images of a group get the same noise.
@@ -108,12 +116,21 @@ class Batch:
 
     def uniform(self, purpose: str, draw: int, shared: bool = False) -> PerImage:
         """Numbers in [0, 1), drawn like `noise`."""
-        return torch.tensor([seed / 2**63 for seed in self._seeds(f"{purpose}/{draw}", shared)], dtype=torch.float64).float()
+        return torch.tensor(
+            [seed / 2**63 for seed in self._seeds(f"{purpose}/{draw}", shared)], dtype=torch.float64
+        ).float()
 
     def _seeds(self, purpose: str, shared: bool) -> list[int]:
         """63 bits an image, of its key and the purpose."""
-        keys = torch.cat([self.keys[:, :3], torch.zeros_like(self.keys[:, 3:])], 1) if shared else self.keys
-        digests = (hashlib.blake2b(f"{purpose}/{key}".encode(), digest_size=8).digest() for key in keys.tolist())
+        keys = (
+            torch.cat([self.keys[:, :3], torch.zeros_like(self.keys[:, 3:])], 1)
+            if shared
+            else self.keys
+        )
+        digests = (
+            hashlib.blake2b(f"{purpose}/{key}".encode(), digest_size=8).digest()
+            for key in keys.tolist()
+        )
         return [int.from_bytes(digest, "big") >> 1 for digest in digests]
 
 
@@ -135,7 +152,9 @@ def unrewarded(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
 class Prompts(Batch):
     """Prompts, each repeated for its group, before anything is made from them."""
 
-    reward: Callable[[Tensor, list[str], list[dict[str, Any]]], Scored] = field(default=unrewarded, metadata={"per": "batch"})
+    reward: Callable[[Tensor, list[str], list[dict[str, Any]]], Scored] = field(
+        default=unrewarded, metadata={"per": "batch"}
+    )
     """Images (B, 3, H, W) in [0, 1], prompts, metadata -> rewards that carry a gradient."""
 
 
@@ -163,13 +182,15 @@ class Pairs(Batch):
     weight: PerImage  # (B,)  how much the pair counts; 0 for a tie
     steps: range = field(default=range(0), metadata={"per": "batch"})
     """The stochastic steps of the paths."""
-    prepared: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (B, n)  what the objective's `prepare` found
+    prepared: Tensor = field(
+        default_factory=lambda: torch.zeros(0, 0)
+    )  # (B, n)  what the objective's `prepare` found
 
     def __post_init__(self) -> None:
         if not self.prepared.numel():
             self.prepared = torch.zeros(len(self), 0)
 
-    def taught(self) -> Self:
+    def trainable_rows(self) -> Self:
         taught = self.weight.nonzero().flatten().tolist()
         return self if len(taught) == len(self) else self[taught]
 
@@ -196,7 +217,9 @@ class Rollout(Batch):
     """The stochastic steps of the path."""
     weight: PerImage = field(default_factory=lambda: torch.zeros(0))
     """(B,) 0 for images that teach nothing, by default 1."""
-    prepared: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (B, n)  what the objective's `prepare` found
+    prepared: Tensor = field(
+        default_factory=lambda: torch.zeros(0, 0)
+    )  # (B, n)  what the objective's `prepare` found
 
     def __post_init__(self) -> None:
         if not self.weight.numel():
@@ -204,7 +227,7 @@ class Rollout(Batch):
         if not self.prepared.numel():
             self.prepared = torch.zeros(len(self), 0)
 
-    def taught(self) -> Self:
+    def trainable_rows(self) -> Self:
         taught = self.weight.nonzero().flatten().tolist()
         return self if len(taught) == len(self) else self[taught]
 

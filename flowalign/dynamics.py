@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowalign.errors import UserError
 from flowalign.flow import Latent, mean_square, PerImage
-from flowalign.settings import Count, CountOrZero, Settings, Share, WrongSetting
+from flowalign.settings.types import Count, CountOrZero, Settings, Share, WrongSetting
 
 Eta = Annotated[float, Field(ge=0, le=10)]
 
@@ -65,11 +65,18 @@ def dance_sde(x: Latent, v: Latent, t: float, s: float, eta: Eta = 0.3) -> Gauss
 def cps(x: Latent, v: Latent, t: float, s: float, eta: Share = 0.7) -> Gaussian:
     """Flow-CPS (arXiv 2509.05952): a share sin(eta π/2) of the noise is new. eta = 0 is the ODE; deterministic at s = 0."""
     x0, noise = x - t * v, x + (1 - t) * v
-    return Gaussian((1 - s) * x0 + s * math.cos(eta * math.pi / 2) * noise, std=s * math.sin(eta * math.pi / 2))
+    return Gaussian(
+        (1 - s) * x0 + s * math.cos(eta * math.pi / 2) * noise, std=s * math.sin(eta * math.pi / 2)
+    )
 
 
 Dynamics = Callable[[Tensor, Tensor, float, float], Gaussian]
-DYNAMICS: dict[str, Callable[..., Gaussian]] = {"ode": ode, "flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps}
+DYNAMICS: dict[str, Callable[..., Gaussian]] = {
+    "ode": ode,
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "cps": cps,
+}
 
 
 def is_stochastic(dynamics: Dynamics) -> bool:
@@ -100,9 +107,13 @@ class Window(Settings):
         super().__post_init__()
         first, end = self.range
         if first < 0 or (end and end <= first):
-            raise WrongSetting(f"range is {[first, end]}; write [first, end] with 0 <= first < end.")
+            raise WrongSetting(
+                f"range is {[first, end]}; write [first, end] with 0 <= first < end."
+            )
         if end and self.size > end - first:
-            raise WrongSetting(f"size is {self.size}, but range {[first, end]} has {end - first} steps; write at most that.")
+            raise WrongSetting(
+                f"size is {self.size}, but range {[first, end]} has {end - first} steps; write at most that."
+            )
 
     def reach(self, count: int) -> Steps:
         """All steps of a path of `count` steps that the window may come to."""
@@ -123,7 +134,9 @@ class Window(Settings):
             )
         if not self.size:
             return range(first, end)
-        start = first + WINDOW_STARTS[self.moves](end - self.size - first + 1, step // self.stay, step * 1_000_003 + seed)
+        start = first + WINDOW_STARTS[self.moves](
+            end - self.size - first + 1, step // self.stay, step * 1_000_003 + seed
+        )
         return range(start, start + self.size)
 
 

@@ -22,7 +22,11 @@ class OutOfMemory(RunError):
 def did_you_mean(word: Any, choices: Iterable[Any]) -> str:
     """The choice with these initials, or the nearest, as the end of a message, or nothing."""
     given, names = str(word).lower(), {str(choice).lower(): str(choice) for choice in choices}
-    near = [name for name in names if "_" in name and given == "".join(part[:1] for part in name.split("_"))]
+    near = [
+        name
+        for name in names
+        if "_" in name and given == "".join(part[:1] for part in name.split("_"))
+    ]
     near = near or difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f" Did you mean {names[near[0]]!r}?" if near else ""
 

@@ -20,7 +20,15 @@ from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage
 from flowalign.models.base import FlowModel
-from flowalign.settings import Count, CountOrZero, Guidance, NonNegative, Settings, Share, WrongSetting
+from flowalign.settings.types import (
+    Count,
+    CountOrZero,
+    Guidance,
+    NonNegative,
+    Settings,
+    Share,
+    WrongSetting,
+)
 
 
 @dataclass
@@ -44,7 +52,9 @@ class Sampler(Settings):
 
     def stochastic_steps(self, step: int, seed: int) -> range:
         """Of a path, in this training step."""
-        return self.window.steps(self.steps, step, seed) if is_stochastic(self.dynamics) else range(0)
+        return (
+            self.window.steps(self.steps, step, seed) if is_stochastic(self.dynamics) else range(0)
+        )
 
 
 @dataclass
@@ -89,7 +99,11 @@ class Policy:
     """
 
     def __init__(
-        self, model: FlowModel, sampler: Sampler, snapshots: list[str] | None = None, images_per_pass: int | None = None
+        self,
+        model: FlowModel,
+        sampler: Sampler,
+        snapshots: list[str] | None = None,
+        images_per_pass: int | None = None,
     ):
         self.model, self.sampler, self.images_per_pass = model, sampler, images_per_pass
         self.weights, self._gradient = "policy", True
@@ -97,10 +111,14 @@ class Policy:
         self.lora = lora_config(model)
         self.snapshots = list(snapshots or [])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PEFT warns of a second adapter, which is what is meant
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # PEFT warns of a second adapter, which is what is meant
             for name in [*self.snapshots, "policy"]:
                 model.transformer.add_adapter(self.lora, name)
-        self._layers = [layer for layer in model.transformer.modules() if isinstance(layer, BaseTunerLayer)]
+        self._layers = [
+            layer for layer in model.transformer.modules() if isinstance(layer, BaseTunerLayer)
+        ]
         for parameter in model.transformer.parameters():
             parameter.requires_grad_(False)
         for name in [*self.snapshots, "policy"]:
@@ -108,13 +126,15 @@ class Policy:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(name == "policy")
         for name in self.snapshots:
-            self.follow(name, 0.0)
+            self.update_copy(name, 0.0)
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
         """The adapter's matrices, in a fixed order."""
         found = [p for key, p in self.model.transformer.named_parameters() if f".{name}." in key]
         if len(found) != 2 * len(self._layers):
-            raise RuntimeError(f"{len(found)} matrices of adapter {name!r} on {len(self._layers)} layers")
+            raise RuntimeError(
+                f"{len(found)} matrices of adapter {name!r} on {len(self._layers)} layers"
+            )
         return found
 
     def at(self, name: str) -> Self:
@@ -129,8 +149,8 @@ class Policy:
         view.sampler, view.times = sampler, self.model.schedule(sampler.steps)
         return view
 
-    def follow(self, name: str, decay: float) -> None:
-        """name ← decay · name + (1 - decay) · policy."""
+    def update_copy(self, name: str, decay: float) -> None:
+        """Name ← decay · name + (1 - decay) · policy."""
         if decay == 1:
             return
         with torch.no_grad():
@@ -168,7 +188,9 @@ class Policy:
         size = len(x) if self._gradient else self.images_per_pass or len(x)
         with self._active():
             parts = zip(x.split(size), t.split(size), range(0, len(x), size), strict=True)
-            return concatenate(self.model.velocity(x, t, cond[start : start + size]) for x, t, start in parts)
+            return concatenate(
+                self.model.velocity(x, t, cond[start : start + size]) for x, t, start in parts
+            )
 
     def step(self, x: Latent, k: int, cond: Cond, stochastic: bool = True) -> Gaussian:
         """π_θ(x_{k+1} | x_k, cond); a deterministic step of the ODE where `stochastic` is False."""
@@ -200,7 +222,9 @@ class Policy:
 
     def start(self, batch: Batch, purpose: str = "rollout") -> Latent:
         """The noise that the batch's images begin with."""
-        return batch.noise(purpose, 0, self.model.latent_shape, shared=self.sampler.same_noise).to(self.model.device)
+        return batch.noise(purpose, 0, self.model.latent_shape, shared=self.sampler.same_noise).to(
+            self.model.device
+        )
 
     def unroll(self, x: Latent, cond: Cond, steps: range) -> Latent:
         """ODE steps that a gradient passes through; of each only its input is kept for the backward pass."""
@@ -222,7 +246,7 @@ class Policy:
         """Pictures (B, 3, H, W) in [0, 1]."""
         return self.model.decode(x0)
 
-    def decode_kept_small(self, x0: Latent) -> Tensor:
+    def decode_checkpointed(self, x0: Latent) -> Tensor:
         """As `decode`; only x0 is kept for the backward pass."""
         return cast(Tensor, checkpoint(self.decode, x0, use_reentrant=False))
 
@@ -234,7 +258,9 @@ class Policy:
         """Put matrices saved by `state` into an adapter. Raises UserError where they do not fit."""
         if set(state) != set(self.state(name)):
             missing = set(self.state(name)) ^ set(state)
-            raise UserError(f"the adapter does not fit the model: {len(missing)} matrices differ, {sorted(missing)[0]} for one.")
+            raise UserError(
+                f"the adapter does not fit the model: {len(missing)} matrices differ, {sorted(missing)[0]} for one."
+            )
         set_peft_model_state_dict(self.model.transformer, state, adapter_name=name)
 
 
@@ -242,10 +268,16 @@ def lora_config(model: FlowModel) -> LoraConfig:
     """PEFT's configuration of the adapter; UserError when no layer of the model is a target."""
     lora = model.config.lora
     targets = lora.targets or model.lora_targets
-    names = [name for name, module in model.transformer.named_modules() if isinstance(module, nn.Linear)]
+    names = [
+        name for name, module in model.transformer.named_modules() if isinstance(module, nn.Linear)
+    ]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = sorted({".".join(name.split(".")[-2:]) for name in names})
-            raise UserError(f"model.lora.targets: no layer's name ends with {target!r}; the layers end with {', '.join(ends)}.")
+            raise UserError(
+                f"model.lora.targets: no layer's name ends with {target!r}; the layers end with {', '.join(ends)}."
+            )
     init = {"default": True, "gaussian": "gaussian"}[lora.init]
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights=init)
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights=init
+    )

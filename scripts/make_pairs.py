@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from flowalign import scenes
-from flowalign.data import read_prompts
+from flowalign.data.prompts import read_prompts
+from flowalign.worlds import scenes
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SEED = 7
@@ -24,7 +24,10 @@ COUNTS = {"train": 800, "evaluation": 200}
 def main() -> None:
     for split, count in COUNTS.items():
         rng = np.random.default_rng([SEED, count])
-        captions = [scenes.parse(prompt.text) for prompt in read_prompts(ASSETS / "prompts" / f"{split}.jsonl")]
+        captions = [
+            scenes.parse(prompt.text)
+            for prompt in read_prompts(ASSETS / "prompts" / f"{split}.jsonl")
+        ]
         rows = [row(captions[i % len(captions)], rng) for i in range(count)]
         file = ASSETS / "pairs" / f"{split}.parquet"
         file.parent.mkdir(exist_ok=True)
@@ -34,7 +37,10 @@ def main() -> None:
 
 def row(caption: scenes.Caption, rng: np.random.Generator) -> dict[str, object]:
     """A pair in either order, with the label that says which is better."""
-    right, wrong = (png(scenes.render([scenes.draw_scene(c, rng)])[0]) for c in (caption, scenes.misquote(caption, rng)))
+    right, wrong = (
+        png(scenes.render([scenes.draw_scene(c, rng)])[0])
+        for c in (caption, scenes.misquote(caption, rng))
+    )
     first = bool(rng.integers(2))
     pictures = (right, wrong) if first else (wrong, right)
     return {
@@ -48,7 +54,9 @@ def row(caption: scenes.Caption, rng: np.random.Generator) -> dict[str, object]:
 
 def png(picture: Tensor) -> bytes:
     file = io.BytesIO()
-    Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).save(file, "PNG", optimize=True)
+    Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).save(
+        file, "PNG", optimize=True
+    )
     return file.getvalue()
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flowalign import scenes
+from flowalign.worlds import scenes
 
 FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
 TRAINED_PER_KIND, EVALUATED_PER_KIND = 36, 12
@@ -29,8 +29,12 @@ def main() -> None:
     for kind in scenes.KINDS:
         captions = sorted(scenes.captions(kind), key=order)
         held = [is_held_out(caption, place) for place, caption in enumerate(captions)]
-        split["train"] += [c for c, h in zip(captions, held, strict=True) if not h][:TRAINED_PER_KIND]
-        split["evaluation"] += [c for c, h in zip(captions, held, strict=True) if h][:EVALUATED_PER_KIND]
+        split["train"] += [c for c, h in zip(captions, held, strict=True) if not h][
+            :TRAINED_PER_KIND
+        ]
+        split["evaluation"] += [c for c, h in zip(captions, held, strict=True) if h][
+            :EVALUATED_PER_KIND
+        ]
     for name, captions in split.items():
         lines = [json.dumps({"prompt": c.text, "tag": c.kind}) for c in captions]
         (FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -43,7 +43,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from flowalign import scenes
+from flowalign.worlds import scenes
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SEED = 0
@@ -67,9 +67,18 @@ def forget_places(folder: Path) -> None:
 
 
 def main() -> None:
-    stages: dict[str, Callable[[float], None]] = {"vae": train_vae, "sd3": train_sd3, "flux": train_flux, "clip": train_clip}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(stages)}; all by default")
+    stages: dict[str, Callable[[float], None]] = {
+        "vae": train_vae,
+        "sd3": train_sd3,
+        "flux": train_flux,
+        "clip": train_clip,
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(stages)}; all by default"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of training steps")
     options = parser.parse_args()
     if unknown := set(options.stages) - set(stages):
@@ -78,13 +87,17 @@ def main() -> None:
         stages[name](options.scale)
 
 
-def draw_pictures(count: int, seed: int) -> tuple[list[scenes.Caption], list[scenes.Caption], Tensor]:
+def draw_pictures(
+    count: int, seed: int
+) -> tuple[list[scenes.Caption], list[scenes.Caption], Tensor]:
     """True captions, captions as quoted (some wrong), and pictures (count, 3, 64, 64) as bytes."""
     rng = np.random.default_rng(seed)
     truth = [scenes.draw_caption(rng) for _ in range(count)]
     quoted = [scenes.misquote(c, rng) if rng.random() < MISQUOTED else c for c in truth]
     drawn = [scenes.draw_scene(caption, rng) for caption in truth]
-    pictures = [(scenes.render(drawn[i : i + 500]) * 255).round().byte() for i in range(0, count, 500)]
+    pictures = [
+        (scenes.render(drawn[i : i + 500]) * 255).round().byte() for i in range(0, count, 500)
+    ]
     return truth, quoted, torch.cat(pictures)
 
 
@@ -99,15 +112,22 @@ class Progress:
         self.losses.append(loss.detach())
         if (step + 1) % 100 == 0 or step + 1 == self.steps:
             mean = torch.stack(self.losses).mean().item()
-            print(f"{self.name} {step + 1}/{self.steps}  loss {mean:.4f}  {time.monotonic() - self.began:.0f} s", flush=True)
+            print(
+                f"{self.name} {step + 1}/{self.steps}  loss {mean:.4f}  {time.monotonic() - self.began:.0f} s",
+                flush=True,
+            )
             self.losses.clear()
         if (step + 1) % 1000 == 0 or step + 1 == self.steps:
             self.save()
 
 
-def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100
+) -> torch.optim.lr_scheduler.LambdaLR:
     def factor(step: int) -> float:
-        return min(1, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1, step / steps))) / 2)
+        return min(1, (step + 1) / warmup) * (
+            0.01 + 0.99 * (1 + math.cos(math.pi * min(1, step / steps))) / 2
+        )
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -140,8 +160,15 @@ def train_vae(scale: float) -> None:
 
     def save() -> None:
         with torch.no_grad():
-            latents = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in pictures[:2000].split(100)])
-        vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+            latents = torch.cat(
+                [
+                    vae.encode(p.float() / 127.5 - 1).latent_dist.mean
+                    for p in pictures[:2000].split(100)
+                ]
+            )
+        vae.register_to_config(
+            scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
+        )
         vae.save_pretrained(ASSETS / "tiny-sd3" / "vae")
         forget_places(ASSETS / "tiny-sd3")
 
@@ -162,7 +189,9 @@ def train_vae(scale: float) -> None:
 
 
 def caption_words() -> list[str]:
-    return sorted({word for kind in scenes.KINDS for c in scenes.captions(kind) for word in c.text.split()})
+    return sorted(
+        {word for kind in scenes.KINDS for c in scenes.captions(kind) for word in c.text.split()}
+    )
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -172,13 +201,21 @@ def clip_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = Whitespace()
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     bpe.train_from_iterator(
-        words, BpeTrainer(vocab_size=1000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False)
+        words,
+        BpeTrainer(
+            vocab_size=1000,
+            initial_alphabet=letters,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
     )
     state = json.loads(bpe.to_str())["model"]
     special = ["<|startoftext|>", "<|endoftext|>"]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *state["vocab"]]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *special]))}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in state["merges"]], model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(
+        vocab=vocabulary, merges=[tuple(pair) for pair in state["merges"]], model_max_length=TOKENS
+    )
     assert all(len(tokenizer(word).input_ids) == 3 for word in words)
     return tokenizer
 
@@ -205,16 +242,26 @@ def load_vae() -> AutoencoderKL:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Normalised latents of byte pictures."""
-    latents = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in pictures.split(100)])
+    latents = torch.cat(
+        [vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in pictures.split(100)]
+    )
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def train_flow(name: str, modules: nn.Module, velocity: Callable[..., Tensor], save: Callable[[], None], steps: int) -> None:
+def train_flow(
+    name: str,
+    modules: nn.Module,
+    velocity: Callable[..., Tensor],
+    save: Callable[[], None],
+    steps: int,
+) -> None:
     """Flow matching: the mean square of velocity(xt, t, captions) - (noise - x0), times drawn evenly."""
     _, quoted, pictures = draw_pictures(40_000, SEED + 1)
     bank = encode(load_vae(), pictures)
     ema = EMAModel(modules.parameters(), decay=0.9995, use_ema_warmup=True, power=0.8)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01
+    )
     schedule = cosine(optimizer, steps)
 
     def save_average() -> None:
@@ -245,10 +292,16 @@ def train_flow(name: str, modules: nn.Module, velocity: Callable[..., Tensor], s
 
 
 @torch.no_grad()
-def score(pipe: DiffusionPipeline, guidance: float, sequence: int = 0, count: int = 300) -> dict[str, float]:
+def score(
+    pipe: DiffusionPipeline, guidance: float, sequence: int = 0, count: int = 300
+) -> dict[str, float]:
     """Strict score by kind and overall, of pictures the diffusers pipeline makes in ten steps."""
     rng = np.random.default_rng(SEED + 2)
-    captions = [scenes.draw_caption(rng, kind) for kind in scenes.KINDS for _ in range(count // len(scenes.KINDS))]
+    captions = [
+        scenes.draw_caption(rng, kind)
+        for kind in scenes.KINDS
+        for _ in range(count // len(scenes.KINDS))
+    ]
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(
         [caption.text for caption in captions],
@@ -260,8 +313,14 @@ def score(pipe: DiffusionPipeline, guidance: float, sequence: int = 0, count: in
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
     ).images
-    right = [scenes.match(c, scenes.read_picture(p)).strict for c, p in zip(captions, pictures, strict=True)]
-    by_kind = {kind: float(np.mean([r for c, r in zip(captions, right, strict=True) if c.kind == kind])) for kind in scenes.KINDS}
+    right = [
+        scenes.match(c, scenes.read_picture(p)).strict
+        for c, p in zip(captions, pictures, strict=True)
+    ]
+    by_kind = {
+        kind: float(np.mean([r for c, r in zip(captions, right, strict=True) if c.kind == kind]))
+        for kind in scenes.KINDS
+    }
     return by_kind | {"overall": float(np.mean(right))}
 
 
@@ -296,16 +355,25 @@ def train_sd3(scale: float) -> None:
     )
 
     def velocity(xt: Tensor, t: Tensor, texts: list[str]) -> Tensor:
-        embeds, _, pooled, _ = pipe.encode_prompt(texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=0)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=0
+        )
         return transformer(xt, embeds, pooled, 1000 * t, return_dict=False)[0]
 
     def save() -> None:
         pipe.save_pretrained(ASSETS / "tiny-sd3")
         forget_places(ASSETS / "tiny-sd3")
         for guidance in (1.0, 3.0):
-            print(f"guidance {guidance}:", {k: round(v, 2) for k, v in score(pipe, guidance).items()}, flush=True)
+            print(
+                f"guidance {guidance}:",
+                {k: round(v, 2) for k, v in score(pipe, guidance).items()},
+                flush=True,
+            )
 
-    print(f"sd3: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"sd3: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
     train_flow("sd3", modules, velocity, save, int(SD3_STEPS * scale))
 
 
@@ -314,7 +382,12 @@ def train_flux(scale: float) -> None:
     torch.manual_seed(SEED)
     tokenizer = clip_tokenizer()
     clip = CLIPTextModel(clip_text_config(tokenizer))
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"\u2581{word}", -1.0) for word in caption_words())]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -10.0),
+        *((f"\u2581{word}", -1.0) for word in caption_words()),
+    ]
     t5_tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
     t5 = T5EncoderModel(
         T5Config(
@@ -340,7 +413,9 @@ def train_flux(scale: float) -> None:
         guidance_embeds=False,
     )
     modules = nn.ModuleList([transformer, clip, t5])
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
     pipe = FluxPipeline(scheduler, load_vae(), clip, tokenizer, t5, t5_tokenizer, transformer)
     positions = pipe._prepare_latent_image_ids(1, 4, 4, torch.device("cpu"), torch.float32)
 
@@ -355,7 +430,10 @@ def train_flux(scale: float) -> None:
         forget_places(ASSETS / "tiny-flux")
         print({k: round(v, 2) for k, v in score(pipe, 1.0, TOKENS).items()}, flush=True)
 
-    print(f"flux: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"flux: {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
     train_flow("flux", modules, velocity, save, int(FLUX_STEPS * scale))
 
 
@@ -372,7 +450,9 @@ def train_clip(scale: float) -> None:
         patch_size=8,
         projection_dim=64,
     )
-    model = CLIPModel(CLIPConfig(text_config=clip_text_config(tokenizer), vision_config=vision, projection_dim=64))
+    model = CLIPModel(
+        CLIPConfig(text_config=clip_text_config(tokenizer), vision_config=vision, projection_dim=64)
+    )
     truth, _, pictures = draw_pictures(20_000, SEED + 3)
     mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
     processor = CLIPImageProcessor(
@@ -389,9 +469,16 @@ def train_clip(scale: float) -> None:
         for part in (model, tokenizer, processor):
             part.save_pretrained(ASSETS / "tiny-clip")
         with torch.no_grad():
-            texts = tokenizer([c.text for c in truth[:500]], padding="max_length", return_tensors="pt")
-            logits = model(**texts, pixel_values=pictures[:500].float() / 127.5 - 1).logits_per_image
-        right = [truth[row.argmax()].text == caption.text for row, caption in zip(logits, truth, strict=False)]
+            texts = tokenizer(
+                [c.text for c in truth[:500]], padding="max_length", return_tensors="pt"
+            )
+            logits = model(
+                **texts, pixel_values=pictures[:500].float() / 127.5 - 1
+            ).logits_per_image
+        right = [
+            truth[row.argmax()].text == caption.text
+            for row, caption in zip(logits, truth, strict=False)
+        ]
         print(f"the caption among 500 is found for {np.mean(right):.0%} of pictures", flush=True)
 
     progress = Progress("clip", steps, save)

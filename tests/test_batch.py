@@ -18,7 +18,12 @@ def cond(count: int) -> Cond:
 
 def prompts(count: int = 6) -> Prompts:
     keys = torch.tensor([(0, 5, i // 3, i % 3) for i in range(count)])
-    return Prompts([f"prompt {i // 3}" for i in range(count)], [{"row": i} for i in range(count)], keys, cond(count))
+    return Prompts(
+        [f"prompt {i // 3}" for i in range(count)],
+        [{"row": i} for i in range(count)],
+        keys,
+        cond(count),
+    )
 
 
 def of_keys(keys: torch.Tensor) -> Prompts:
@@ -36,7 +41,9 @@ def rollout(count: int = 6) -> Rollout:
 def test_a_piece_of_a_batch_draws_the_same_noise():
     batch = prompts()
     whole = batch.noise("loss", 0, SHAPE)
-    assert torch.equal(torch.cat([piece.noise("loss", 0, SHAPE) for piece in batch.pieces(4)]), whole)
+    assert torch.equal(
+        torch.cat([piece.noise("loss", 0, SHAPE) for piece in batch.pieces(4)]), whole
+    )
     assert torch.equal(batch[2:5].noise("loss", 0, SHAPE), whole[2:5])
 
 
@@ -59,13 +66,17 @@ def test_another_seed_step_prompt_or_image_gives_other_noise(column):
     key = torch.tensor([[1, 2, 3, 4]])
     other = key.clone()
     other[0, column] += 1
-    assert not torch.equal(of_keys(key).noise("loss", 0, SHAPE), of_keys(other).noise("loss", 0, SHAPE))
+    assert not torch.equal(
+        of_keys(key).noise("loss", 0, SHAPE), of_keys(other).noise("loss", 0, SHAPE)
+    )
     assert not torch.equal(of_keys(key).uniform("loss", 0), of_keys(other).uniform("loss", 0))
 
 
 def test_another_purpose_or_draw_gives_other_noise():
     batch = prompts()
-    noises = [batch.noise(purpose, draw, SHAPE) for purpose in ("loss", "rollout") for draw in (0, 1)]
+    noises = [
+        batch.noise(purpose, draw, SHAPE) for purpose in ("loss", "rollout") for draw in (0, 1)
+    ]
     assert all(not torch.equal(noises[i], noises[j]) for i in range(4) for j in range(i))
 
 
@@ -78,7 +89,9 @@ def test_noise_is_standard_normal_within_and_across_images():
     keys = torch.tensor([(0, 0, prompt, image) for prompt in range(20) for image in range(20)])
     noise = of_keys(keys).noise("loss", 0, (64,))
     levels = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99])
-    torch.testing.assert_close(noise.flatten().quantile(levels), Normal(0.0, 1.0).icdf(levels), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        noise.flatten().quantile(levels), Normal(0.0, 1.0).icdf(levels), atol=0.05, rtol=0
+    )
     assert noise.std() == pytest.approx(1, abs=0.02)
     assert noise[:, 0].std() == pytest.approx(1, abs=0.12)
     between = torch.corrcoef(noise[:20]).fill_diagonal_(0)
@@ -95,7 +108,13 @@ def test_a_slice_takes_every_field_of_its_images_and_keeps_those_of_the_batch():
     assert piece.prompts == ["prompt 0", "prompt 1"]
     assert piece.metadata == [{"row": 2}, {"row": 3}]
     assert piece.group.tolist() == [0, 1]
-    for tensor in (piece.path[:, 0, 0], piece.reward, piece.advantage, piece.cond.pooled[:, 0], -piece.cond.null_pooled[:, 0]):
+    for tensor in (
+        piece.path[:, 0, 0],
+        piece.reward,
+        piece.advantage,
+        piece.cond.pooled[:, 0],
+        -piece.cond.null_pooled[:, 0],
+    ):
         assert tensor.tolist() == [2, 3]
     assert len(piece.images) == len(piece.log_prob) == len(piece.cond) == len(piece) == 2
     assert piece.steps == range(2)

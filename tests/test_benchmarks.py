@@ -27,7 +27,18 @@ def benchmark(monkeypatch):
 
 
 def test_throughput_counts_the_calls_of_a_step(benchmark, tmp_path):
-    small = ["--steps", "3", "--prompts", "2", "--images-per-prompt", "2", "--passes", "2", "--repetitions", "1"]
+    small = [
+        "--steps",
+        "3",
+        "--prompts",
+        "2",
+        "--images-per-prompt",
+        "2",
+        "--passes",
+        "2",
+        "--repetitions",
+        "1",
+    ]
     benchmark("throughput", *small, "--output", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert (found["forwards"], found["forwards_and_backwards"]) == (6, 4)
@@ -44,7 +55,10 @@ def test_what_backpropagation_keeps_does_not_grow_with_its_steps(benchmark, tmp_
 def test_objectives_tell_when_a_target_was_reached():
     objectives = importlib.import_module("objectives")
     curve = {0: 0.4, 3840: 0.7, 5760: 0.85}
-    points = [{"images": images, "seconds": images / 40, "scene_match": score} for images, score in curve.items()]
+    points = [
+        {"images": images, "seconds": images / 40, "scene_match": score}
+        for images, score in curve.items()
+    ]
     assert objectives.gain(points, 4000) == pytest.approx(0.3)
     assert objectives.until(points, 0.8)["images"] == 5760
     assert objectives.until(points, 0.9) is None
@@ -65,21 +79,37 @@ def test_objectives_are_compared_in_a_table_and_a_plot(tmp_path):
 
     def run(rise: float) -> dict[str, object]:
         steps = ((images, 0.4 + rise * images / 6000) for images in (0, 2000, 4000, 6000))
-        points = [{"images": i, "seconds": i / 40, "scene_match": score, "clip_score": score / 2} for i, score in steps]
-        return {"points": points, "diversity_before": 0.4, "diversity_after": 0.2, "velocity_moved": 0.125}
+        points = [
+            {"images": i, "seconds": i / 40, "scene_match": score, "clip_score": score / 2}
+            for i, score in steps
+        ]
+        return {
+            "points": points,
+            "diversity_before": 0.4,
+            "diversity_after": 0.2,
+            "velocity_moved": 0.125,
+        }
 
     objectives.report({"slow": [run(0.1)] * 3}, tmp_path)
     both = objectives.known(tmp_path) | {"quick": [run(0.6), run(0.45), run(0.3)]}
     objectives.report(objectives.best_first(both), tmp_path)
     table = (tmp_path / "table.md").read_text().splitlines()
-    early, reached = "+0.300 (+0.200 to +0.400)", "5,000 images, 125 s (2 of 3) | 6,000 images, 150 s (1 of 3)"
+    early, reached = (
+        "+0.300 (+0.200 to +0.400)",
+        "5,000 images, 125 s (2 of 3) | 6,000 images, 150 s (1 of 3)",
+    )
     end, clip = "0.850 (0.700 to 1.000)", "+0.225 (+0.150 to +0.300)"
-    assert table[2] == f"| quick | {early} | {reached} | {end} | {clip} | 0.50 (0.50 to 0.50) | 0.125 (0.125 to 0.125) | 150 |"
+    assert (
+        table[2]
+        == f"| quick | {early} | {reached} | {end} | {clip} | 0.50 (0.50 to 0.50) | 0.125 (0.125 to 0.125) | 150 |"
+    )
     assert table[3].startswith("| slow | +0.067 (+0.067 to +0.067) | no | no | 0.500")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
 
 
 def test_the_cost_of_rewards_is_measured(benchmark, tmp_path):
-    benchmark("rewards", "--repetitions", "1", "--images", "120", "--output", str(tmp_path / "found.json"))
+    benchmark(
+        "rewards", "--repetitions", "1", "--images", "120", "--output", str(tmp_path / "found.json")
+    )
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert set(found["shares"]) >= {"scene_match", "clip_score"}

@@ -55,20 +55,29 @@ def marginals(dynamics, steps: int, variance: float = VARIANCE) -> list[tuple[fl
 )
 def test_every_dynamics_ends_with_the_known_mean_and_variance(dynamics, variances):
     for steps, variance in zip([10, 40, 200, 1000], variances, strict=True):
-        assert marginals(dynamics, steps)[-1] == (pytest.approx(MEAN, abs=1e-9), pytest.approx(variance, abs=1e-4))
+        assert marginals(dynamics, steps)[-1] == (
+            pytest.approx(MEAN, abs=1e-9),
+            pytest.approx(variance, abs=1e-4),
+        )
 
 
 def test_flow_sde_with_an_ode_step_at_the_end_is_a_little_narrower():
     def last_step_ode(x, v, t, s):
         return (flow_sde if s else ode)(x, v, t, s)
 
-    assert marginals(last_step_ode, 10)[-1] == (pytest.approx(MEAN), pytest.approx(0.1754, abs=1e-4))
+    assert marginals(last_step_ode, 10)[-1] == (
+        pytest.approx(MEAN),
+        pytest.approx(0.1754, abs=1e-4),
+    )
 
 
 @pytest.mark.parametrize("dynamics", MARGINAL_PRESERVING)
 def test_the_error_of_a_marginal_preserving_dynamics_falls_as_one_over_the_steps(dynamics):
     for steps in (10, 40, 200, 1000, 4000):
-        assert marginals(dynamics, steps)[-1] == (pytest.approx(MEAN), pytest.approx(VARIANCE, abs=1.5 / steps))
+        assert marginals(dynamics, steps)[-1] == (
+            pytest.approx(MEAN),
+            pytest.approx(VARIANCE, abs=1.5 / steps),
+        )
 
 
 def test_cps_converges_to_another_variance():
@@ -78,7 +87,9 @@ def test_cps_converges_to_another_variance():
 
 
 def test_cps_keeps_the_noise_of_the_schedule_when_the_data_is_one_point():
-    for t, (mean, variance) in zip(shifted_times(10), marginals(cps, 10, variance=0.0), strict=True):
+    for t, (mean, variance) in zip(
+        shifted_times(10), marginals(cps, 10, variance=0.0), strict=True
+    ):
         assert (mean, variance) == (pytest.approx((1 - t) * MEAN), pytest.approx(t**2))
 
 
@@ -105,12 +116,16 @@ def some_step(std: float = 0.3) -> tuple[Gaussian, torch.Tensor]:
 
 def test_log_prob_is_the_mean_over_elements_of_torchs():
     step, x = some_step()
-    torch.testing.assert_close(step.log_prob(x), Normal(step.mean, step.std).log_prob(x).flatten(1).mean(1))
+    torch.testing.assert_close(
+        step.log_prob(x), Normal(step.mean, step.std).log_prob(x).flatten(1).mean(1)
+    )
 
 
 def test_kl_is_the_mean_over_elements_of_torchs():
     step, other = some_step()
-    expected = kl_divergence(Normal(step.mean, step.std), Normal(other, step.std)).flatten(1).mean(1)
+    expected = (
+        kl_divergence(Normal(step.mean, step.std), Normal(other, step.std)).flatten(1).mean(1)
+    )
     torch.testing.assert_close(step.kl(Gaussian(other, step.std)), expected)
 
 
@@ -132,7 +147,9 @@ def test_flow_sde_adds_half_the_squared_diffusion_times_the_score(t):
     x, eta, s = torch.linspace(-3, 3, 7, dtype=torch.float64).unsqueeze(1), 0.7, t - 0.04
     variance = eta**2 * t / (1 - t)
     step = flow_sde(x, velocity(x, t), t, s, eta)
-    torch.testing.assert_close(step.mean, x + (velocity(x, t) - variance / 2 * score(x, t)) * (s - t))
+    torch.testing.assert_close(
+        step.mean, x + (velocity(x, t) - variance / 2 * score(x, t)) * (s - t)
+    )
     assert step.std == pytest.approx(math.sqrt(variance * (t - s)))
 
 
@@ -175,7 +192,9 @@ def test_flow_sde_has_the_published_standard_deviations_on_the_schedule_of_sd3()
     times = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]
     x = torch.zeros(1, 1)
     found = [flow_sde(x, x, t, s).std for t, s in pairwise(times)]
-    assert found == pytest.approx([0.70, 0.74, 0.54, 0.45, 0.39, 0.35, 0.32, 0.28, 0.225, 0.0063], rel=0.015)
+    assert found == pytest.approx(
+        [0.70, 0.74, 0.54, 0.45, 0.39, 0.35, 0.32, 0.28, 0.225, 0.0063], rel=0.015
+    )
 
 
 def test_a_dynamics_without_noise_is_not_stochastic():
@@ -224,9 +243,13 @@ def test_a_window_that_cannot_be_is_refused(settings, message):
         Window(**settings)
 
 
-@pytest.mark.parametrize(("window", "count"), [(Window(), 1), (Window(size=4), 4), (Window(range=(6, 8)), 6)])
+@pytest.mark.parametrize(
+    ("window", "count"), [(Window(), 1), (Window(size=4), 4), (Window(range=(6, 8)), 6)]
+)
 def test_a_window_that_does_not_fit_the_path_is_refused(window, count):
-    with pytest.raises(UserError, match=f"sampler.steps is {count} and the last step is an ODE step"):
+    with pytest.raises(
+        UserError, match=f"sampler.steps is {count} and the last step is an ODE step"
+    ):
         window.steps(count, 0, 0)
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flowalign.config import load_config
+from flowalign.config.load import load_config
 from flowalign.dynamics import cps, dance_sde, flow_sde, Window
 from flowalign.errors import UserError
-from flowalign.experience import collect
-from flowalign.gradient import compute_gradient, Meter
 from flowalign.models import load_model
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.policy import Decay, Policy, Sampler
+from flowalign.rollouts.collect import collect
+from flowalign.training.gradient import compute_gradient, Meter
 from tests.tiny import make_policy, sd3_config, stir, TEXTS, two_groups
 
 STOCHASTIC = [flow_sde, dance_sde, cps]
@@ -92,8 +92,14 @@ def test_every_trained_matrix_that_reaches_the_output_receives_a_gradient():
     policy = make_policy()
     stir(policy)
     velocity(policy).square().mean().backward()
-    trained = {name: p for name, p in policy.model.transformer.named_parameters() if p.requires_grad}
-    idle = {name.split(".lora_")[0] for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0}
+    trained = {
+        name: p for name, p in policy.model.transformer.named_parameters() if p.requires_grad
+    }
+    idle = {
+        name.split(".lora_")[0]
+        for name, p in trained.items()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    }
     assert idle == {"transformer_blocks.4.attn.add_q_proj"}
 
 
@@ -102,10 +108,10 @@ def test_snapshots_start_as_the_policy_and_follow_it():
     start = [p.clone() for p in policy.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(start, policy.parameters("old"), strict=True))
     stir(policy)
-    policy.follow("old", 0.75)
+    policy.update_copy("old", 0.75)
     for before, now, old in zip(start, policy.parameters(), policy.parameters("old"), strict=True):
         assert_close(old, 0.75 * before + 0.25 * now)
-    policy.follow("old", 0.0)
+    policy.update_copy("old", 0.0)
     assert torch.equal(velocity(policy.at("old")), velocity(policy))
 
 
@@ -113,7 +119,11 @@ def test_a_decay_is_a_function_of_the_updates():
     assert [Decay(slope=0.001, end=0.5)(n) for n in (0, 100, 1000)] == [0.0, 0.1, 0.5]
     late = Decay(start=75, slope=0.0075, end=0.999)
     assert [late(n) for n in (0, 74, 75, 1_000_000)] == [0.0, 0.0, 0.0, 0.999]
-    assert [Decay(value=0.25, slope=0.005, end=0.999)(n) for n in (0, 100, 1000)] == [0.25, 0.75, 0.999]
+    assert [Decay(value=0.25, slope=0.005, end=0.999)(n) for n in (0, 100, 1000)] == [
+        0.25,
+        0.75,
+        0.999,
+    ]
     assert late(100) == pytest.approx(0.1875)
     assert [Decay(value=0.9, every=8)(n) for n in (7, 8, 9)] == [1.0, 0.9, 1.0]
 
@@ -132,9 +142,13 @@ def test_the_gradient_and_the_loss_are_the_same_in_passes_of_any_size():
         stir(policy)
         rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
         rollout.advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
-        compute_gradient(policy, FlowGRPO(kl_weight=0.1), rollout, images_per_pass, meter := Meter())
+        compute_gradient(
+            policy, FlowGRPO(kl_weight=0.1), rollout, images_per_pass, meter := Meter()
+        )
         losses.append(meter.values()["loss"])
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        )
     for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
         assert (gradients[0] - gradient).norm() <= 1e-5 * gradients[0].norm()
         assert loss == pytest.approx(losses[0], rel=1e-5)
@@ -143,7 +157,10 @@ def test_the_gradient_and_the_loss_are_the_same_in_passes_of_any_size():
 def test_images_depend_on_their_keys_and_not_on_their_company():
     policy = make_policy(Sampler(steps=3, dynamics=flow_sde))
     batch = two_groups(policy)
-    whole, part = collect(policy.at("policy"), batch, 6), collect(policy.at("policy"), batch[2:4], 2)
+    whole, part = (
+        collect(policy.at("policy"), batch, 6),
+        collect(policy.at("policy"), batch[2:4], 2),
+    )
     assert_close(whole.path[2:4], part.path, atol=1e-5, rtol=1e-5)
     assert (whole.path[0] - whole.path[1]).abs().max() > 0.1
 
@@ -184,5 +201,7 @@ def test_float16_gradients_are_scaled_back():
         rollout = collect(one.at("policy"), two_groups(one), images_per_pass=6)
         rollout.advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
         compute_gradient(one, FlowGRPO(), rollout, 6, Meter())
-        gradients.append(torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None])
+        )
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99

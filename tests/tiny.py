@@ -22,18 +22,24 @@ from transformers import (
     T5Tokenizer,
 )
 
-from flowalign.config import load_config
-from flowalign.data import Prompt
-from flowalign.experience import make_prompts
+from flowalign.config.load import load_config
+from flowalign.data.prompts import Prompt
 from flowalign.models import load_model
-from flowalign.models.base import FlowModel, Lora, ModelConfig
+from flowalign.models.base import FlowModel
+from flowalign.models.config import Lora, ModelConfig
 from flowalign.policy import Policy, Sampler
+from flowalign.rollouts.collect import make_prompts
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny" / "flow_grpo.yaml"
 TEXTS = ["a red circle", "a circle and a square"]
 SMALL = [
-    *("train.steps=2", "train.prompts_per_step=2", "train.images_per_prompt=3", "train.images_per_pass=6"),
+    *(
+        "train.steps=2",
+        "train.prompts_per_step=2",
+        "train.images_per_prompt=3",
+        "train.images_per_pass=6",
+    ),
     *(
         "sampler.steps=4",
         "sampler.window.range=[0, 2]",
@@ -47,11 +53,18 @@ SMALL = [
 
 
 def sd3_config(**changes: Any) -> ModelConfig:
-    settings = {"path": str(ROOT / "assets" / "tiny-sd3"), "height": 64, "width": 64, "max_sequence_length": 0}
+    settings = {
+        "path": str(ROOT / "assets" / "tiny-sd3"),
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": 0,
+    }
     return ModelConfig("sd3", **{**settings, "lora": Lora(rank=4, alpha=12), **changes})
 
 
-def make_policy(sampler: Sampler | None = None, snapshots: list[str] | None = None, **changes: Any) -> Policy:
+def make_policy(
+    sampler: Sampler | None = None, snapshots: list[str] | None = None, **changes: Any
+) -> Policy:
     """A policy on the bundled SD3, from a fixed seed."""
     torch.manual_seed(0)
     return Policy(load_model(sd3_config(**changes)), sampler or Sampler(steps=4), snapshots)
@@ -68,7 +81,11 @@ def stir(policy: Policy, name: str = "policy", size: float = 0.05) -> None:
 def two_groups(policy: Policy, images: int = 3) -> Any:
     """Prompts of two groups."""
     members = [(slot, image) for slot in range(2) for image in range(images)]
-    return make_prompts(policy, [Prompt(TEXTS[slot]) for slot, _ in members], [(0, 0, slot, image) for slot, image in members])
+    return make_prompts(
+        policy,
+        [Prompt(TEXTS[slot]) for slot, _ in members],
+        [(0, 0, slot, image) for slot, image in members],
+    )
 
 
 LETTERS = [chr(c) for c in range(97, 123)]
@@ -78,19 +95,39 @@ def random_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
     """A tokenizer of letters, and the configuration of a CLIP text encoder that fits it."""
     letters = LETTERS
     vocabulary = {
-        piece: i for i, piece in enumerate([*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
+        piece: i
+        for i, piece in enumerate(
+            [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+        )
     }
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=12, projection_dim=16, **sizes, **special)
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=12, projection_dim=16, **sizes, **special
+    )
     return tokenizer, config
 
 
 def random_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     letters = LETTERS
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{c}", -1.0) for c in letters), *((c, -2.0) for c in letters)]
-    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -9.0),
+        *((f"▁{c}", -1.0) for c in letters),
+        *((c, -2.0) for c in letters),
+    ]
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ).eval()
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16), t5
 
 
@@ -116,9 +153,28 @@ def random_sd35(folder: Path) -> FlowModel:
     )
     vae = AutoencoderKL.from_pretrained(ROOT / "assets" / "tiny-sd3" / "vae")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = (transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], tokenizer, t5, t5_tokenizer)
+    parts = (
+        transformer,
+        scheduler,
+        vae,
+        encoders[0],
+        tokenizer,
+        encoders[1],
+        tokenizer,
+        t5,
+        t5_tokenizer,
+    )
     StableDiffusion3Pipeline(*parts).save_pretrained(folder)
-    return load_model(ModelConfig("sd3", str(folder), height=64, width=64, max_sequence_length=16, lora=Lora(rank=2, alpha=6)))
+    return load_model(
+        ModelConfig(
+            "sd3",
+            str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=16,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
 
 
 def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
@@ -146,7 +202,16 @@ def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
         ),
     )
     pipe.save_pretrained(folder)
-    return load_model(ModelConfig("flux", str(folder), height=64, width=64, max_sequence_length=16, lora=Lora(rank=2, alpha=6)))
+    return load_model(
+        ModelConfig(
+            "flux",
+            str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=16,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
 
 
 def small_config(output: Path, *overrides: str) -> Any:

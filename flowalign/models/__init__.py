@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowalign.models.base import FlowModel, ModelConfig
+    from flowalign.models.base import FlowModel
+    from flowalign.models.config import ModelConfig
 
 MODELS = {"sd3": "flowalign.models.sd3:SD3", "flux": "flowalign.models.flux:Flux"}
 """Names to classes, imported when asked for, so that `import flowalign` stays quick."""

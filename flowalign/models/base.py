@@ -1,82 +1,24 @@
 """What every model family shares: loading, prompt embeddings, guidance and the autoencoder."""
 
 import contextlib
-import json
-import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from flowalign.batch import Cond
-from flowalign.errors import did_you_mean, similar_file, UserError
+from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.hub import explain_loading, is_local
-from flowalign.settings import Count, Settings, WrongSetting
+from flowalign.models.config import ModelConfig
+from flowalign.models.loading import load_pipeline
 
 CACHE_BYTES = 2**30
 ENCODE_AT_ONCE = 64
-ATTENTION = {"sd3": ["native", "xformers"], "flux": [name.value for name in AttentionBackendName]}
-Side = Annotated[int, Field(ge=16, le=4096)]
-
-
-@dataclass
-class Lora(Settings):
-    """A low-rank adapter (arXiv 2106.09685) on the transformer's linear layers, in float32."""
-
-    rank: Annotated[int, Field(ge=1, le=4096)] = 32
-    alpha: Count = 64
-    """The adapter's output is scaled by alpha / rank."""
-    targets: list[str] = field(default_factory=list)
-    """Endings of the names of the adapted layers; none for the family's published choice."""
-    init: Literal["default", "gaussian"] = "gaussian"
-
-
-@dataclass
-class ModelConfig(Settings):
-    """A model in diffusers' folder layout."""
-
-    name: Literal["sd3", "flux"]
-    path: str
-    """A local folder, or a repository on the Hugging Face hub."""
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the transformer and the text encoders. Adapters, latents and the autoencoder stay in float32."""
-    height: Side = 512
-    width: Side = 512
-    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 256
-    """T5 tokens a prompt. 0 leaves T5 out."""
-    attention: str = "native"
-    """native, xformers, or (Flux) any attention backend of diffusers."""
-    gradient_checkpointing: bool = False
-    lora: Lora = field(default_factory=Lora)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side % 16:
-                raise WrongSetting(
-                    f"{name} is {side}; it must be a multiple of 16, the nearest is {max(1, round(side / 16)) * 16}."
-                )
-        if self.name == "flux" and not self.max_sequence_length:
-            raise WrongSetting("max_sequence_length is 0, but Flux reads its prompts by T5; write 1 to 512.")
-        if self.attention not in ATTENTION[self.name]:
-            known, near = ", ".join(ATTENTION[self.name]), did_you_mean(self.attention, ATTENTION[self.name])
-            raise WrongSetting(f"attention is {self.attention!r}; choose from {known}.{near}")
 
 
 class FlowModel(ABC):
@@ -105,23 +47,32 @@ class FlowModel(ABC):
         step = 2 * self.pipe.vae_scale_factor
         if config.height % step or config.width % step or min(config.height, config.width) < step:
             near = [max(step, round(side / step) * step) for side in (config.height, config.width)]
-            raise UserError(f"model.height and model.width must be multiples of {step}; nearest: {near[0]} and {near[1]}.")
+            raise UserError(
+                f"model.height and model.width must be multiples of {step}; nearest: {near[0]} and {near[1]}."
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         scale = self.pipe.vae_scale_factor
-        return self.vae.config.latent_channels, self.config.height // scale, self.config.width // scale
+        return (
+            self.vae.config.latent_channels,
+            self.config.height // scale,
+            self.config.width // scale,
+        )
 
     @property
-    def is_told_guidance(self) -> bool:
+    def has_distilled_guidance(self) -> bool:
         """Whether guidance is distilled into it and `Cond.embedded_guidance` is an input."""
         return False
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """v at (x, t), guided as `cond` says: one forward, of a doubled batch where there is guidance."""
+        """V at (x, t), guided as `cond` says: one forward, of a doubled batch where there is guidance."""
         if cond.guidance == 1:
             return self.forward(x, t, cond)
-        embeds, pooled = torch.cat([cond.null_embeds, cond.embeds]), torch.cat([cond.null_pooled, cond.pooled])
+        embeds, pooled = (
+            torch.cat([cond.null_embeds, cond.embeds]),
+            torch.cat([cond.null_pooled, cond.pooled]),
+        )
         both = replace(cond, embeds=embeds, pooled=pooled, guidance=1.0)
         v_null, v = self.forward(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return v_null + cond.guidance * (v - v_null)
@@ -154,8 +105,12 @@ class FlowModel(ABC):
     def encode(self, prompts: list[str]) -> Cond:
         """Embeddings of the prompts, on the model's device. Equal prompts are encoded once and remembered."""
         rows = self._rows(prompts)
-        embeds, pooled = (torch.stack([rows[p][i] for p in prompts]).to(self.device) for i in (0, 1))
-        null_embeds, null_pooled = (rows[""][i].to(self.device).expand_as(e) for i, e in enumerate((embeds, pooled)))
+        embeds, pooled = (
+            torch.stack([rows[p][i] for p in prompts]).to(self.device) for i in (0, 1)
+        )
+        null_embeds, null_pooled = (
+            rows[""][i].to(self.device).expand_as(e) for i, e in enumerate((embeds, pooled))
+        )
         return Cond(embeds, pooled, null_embeds, null_pooled)
 
     def remember(self, prompts: list[str]) -> None:
@@ -174,7 +129,11 @@ class FlowModel(ABC):
             with self._encoders_on_device():
                 for start in range(0, len(missing), ENCODE_AT_ONCE):
                     texts = missing[start : start + ENCODE_AT_ONCE]
-                    rows |= zip(texts, zip(*(e.cpu() for e in self.encode_texts(texts)), strict=True), strict=True)
+                    rows |= zip(
+                        texts,
+                        zip(*(e.cpu() for e in self.encode_texts(texts)), strict=True),
+                        strict=True,
+                    )
         for text, row in rows.items():
             self._cache[text] = row
             self._cache.move_to_end(text)
@@ -186,7 +145,11 @@ class FlowModel(ABC):
     @contextlib.contextmanager
     def _encoders_on_device(self) -> Iterator[None]:
         """The text encoders are the largest part of SD3 and Flux: on the device only while they work."""
-        encoders = [encoder for name in self.text_encoders if (encoder := getattr(self.pipe, name)) is not None]
+        encoders = [
+            encoder
+            for name in self.text_encoders
+            if (encoder := getattr(self.pipe, name)) is not None
+        ]
         for encoder in encoders:
             encoder.to(self.device)
         try:
@@ -211,54 +174,3 @@ class FlowModel(ABC):
         scheduler = deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(**arguments)
         return scheduler
-
-
-def load_pipeline(pipeline_class: type, config: ModelConfig, optional: list[str]) -> Any:
-    """diffusers' pipeline from a folder or the hub. Raises UserError that says what is missing and what to do."""
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    path = os.path.expanduser(config.path)
-    folder = Path(path)
-    dtype = {"default": getattr(torch, config.dtype), "vae": torch.float32}
-    absent = dict.fromkeys(optional)
-    if os.path.isdir(folder):
-        index = folder / "model_index.json"
-        if not index.is_file():
-            wanted = "Give the folder that a diffusers pipeline was saved to."
-            raise UserError(f"model.path: {folder} is not a model: it has no model_index.json. {wanted}")
-        try:
-            found = json.loads(index.read_text())
-        except ValueError as error:
-            raise UserError(f"model.path: {index} is not JSON: {error}") from None
-        if (kind := found.get("_class_name")) != pipeline_class.__name__:
-            needed = f"model.name {config.name!r} needs a {pipeline_class.__name__}"
-            raise UserError(f"model.path: {folder} holds a {kind}, but {needed}.")
-        absent |= {name: None for name in ("text_encoder_3", "tokenizer_3") if found.get(name) == [None, None]}
-    elif is_local(path):
-        raise UserError(f"model.path: there is no folder {config.path}.{similar_file(config.path)}")
-    try:
-        return pipeline_class.from_pretrained(path, revision=config.revision, dtype=dtype, use_safetensors=True, **absent)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(explain_loading("model.path", config.path, error)) from error
-
-
-def describe(path: str) -> ModelConfig:
-    """The configuration of a model folder or repository, read from its own files, for making pictures with it."""
-    path = os.path.expanduser(path)
-    if not Path(path).is_dir() and is_local(path):
-        raise UserError(f"there is no folder {path}.")
-    try:
-        index: Any = DiffusionPipeline.load_config(path)
-        vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
-    except (OSError, ValueError) as error:
-        raise UserError(explain_loading("model.path", path, error)) from error
-    families: dict[str, Literal["sd3", "flux"]] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-    if (kind := index.get("_class_name")) not in families:
-        raise UserError(f"{path} holds a {kind}; pictures can be made with {' or '.join(families)}.")
-    family, side = families[kind], vae["sample_size"]
-    tokens = 256 if index.get("text_encoder_3", [None, None]) != [None, None] else 0
-    if family == "flux":
-        tokens = AutoTokenizer.from_pretrained(path, subfolder="tokenizer_2").model_max_length
-    dtype: Any = {"sd3": "float16", "flux": "bfloat16"}[family] if torch.cuda.is_available() else "float32"
-    return ModelConfig(family, path, dtype=dtype, height=side, width=side, max_sequence_length=tokens)

@@ -26,13 +26,15 @@ class Flux(FlowModel):
     ]
 
     @property
-    def is_told_guidance(self) -> bool:
+    def has_distilled_guidance(self) -> bool:
         return bool(self.transformer.config.guidance_embeds)
 
     def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         dtype = self.transformer.dtype
         height, width = x.shape[2] // 2, x.shape[3] // 2
-        guidance = x.new_full((len(x),), cond.embedded_guidance) if self.is_told_guidance else None
+        guidance = (
+            x.new_full((len(x),), cond.embedded_guidance) if self.has_distilled_guidance else None
+        )
         packed = self.transformer(
             hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2).to(dtype),
             timestep=t,
@@ -47,14 +49,24 @@ class Flux(FlowModel):
 
     def scheduler(self, steps: int) -> Any:
         _, height, width = self.latent_shape
-        limits = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+        limits = (
+            ("base_image_seq_len", 256),
+            ("max_image_seq_len", 4096),
+            ("base_shift", 0.5),
+            ("max_shift", 1.15),
+        )
         config = self.pipe.scheduler.config
-        mu = calculate_shift(height * width // 4, *(config.get(name, default) for name, default in limits))
+        mu = calculate_shift(
+            height * width // 4, *(config.get(name, default) for name, default in limits)
+        )
         return self._scheduler(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompt=texts, prompt_2=texts, device=self.device, max_sequence_length=self.config.max_sequence_length
+            prompt=texts,
+            prompt_2=texts,
+            device=self.device,
+            max_sequence_length=self.config.max_sequence_length,
         )
         return embeds, pooled
 
@@ -64,7 +76,9 @@ class Flux(FlowModel):
         try:
             self.transformer.set_attention_backend(name)
         except (ImportError, ValueError, RuntimeError) as error:
-            raise UserError(f"model.attention: {name!r} is not usable here ({error}). Use native.") from error
+            raise UserError(
+                f"model.attention: {name!r} is not usable here ({error}). Use native."
+            ) from error
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

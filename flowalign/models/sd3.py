@@ -2,13 +2,16 @@
 
 from typing import Any, ClassVar
 
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 
 from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.models.base import FlowModel, ModelConfig
+from flowalign.models.base import FlowModel
+from flowalign.models.config import ModelConfig
 
 
 class SD3(FlowModel):
@@ -26,7 +29,9 @@ class SD3(FlowModel):
         parts = self.transformer.config
         largest = parts.pos_embed_max_size * parts.patch_size * self.pipe.vae_scale_factor
         if max(config.height, config.width) > largest:
-            raise UserError(f"model.height and model.width may be at most {largest} for {config.path}.")
+            raise UserError(
+                f"model.height and model.width may be at most {largest} for {config.path}."
+            )
 
     @staticmethod
     def optional_components(config: ModelConfig) -> list[str]:
@@ -59,7 +64,13 @@ class SD3(FlowModel):
         try:
             self.transformer.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError, NotImplementedError) as error:
-            raise UserError(f"model.attention: xformers is not usable here ({error}). Use native.") from error
-        kinds = {type(processor).__name__ for processor in self.transformer.attn_processors.values()}
+            raise UserError(
+                f"model.attention: xformers is not usable here ({error}). Use native."
+            ) from error
+        kinds = {
+            type(processor).__name__ for processor in self.transformer.attn_processors.values()
+        }
         if not all("XFormers" in kind for kind in kinds):
-            raise UserError(f"model.attention: xformers was asked for, but {kinds} are active. Use native.")
+            raise UserError(
+                f"model.attention: xformers was asked for, but {kinds} are active. Use native."
+            )

@@ -17,9 +17,10 @@ import torch
 
 from flowalign.batch import Batch, Prompts
 from flowalign.errors import UserError
-from flowalign.objectives.base import Loss, Objective, rewarded
+from flowalign.objectives.base import Loss, Objective
+from flowalign.objectives.terms import reward_loss
 from flowalign.policy import Policy, Sampler
-from flowalign.settings import CountOrZero, NonNegative, Share
+from flowalign.settings.types import CountOrZero, NonNegative, Share
 
 
 @dataclass
@@ -36,18 +37,23 @@ class AlignProp(Objective):
 
     def check(self, sampler: Sampler) -> None:
         if self.depth > sampler.steps:
-            raise UserError(f"objective.depth is {self.depth}, but sampler.steps is {sampler.steps}; write at most that.")
+            raise UserError(
+                f"objective.depth is {self.depth}, but sampler.steps is {sampler.steps}; write at most that."
+            )
 
     def loss(self, policy: Policy, prompts: Prompts, _: int) -> Loss:
         steps, first = policy.sampler.steps, self.first_step(policy.sampler.steps, prompts)
         with torch.no_grad():
             x = policy.unroll(policy.start(prompts), prompts.cond, range(first))
         x0 = policy.unroll(x, prompts.cond, range(first, steps))
-        return rewarded(policy, prompts, x0)
+        return reward_loss(policy, prompts, x0)
 
     def first_step(self, steps: int, prompts: Prompts) -> int:
         """The first step with gradient; one draw for all images of a training step."""
         if self.depth:
             return max(0, steps - self.depth)
-        drawn = Random(f"first step/{prompts.keys[0, :2].tolist()}").gauss(self.start, self.spread) * steps
+        drawn = (
+            Random(f"first step/{prompts.keys[0, :2].tolist()}").gauss(self.start, self.spread)
+            * steps
+        )
         return min(max(round(drawn), 1), steps - 1)

@@ -15,9 +15,11 @@ import torch
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, ImageObjective, Loss
+from flowalign.objectives.base import ImageObjective, Loss
+from flowalign.objectives.draws import Draw
+from flowalign.objectives.terms import VelocityKL
 from flowalign.policy import Decay, Policy
-from flowalign.settings import NonNegative, Positive
+from flowalign.settings.types import NonNegative, Positive
 
 WEIGHTINGS = {
     "uniform": lambda e, t: e,
@@ -39,7 +41,7 @@ class AWM(ImageObjective):
     """Of the advantages, which are cut to [-5, 5]."""
     trust: NonNegative = 1.0
     """β_old."""
-    kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-3))
+    kl: VelocityKL = field(default_factory=lambda: VelocityKL(weight=1e-3))
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
 
     @property
@@ -52,12 +54,17 @@ class AWM(ImageObjective):
         v = policy.velocity(xt, draw.t, cond)
         v_old = policy.at("old").velocity(xt, draw.t, cond)
 
-        log_prob, old_log_prob = (self.log_prob(mean_square(u - target), draw.t) for u in (v, v_old))
+        log_prob, old_log_prob = (
+            self.log_prob(mean_square(u - target), draw.t) for u in (v, v_old)
+        )
         advantage = self.scale * rollout.advantage
         ratio = (log_prob - old_log_prob).exp()
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         moved = mean_square(v - v_old)
-        loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() + self.trust * moved.mean()
+        loss = (
+            -torch.minimum(ratio * advantage, clipped * advantage).mean()
+            + self.trust * moved.mean()
+        )
         stats = {"ratio/mean": ratio, "ratio/clipped": (ratio != clipped).float(), "moved": moved}
         return self.kl(Loss(loss, stats), policy, v, xt, draw.t, cond)
 

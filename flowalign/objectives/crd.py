@@ -18,9 +18,17 @@ import torch
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, goodness, group_mean, group_softmax, ImageObjective, Loss, relative_error
+from flowalign.objectives.base import ImageObjective, Loss
+from flowalign.objectives.draws import Draw
+from flowalign.objectives.terms import (
+    adaptive_error,
+    group_mean,
+    group_softmax,
+    optimality,
+    VelocityKL,
+)
 from flowalign.policy import Decay, Policy
-from flowalign.settings import NonNegative, Positive, WrongSetting
+from flowalign.settings.types import NonNegative, Positive, WrongSetting
 
 
 @dataclass
@@ -35,18 +43,20 @@ class CRD(ImageObjective):
     """Of the centring weights p = softmax(±R / temperature), both signs in turn; 0 for equal weights."""
     limit: Positive = 5.0
     """A_max: R is 1 at this advantage and 0 at its negative."""
-    kl: Anchor = field(default_factory=lambda: Anchor(weight=0.1, guidance=4.5))
+    kl: VelocityKL = field(default_factory=lambda: VelocityKL(weight=0.1, guidance=4.5))
     kl_least: NonNegative = 1e-4
     """The weight of the KL where R is 0; it rises to kl.weight where R is 1."""
     old: Decay = field(default_factory=lambda: Decay(value=0.25, slope=0.005, end=0.999))
     sampler: Decay = field(default_factory=lambda: Decay(start=75, slope=0.0075, end=0.999))
-    rollout_with: ClassVar[str] = "sampler"
+    sampling_weights: ClassVar[str] = "sampler"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.times.must_be_shared()
         if self.kl.weight and self.kl_least > self.kl.weight:
-            raise WrongSetting(f"kl_least is {self.kl_least}; it must be between 0 and kl.weight, {self.kl.weight}.")
+            raise WrongSetting(
+                f"kl_least is {self.kl_least}; it must be between 0 and kl.weight, {self.kl.weight}."
+            )
 
     @property
     def snapshots(self) -> dict[str, Decay]:
@@ -54,7 +64,7 @@ class CRD(ImageObjective):
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """v_old's errors and the centres of every draw, where passes part the images of a prompt."""
-        if rollout.keeps_groups_whole(policy.images_per_pass):
+        if rollout.groups_fit(policy.images_per_pass):
             return rollout
         cond, columns = self.cond(rollout), []
         for draw in self.draws(rollout):
@@ -71,7 +81,9 @@ class CRD(ImageObjective):
         error, reward = self.error(v, target), self.reward(rollout)
         if rollout.prepared.numel():
             width = 3 if self.temperature else 2
-            error_old, *centres = rollout.prepared[:, width * draw.index : width * (draw.index + 1)].T
+            error_old, *centres = rollout.prepared[
+                :, width * draw.index : width * (draw.index + 1)
+            ].T
         else:
             error_old = self.error(policy.at("old").velocity(xt, draw.t, cond), target)
             centres = self.centres(error_old - error.detach(), rollout)
@@ -88,10 +100,10 @@ class CRD(ImageObjective):
         return Loss(loss + (weight * kl).mean(), stats | {"kl": kl})
 
     def reward(self, rollout: Rollout) -> PerImage:
-        return goodness(rollout.advantage, self.limit)
+        return optimality(rollout.advantage, self.limit)
 
     def error(self, v: Latent, target: Latent) -> PerImage:
-        return relative_error(v, target) if self.adaptive else mean_square(v - target)
+        return adaptive_error(v, target) if self.adaptive else mean_square(v - target)
 
     def centres(self, rho: PerImage, rollout: Rollout) -> Iterator[PerImage]:
         """Σ_j p_j (β ρ_j - R_j) over the images of each prompt, for each choice of p."""

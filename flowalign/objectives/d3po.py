@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flowalign.batch import Batch, Pairs
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
-from flowalign.settings import Positive
+from flowalign.settings.types import Positive
 
 
 @dataclass
@@ -31,7 +31,10 @@ class D3PO(PathObjective):
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
-        step, step_ref = policy.step(paths[:, k], k, cond), policy.at("reference").step(paths[:, k], k, cond)
+        step, step_ref = (
+            policy.step(paths[:, k], k, cond),
+            policy.at("reference").step(paths[:, k], k, cond),
+        )
 
         log_ratio = step.log_prob(paths[:, k + 1]) - step_ref.log_prob(paths[:, k + 1])
         clipped = log_ratio.clamp(math.log(1 - self.clip_range), math.log(1 + self.clip_range))

@@ -17,16 +17,22 @@ from flowalign.batch import Rollout
 from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
-from flowalign.settings import Positive
+from flowalign.settings.types import Positive
 
 
-def score_function(log_prob: PerImage, old_log_prob: PerImage, advantage: PerImage, clip_range: float) -> PerImage:
+def score_function(
+    log_prob: PerImage, old_log_prob: PerImage, advantage: PerImage, clip_range: float
+) -> PerImage:
     return -advantage * log_prob
 
 
-def importance_sampling(log_prob: PerImage, old_log_prob: PerImage, advantage: PerImage, clip_range: float) -> PerImage:
+def importance_sampling(
+    log_prob: PerImage, old_log_prob: PerImage, advantage: PerImage, clip_range: float
+) -> PerImage:
     ratio = (log_prob - old_log_prob).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+    return -torch.minimum(
+        ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
+    )
 
 
 ESTIMATORS = {"score_function": score_function, "importance_sampling": importance_sampling}
@@ -41,18 +47,27 @@ class DDPO(PathObjective):
     """ε of importance_sampling."""
 
     @property
-    def learns_once(self) -> bool:
+    def on_policy_only(self) -> bool:
         return self.estimator == "score_function"
 
     @property
-    def clips_at(self) -> float:
+    def log_ratio_clip(self) -> float:
         return self.clip_range if self.estimator == "importance_sampling" else math.inf
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         step = policy.step(rollout.path[:, k], k, rollout.cond)
         log_prob, old_log_prob = step.log_prob(rollout.path[:, k + 1]), rollout.log_prob[:, k]
 
-        loss = ESTIMATORS[self.estimator](log_prob, old_log_prob, rollout.advantage, self.clip_range).mean()
+        loss = ESTIMATORS[self.estimator](
+            log_prob, old_log_prob, rollout.advantage, self.clip_range
+        ).mean()
         difference = (log_prob - old_log_prob).detach()
-        clipped = ((difference.exp() - 1).abs() > self.clips_at).float()
-        return Loss(loss, {"ratio/mean": difference.exp(), "ratio/clipped": clipped, "ratio/max_log_error": difference.abs()})
+        clipped = ((difference.exp() - 1).abs() > self.log_ratio_clip).float()
+        return Loss(
+            loss,
+            {
+                "ratio/mean": difference.exp(),
+                "ratio/clipped": clipped,
+                "ratio/max_log_error": difference.abs(),
+            },
+        )

@@ -17,9 +17,11 @@ import torch
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, group_mean, ImageObjective, Loss
+from flowalign.objectives.base import ImageObjective, Loss
+from flowalign.objectives.draws import Draw
+from flowalign.objectives.terms import group_mean, VelocityKL
 from flowalign.policy import Decay, Policy
-from flowalign.settings import Positive
+from flowalign.settings.types import Positive
 
 
 @dataclass
@@ -29,7 +31,7 @@ class DGPO(ImageObjective):
     beta: Positive = 100.0
     clip_range: Positive = 1e-2
     """ε."""
-    kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-3))
+    kl: VelocityKL = field(default_factory=lambda: VelocityKL(weight=1e-3))
     """Its guidance is also that of e_ref."""
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
 
@@ -43,13 +45,15 @@ class DGPO(ImageObjective):
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """S of every draw, where passes part the images of a prompt."""
-        if rollout.keeps_groups_whole(policy.images_per_pass):
+        if rollout.groups_fit(policy.images_per_pass):
             return rollout
         cond, columns = self.cond(rollout), []
         for draw in self.draws(rollout):
             xt, target = add_noise(rollout.x0, draw.t, draw.noise)
             v, v_ref = policy.velocity(xt, draw.t, cond), self.kl.velocity(policy, xt, draw.t, cond)
-            columns.append(self.preference(mean_square(v - target), mean_square(v_ref - target), rollout))
+            columns.append(
+                self.preference(mean_square(v - target), mean_square(v_ref - target), rollout)
+            )
         return replace(rollout, prepared=torch.stack(columns, 1))
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:

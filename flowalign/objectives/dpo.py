@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from flowalign.batch import Batch, Pairs
 from flowalign.flow import add_noise, mean_square, PerImage
-from flowalign.objectives.base import Draw, ForwardTimes, Loss, Objective
+from flowalign.objectives.base import Loss, Objective
+from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Policy
-from flowalign.settings import NonNegative, Positive
+from flowalign.settings.types import NonNegative, Positive
 
 
 def sigmoid(s: Tensor) -> Tensor:
@@ -41,7 +42,9 @@ def hinge(s: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
 BETAS: dict[str, Callable[[PerImage], Tensor]] = {
     "constant": torch.ones_like,
-    "of_noise_error": lambda t: (1 - t) ** 2,  # ‖noise_hat - noise‖² = (1 - t)² ‖v - u‖²: Diffusion-DPO to the letter
+    "of_noise_error": lambda t: (
+        (1 - t) ** 2
+    ),  # ‖noise_hat - noise‖² = (1 - t)² ‖v - u‖²: Diffusion-DPO to the letter
 }
 
 
@@ -50,7 +53,9 @@ class DPO(Objective):
     """From pairs of `data.pairs`, or online from the ranked images of `data.prompts`."""
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False))
+    times: ForwardTimes = field(
+        default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False)
+    )
     beta: Positive = 500.0
     beta_over_time: Literal["constant", "of_noise_error"] = "constant"
     form: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
@@ -63,7 +68,9 @@ class DPO(Objective):
         return list(self.times(batch))
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
-        xt, target = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise]))
+        xt, target = add_noise(
+            torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise])
+        )
         t, cond = draw.t.repeat(2), pairs.cond.unguided().twice()
         error = mean_square(policy.velocity(xt, t, cond) - target)
         error_ref = mean_square(policy.at("reference").velocity(xt, t, cond) - target)
@@ -74,5 +81,10 @@ class DPO(Objective):
         loss = (1 - self.label_smoothing) * form(s) + self.label_smoothing * form(-s)
         error_w, error_l = error.chunk(2)
         total = (pairs.weight * (loss + self.imitate * error_w)).mean()
-        stats = {"chosen_preferred": (s > 0).float() + 0.5 * (s == 0), "margin": s, "moved/chosen": D_w, "moved/rejected": D_l}
+        stats = {
+            "chosen_preferred": (s > 0).float() + 0.5 * (s == 0),
+            "margin": s,
+            "moved/chosen": D_w,
+            "moved/rejected": D_l,
+        }
         return Loss(total, stats | {"error/chosen": error_w, "error/rejected": error_l})

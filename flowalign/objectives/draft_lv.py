@@ -13,9 +13,10 @@ from pydantic import Field
 from flowalign.batch import Batch, Prompts
 from flowalign.errors import UserError
 from flowalign.flow import add_noise
-from flowalign.objectives.base import Loss, Objective, rewarded
+from flowalign.objectives.base import Loss, Objective
+from flowalign.objectives.terms import reward_loss
 from flowalign.policy import Policy, Sampler
-from flowalign.settings import Count
+from flowalign.settings.types import Count
 
 
 @dataclass
@@ -30,7 +31,9 @@ class DRaFTLV(Objective):
 
     def check(self, sampler: Sampler) -> None:
         if -self.step > sampler.steps:
-            raise UserError(f"objective.step is {self.step}, but sampler.steps is {sampler.steps}; write -{sampler.steps} to -1.")
+            raise UserError(
+                f"objective.step is {self.step}, but sampler.steps is {sampler.steps}; write -{sampler.steps} to -1."
+            )
 
     def loss(self, policy: Policy, prompts: Prompts, _: int) -> Loss:
         with torch.no_grad():
@@ -39,5 +42,9 @@ class DRaFTLV(Objective):
         losses = []
         for copy in range(self.copies):
             noise = prompts.noise("copy", copy, tuple(x0.shape[1:])).to(x0.device)
-            losses.append(rewarded(policy, prompts, policy.denoise(add_noise(x0, t, noise)[0], t, prompts.cond)))
+            losses.append(
+                reward_loss(
+                    policy, prompts, policy.denoise(add_noise(x0, t, noise)[0], t, prompts.cond)
+                )
+            )
         return Loss(torch.stack([loss.total for loss in losses]).mean(), losses[0].stats)

@@ -24,7 +24,7 @@ from flowalign.dynamics import Gaussian
 from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
-from flowalign.settings import NonNegative, Positive
+from flowalign.settings.types import NonNegative, Positive
 
 
 def log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
@@ -32,7 +32,7 @@ def log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
 
 
 def normalised_log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
-    """std · (log ratio + ‖Δμ‖² / 2 std²), which is the mean of noise · Δμ (GRPO-Guard, equation 8)."""
+    """Std · (log ratio + ‖Δμ‖² / 2 std²), which is the mean of noise · Δμ (GRPO-Guard, equation 8)."""
     noise = rollout.step_noise(k)
     moved = step.mean - (rollout.path[:, k + 1] - step.std * noise)
     return (noise * moved).flatten(1).mean(1)
@@ -69,7 +69,7 @@ class FlowGRPO(PathObjective):
     step_weight: Literal["even", "noise", "inverse_time"] = "even"
 
     @property
-    def clips_at(self) -> float:
+    def log_ratio_clip(self) -> float:
         return self.clip_range
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:

@@ -14,12 +14,13 @@ from typing import ClassVar
 
 import torch
 
-from flowalign import processes
+from flowalign import distributed
 from flowalign.batch import Batch, Pairs
 from flowalign.flow import add_noise, mean_square, PerImage
-from flowalign.objectives.base import Draw, ForwardTimes, Loss, Objective
+from flowalign.objectives.base import Loss, Objective
+from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Policy
-from flowalign.settings import NonNegative, Positive
+from flowalign.settings.types import NonNegative, Positive
 
 
 @dataclass
@@ -30,7 +31,9 @@ class KTO(Objective):
     """
 
     learns_from: ClassVar[type[Batch]] = Pairs
-    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False))
+    times: ForwardTimes = field(
+        default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False)
+    )
     beta: Positive = 1000.0
     liked: NonNegative = 1.0
     """λ of liked images."""
@@ -47,7 +50,7 @@ class KTO(Objective):
             error_ref = self.error(policy.at("reference"), pairs, draw)
             gained = (error_ref - self.error(policy, pairs, draw)).double().sum()
             images = torch.full_like(gained, 2 * len(pairs))  # other processes may have fewer
-            total, count = processes.mean(torch.stack([gained, images]))
+            total, count = distributed.mean(torch.stack([gained, images]))
             z = (total / count.clamp(min=1)).clamp(min=0).float().expand(len(pairs))
             columns += [z, error_ref[: len(pairs)], error_ref[len(pairs) :]]
         return replace(pairs, prepared=torch.stack(columns, 1))
@@ -61,10 +64,20 @@ class KTO(Objective):
         value = (y * self.beta * (g - z)).sigmoid()
         weight = torch.where(y > 0, self.liked, self.disliked) * pairs.weight.repeat(2)
         liked, disliked = g.chunk(2)
-        stats = {"chosen_preferred": (liked > disliked).float() + 0.5 * (liked == disliked), "reference_point": z}
-        return Loss((weight * (1 - value)).mean(), stats | {"gained/liked": liked, "gained/disliked": disliked})
+        stats = {
+            "chosen_preferred": (liked > disliked).float() + 0.5 * (liked == disliked),
+            "reference_point": z,
+        }
+        return Loss(
+            (weight * (1 - value)).mean(),
+            stats | {"gained/liked": liked, "gained/disliked": disliked},
+        )
 
     def error(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
         """‖v - (noise - x0)‖² of the liked, then of the disliked images (2 B)."""
-        xt, target = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise]))
-        return mean_square(policy.velocity(xt, draw.t.repeat(2), pairs.cond.unguided().twice()) - target)
+        xt, target = add_noise(
+            torch.cat(pairs.x0), draw.t.repeat(2), torch.cat([draw.noise, draw.noise])
+        )
+        return mean_square(
+            policy.velocity(xt, draw.t.repeat(2), pairs.cond.unguided().twice()) - target
+        )

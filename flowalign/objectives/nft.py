@@ -12,9 +12,11 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, Latent, mean_square, PerImage
-from flowalign.objectives.base import Anchor, Draw, goodness, ImageObjective, Loss, relative_error
+from flowalign.objectives.base import ImageObjective, Loss
+from flowalign.objectives.draws import Draw
+from flowalign.objectives.terms import adaptive_error, optimality, VelocityKL
 from flowalign.policy import Decay, Policy
-from flowalign.settings import Positive
+from flowalign.settings.types import Positive
 
 
 @dataclass
@@ -27,9 +29,9 @@ class NFT(ImageObjective):
     """Whether errors of x0 are divided by their own mean size, as released, or errors of v are taken as they are."""
     limit: Positive = 5.0
     """A_max: r is 1 at this advantage and 0 at its negative."""
-    kl: Anchor = field(default_factory=lambda: Anchor(weight=1e-4))
+    kl: VelocityKL = field(default_factory=lambda: VelocityKL(weight=1e-4))
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.5))
-    rollout_with: ClassVar[str] = "old"
+    sampling_weights: ClassVar[str] = "old"
 
     @property
     def snapshots(self) -> dict[str, Decay]:
@@ -43,11 +45,11 @@ class NFT(ImageObjective):
 
         good = self.error(v_old + self.beta * (v - v_old), target, draw.t)
         bad = self.error(v_old - self.beta * (v - v_old), target, draw.t)
-        r = goodness(rollout.advantage, self.limit)
+        r = optimality(rollout.advantage, self.limit)
         loss = self.limit / self.beta * (r * good + (1 - r) * bad).mean()
         stats = {"error/good": good, "error/bad": bad, "moved": mean_square(v.detach() - v_old)}
         return self.kl(Loss(loss, stats), policy, v, xt, draw.t, cond)
 
     def error(self, v: Latent, target: Latent, t: PerImage) -> PerImage:
         # x0_hat - x0 is -t (v - target): the adaptive weight divides t² ‖·‖² by t |·|.
-        return t * relative_error(v, target) if self.adaptive else mean_square(v - target)
+        return t * adaptive_error(v, target) if self.adaptive else mean_square(v - target)

@@ -20,7 +20,7 @@ from flowalign.batch import Batch, Pairs
 from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, PathObjective
 from flowalign.policy import Policy
-from flowalign.settings import Positive
+from flowalign.settings.types import Positive
 
 
 @dataclass
@@ -34,7 +34,7 @@ class PRDP(PathObjective):
     """ε."""
 
     @property
-    def clips_at(self) -> float:
+    def log_ratio_clip(self) -> float:
         return self.clip_range
 
     def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
@@ -42,7 +42,8 @@ class PRDP(PathObjective):
         reference = policy.at("reference")
         ref_log_probs = [self.log_prob(reference, pairs, k) for k in self.draws(pairs)]
         terms = [
-            torch.stack(self.terms(policy, pairs, k, ref)[:2], 1) for k, ref in zip(self.draws(pairs), ref_log_probs, strict=True)
+            torch.stack(self.terms(policy, pairs, k, ref)[:2], 1)
+            for k, ref in zip(self.draws(pairs), ref_log_probs, strict=True)
         ]
         kept = [ref.view(2, len(pairs)).T for ref in ref_log_probs]
         return replace(pairs, prepared=torch.cat([torch.stack(terms).sum(0), *kept], 1))
@@ -61,11 +62,13 @@ class PRDP(PathObjective):
         return Loss(loss, stats | {"ratio/max_log_error": moved.abs()})
 
     def log_prob(self, policy: Policy, pairs: Pairs, k: int) -> PerImage:
-        """log π(x_{k+1} | x_k, c) of the chosen, then of the rejected (2 B)."""
+        """Log π(x_{k+1} | x_k, c) of the chosen, then of the rejected (2 B)."""
         paths = torch.cat([pairs.chosen, pairs.rejected])
         return policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1])
 
-    def terms(self, policy: Policy, pairs: Pairs, k: int, ref_log_prob: PerImage) -> tuple[PerImage, PerImage, PerImage]:
+    def terms(
+        self, policy: Policy, pairs: Pairs, k: int, ref_log_prob: PerImage
+    ) -> tuple[PerImage, PerImage, PerImage]:
         """Step k's part of the difference, as it is and clipped, and every log-ratio to the weights that sampled."""
         old_log_prob = torch.cat([pairs.chosen_log_prob[:, k], pairs.rejected_log_prob[:, k]])
         moved = self.log_prob(policy, pairs, k) - old_log_prob

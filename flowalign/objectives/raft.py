@@ -11,32 +11,34 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Anchor, Draw, ForwardTimes, group_mean, ImageObjective, Loss
+from flowalign.objectives.base import ImageObjective, Loss
+from flowalign.objectives.draws import Draw, ForwardTimes
+from flowalign.objectives.terms import group_mean, VelocityKL
 from flowalign.policy import Policy
-from flowalign.settings import Count, Guidance
+from flowalign.settings.types import Count, Guidance
 
 
 @dataclass
 class RAFT(ImageObjective):
     """Any sampler. A prompt whose images are all equally good teaches as plain imitation would."""
 
-    by_advantage: ClassVar[bool] = False
+    uses_advantages: ClassVar[bool] = False
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(shared=False))
     keep: Count = 1
     """How many of a prompt's images are imitated."""
     guidance: Guidance | None = 1.0
-    kl: Anchor = field(default_factory=Anchor)
+    kl: VelocityKL = field(default_factory=VelocityKL)
     """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
 
     @property
-    def images_needed(self) -> int:
+    def min_images_per_prompt(self) -> int:
         return self.keep + 1
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """The weights, which need whole groups."""
-        better = (rollout.reward[None] > rollout.reward[:, None]) & (rollout.group[None] == rollout.group[:, None]).to(
-            rollout.device
-        )
+        better = (rollout.reward[None] > rollout.reward[:, None]) & (
+            rollout.group[None] == rollout.group[:, None]
+        ).to(rollout.device)
         best = (better.sum(1) < self.keep).to(rollout.reward.dtype)
         return replace(rollout, prepared=(best / group_mean(best, rollout.group))[:, None])
 

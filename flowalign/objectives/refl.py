@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 
 from flowalign.batch import Batch, Prompts
-from flowalign.objectives.base import Loss, Objective, rewarded
+from flowalign.objectives.base import Loss, Objective
+from flowalign.objectives.terms import reward_loss
 from flowalign.policy import Policy
-from flowalign.settings import Share, WrongSetting
+from flowalign.settings.types import Share, WrongSetting
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ReFL(Objective):
         with torch.no_grad():
             x = policy.unroll(policy.start(prompts), prompts.cond, range(k))
         t = x.new_full((len(x),), policy.times[k])
-        return rewarded(policy, prompts, policy.denoise(x, t, prompts.cond), self.enough)
+        return reward_loss(policy, prompts, policy.denoise(x, t, prompts.cond), self.enough)
 
     def late_step(self, steps: int, prompts: Prompts) -> int:
         """k; one draw for all images of a training step."""

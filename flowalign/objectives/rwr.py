@@ -12,25 +12,30 @@ from typing import ClassVar
 
 from flowalign.batch import Rollout
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Anchor, Draw, ForwardTimes, group_softmax, ImageObjective, Loss
+from flowalign.objectives.base import ImageObjective, Loss
+from flowalign.objectives.draws import Draw, ForwardTimes
+from flowalign.objectives.terms import group_softmax, VelocityKL
 from flowalign.policy import Policy
-from flowalign.settings import Positive
+from flowalign.settings.types import Positive
 
 
 @dataclass
 class RWR(ImageObjective):
     """Any sampler."""
 
-    by_advantage: ClassVar[bool] = False
+    uses_advantages: ClassVar[bool] = False
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(shared=False))
     temperature: Positive = 0.2
     """τ, in units of the reward."""
-    kl: Anchor = field(default_factory=Anchor)
+    kl: VelocityKL = field(default_factory=VelocityKL)
     """Imitating one's own images passes the sampler's errors on; an anchor keeps them from adding up."""
 
     def prepare(self, policy: Policy, rollout: Rollout) -> Rollout:
         """The weights, which need whole groups."""
-        return replace(rollout, prepared=group_softmax(rollout.reward / self.temperature, rollout.group)[:, None])
+        return replace(
+            rollout,
+            prepared=group_softmax(rollout.reward / self.temperature, rollout.group)[:, None],
+        )
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from flowalign.batch import Batch, Examples
 from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.base import Draw, ForwardObjective, ForwardTimes, Loss
+from flowalign.objectives.base import ForwardObjective, Loss
+from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Policy
 
 
@@ -16,7 +17,9 @@ from flowalign.policy import Policy
 class SFT(ForwardObjective):
     """From the pictures of `data.pairs`; of pairs, the chosen."""
 
-    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
+    times: ForwardTimes = field(
+        default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal")
+    )
     learns_from: ClassVar[type[Batch]] = Examples
 
     def loss(self, policy: Policy, examples: Examples, draw: Draw) -> Loss:

@@ -17,16 +17,19 @@ import torch
 
 from flowalign.batch import Batch, Examples
 from flowalign.flow import add_noise, Latent, mean_square, over_latent, PerImage
-from flowalign.objectives.base import Draw, ForwardObjective, ForwardTimes, Loss
+from flowalign.objectives.base import ForwardObjective, Loss
+from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Policy
-from flowalign.settings import Count, Guidance, NonNegative
+from flowalign.settings.types import Count, Guidance, NonNegative
 
 
 @dataclass
 class SOAR(ForwardObjective):
     """From the pictures of `data.pairs`; of pairs, the chosen."""
 
-    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal"))
+    times: ForwardTimes = field(
+        default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal")
+    )
     guidance: Guidance = 4.5
     """Of the step that errs."""
     sampling_steps: Count = 40
@@ -62,8 +65,10 @@ class SOAR(ForwardObjective):
         return shift * unshifted / (1 + (shift - 1) * unshifted)
 
     @staticmethod
-    def correction(x: Latent, s: PerImage, s_next: PerImage, x0: Latent, noise: Latent) -> tuple[Latent, Latent]:
-        """x at s taken back to s_next, and the velocity from there straight to x0."""
+    def correction(
+        x: Latent, s: PerImage, s_next: PerImage, x0: Latent, noise: Latent
+    ) -> tuple[Latent, Latent]:
+        """X at s taken back to s_next, and the velocity from there straight to x0."""
         alpha = over_latent((s_next - s) / (1 - s), x)
         xs = (1 - alpha) * x + alpha * noise
         return xs, (xs - x0) / over_latent(s_next, x)

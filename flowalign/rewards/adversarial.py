@@ -18,11 +18,11 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from flowalign import processes
+from flowalign import distributed
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.rewards.features import TINY, Tower
-from flowalign.rewards.files import picture_files
+from flowalign.rewards.reference_pictures import picture_files
 
 HIDDEN = 512
 
@@ -59,9 +59,13 @@ class Adversarial:
         self.references = self.tower.embed_files(files, "rewards.adversarial.pictures")
         self.past = torch.zeros(0, self.tower.width)
         self.head = _head(self.tower.width).to(self.tower.device)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), self.learning_rate, betas=(0.5, 0.999))
+        self.optimizer = torch.optim.Adam(
+            self.head.parameters(), self.learning_rate, betas=(0.5, 0.999)
+        )
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return self.logit(self.tower(images))
 
     def logit(self, features: Tensor) -> PerImage:
@@ -70,7 +74,7 @@ class Adversarial:
     @torch.enable_grad()
     def update(self, images: Tensor) -> dict[str, float]:
         """As `Learns.update`. Logs the loss and the share of pictures told apart rightly before it learned from them."""
-        made = processes.gather(self.tower.embed(images))
+        made = distributed.gather(self.tower.embed(images))
         new = made.to(self.tower.device)
         past = self.past.to(self.tower.device) if len(self.past) else new
         self.past = torch.cat([self.past, made])[-self.buffer :]
@@ -78,7 +82,11 @@ class Adversarial:
         self.head.requires_grad_()
         figures = {}
         for _ in range(self.descents):
-            reference, new_logit, past_logit = self.logit(self.references), self.logit(new), self.logit(past)
+            reference, new_logit, past_logit = (
+                self.logit(self.references),
+                self.logit(new),
+                self.logit(past),
+            )
             fake = (F.softplus(new_logit).mean() + F.softplus(past_logit).mean()) / 2
             loss = (F.softplus(-reference).mean() + fake) / 2
             figures = figures or {"loss": loss.item(), "accuracy": _accuracy(reference, new_logit)}
@@ -91,8 +99,15 @@ class Adversarial:
     def state(self) -> dict[str, Tensor]:
         slots = self.optimizer.state_dict()["state"]
         kept = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        kept |= {f"optimizer.{index}.{name}": value for index, slot in slots.items() for name, value in slot.items()}
-        return {name: value.detach().cpu().clone() for name, value in (kept | {"past": self.past}).items()}
+        kept |= {
+            f"optimizer.{index}.{name}": value
+            for index, slot in slots.items()
+            for name, value in slot.items()
+        }
+        return {
+            name: value.detach().cpu().clone()
+            for name, value in (kept | {"past": self.past}).items()
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         slots: dict[int, dict[str, Tensor]] = {}
@@ -100,10 +115,14 @@ class Adversarial:
             _, index, name = key.split(".")
             slots.setdefault(int(index), {})[name] = state[key].clone()
         try:
-            self.head.load_state_dict({key.removeprefix("head."): state[key] for key in state if key.startswith("head.")})
+            self.head.load_state_dict(
+                {key.removeprefix("head."): state[key] for key in state if key.startswith("head.")}
+            )
             self.past = state["past"].clone()
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"rewards.adversarial: the checkpoint holds another head, of another backbone? {error}") from error
+            raise UserError(
+                f"rewards.adversarial: the checkpoint holds another head, of another backbone? {error}"
+            ) from error
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
 
 

@@ -34,9 +34,14 @@ class Traits:
     """Between what its scores lie."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("level", ("pointwise", "pairwise", "group")), ("images", ("tensor", "pil"))):
+        for name, choices in (
+            ("level", ("pointwise", "pairwise", "group")),
+            ("images", ("tensor", "pil")),
+        ):
             if (value := getattr(self, name)) not in choices:
-                raise UserError(f"traits: {name} is {value!r}; write for example @traits({name}={choices[-1]!r}), of {choices}.")
+                raise UserError(
+                    f"traits: {name} is {value!r}; write for example @traits({name}={choices[-1]!r}), of {choices}."
+                )
         low, high = self.range
         if not low < high:
             raise UserError(f"traits: range is {self.range}; write the lower end first.")
@@ -50,7 +55,7 @@ traits = Traits
 
 
 @runtime_checkable
-class Learns(Protocol):
+class LearnedReward(Protocol):
     """A reward that learns as the policy does. A call is a pure function; what was learned changes in `update` only."""
 
     def update(self, images: Tensor) -> dict[str, float]:
@@ -85,7 +90,7 @@ class Reward:
     function: RewardFunction
     weight: float = 1.0
     traits: Traits = Traits()
-    learner: Learns | None = None
+    learner: LearnedReward | None = None
     """What learns as training goes, where the reward does."""
 
     @property
@@ -93,7 +98,9 @@ class Reward:
         """Whether it must see all images of a prompt at once."""
         return self.traits.level != "pointwise"
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         """Scores of images (B, 3, H, W) in [0, 1], float32 on the CPU; NaN where an image was not scored.
 
         RunError when there is not one number an image within the range the reward declares.
@@ -107,7 +114,9 @@ class Reward:
             raise self._failed(error) from error
         return self._checked(scores, len(images))
 
-    def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def with_gradient(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         """As a call, on the images' device and with the gradient. RunError when the scores carry none."""
         try:
             scores = self.function(images.clone(), prompts, [dict(entry) for entry in metadata])
@@ -116,27 +125,43 @@ class Reward:
         except Exception as error:
             raise self._failed(error) from error
         if not isinstance(scores, Tensor) or not scores.requires_grad:
-            raise RunError(f"rewards.{self.name} carries no gradient from its scores to the images, and the objective needs one.")
+            raise RunError(
+                f"rewards.{self.name} carries no gradient from its scores to the images, and the objective needs one."
+            )
         if self._checked(scores, len(images)).isnan().any():
-            raise RunError(f"rewards.{self.name} did not score an image; the objective needs the gradient of every one.")
+            raise RunError(
+                f"rewards.{self.name} did not score an image; the objective needs the gradient of every one."
+            )
         return scores.float()
 
     def _failed(self, error: Exception) -> RunError:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if not f.filename.startswith(LIBRARIES)
+        ]
         frame = ([f for f in frames if not f.filename.startswith(PACKAGE)] or frames)[-1]
-        return RunError(f"rewards.{self.name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})")
+        return RunError(
+            f"rewards.{self.name} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        )
 
     def _checked(self, scores: Any, count: int) -> PerImage:
         expected = f"expected {count} numbers, one an image"
         try:
             scores = numbers(scores)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise RunError(f"rewards.{self.name} returned a {type(scores).__name__} ({error}); {expected}.") from error
+            raise RunError(
+                f"rewards.{self.name} returned a {type(scores).__name__} ({error}); {expected}."
+            ) from error
         if scores.shape != (count,):
-            raise RunError(f"rewards.{self.name} returned shape {tuple(scores.shape)}; {expected}: shape ({count},).")
+            raise RunError(
+                f"rewards.{self.name} returned shape {tuple(scores.shape)}; {expected}: shape ({count},)."
+            )
         low, high = self.traits.range
         slack = 1e-4 * max([1.0, *(abs(end) for end in (low, high) if math.isfinite(end))])
         if (outside := scores[(scores < low - slack) | (scores > high + slack)]).numel():
             given, said = f"{outside[0].item():g}", f"[{low:g}, {high:g}]"
-            raise RunError(f"rewards.{self.name} returned {given}, outside the range {said} it declares.")
+            raise RunError(
+                f"rewards.{self.name} returned {given}, outside the range {said} it declares."
+            )
         return scores

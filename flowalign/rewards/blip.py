@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import (
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
-from flowalign.hub import pretrained
+from flowalign.models.hub import pretrained
 from flowalign.rewards.clip import crop, Dtype, normalised, Tokens
 from flowalign.rewards.weights import affine, read_weights, renamed, with_weights
 
@@ -56,22 +62,36 @@ class ImageReward:
     def __post_init__(self) -> None:
         key, dtype = "rewards.image_reward.path", getattr(torch, self.dtype)
         state = read_weights(key, self.path)
-        vision, text = renamed(below("blip.visual_encoder.", state, key), VISION), below("blip.text_encoder.", state, key)
+        vision, text = (
+            renamed(below("blip.visual_encoder.", state, key), VISION),
+            below("blip.text_encoder.", state, key),
+        )
         self.vision: Any = with_weights(BlipVisionModel, vision_config(vision), vision, key)
-        self.text: Any = with_weights(BlipTextModel, text_config(text), text, key, add_pooling_layer=False)
+        self.text: Any = with_weights(
+            BlipTextModel, text_config(text), text, key, add_pooling_layer=False
+        )
         for encoder in (self.vision, self.text):
             encoder.to(dtype).eval().requires_grad_(False)
         self.weight, self.bias = affine(state, "mlp.layers.", key)
         tokenizer = pretrained(AutoTokenizer, "rewards.image_reward.tokenizer", self.tokenizer)
         self.tokens = Tokens("image_reward", tokenizer, TOKENS)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         for encoder in (self.vision, self.text):
             encoder.to(images.device)
-        pixels = normalised(crop(images, self.vision.config.image_size), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        pixels = normalised(
+            crop(images, self.vision.config.image_size), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+        )
         seen = self.vision(pixels).last_hidden_state
         tokens = self.tokens(prompts).to(images.device)
-        read = self.text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen, is_decoder=False)
+        read = self.text(
+            tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=seen,
+            is_decoder=False,
+        )
         h = read.last_hidden_state[:, 0]
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         return (h @ self.weight.to(h) + self.bias - MEAN) / STD
@@ -79,7 +99,9 @@ class ImageReward:
 
 def below(prefix: str, state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     """The weights whose names begin so, without that beginning. UserError when there are none."""
-    names = [name for name in state if name.startswith(prefix) and not name.endswith("position_ids")]
+    names = [
+        name for name in state if name.startswith(prefix) and not name.endswith("position_ids")
+    ]
     if not names:
         raise UserError(
             f"{key}: the file is not ImageReward's: no name begins with {prefix}. It has {', '.join(list(state)[:3])}, …"

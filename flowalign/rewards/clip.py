@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, BatchEncoding, CLIPConfig, CLIPImageProc
 
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
-from flowalign.hub import pretrained
+from flowalign.models.hub import pretrained
 from flowalign.rewards.base import traits
 from flowalign.rewards.features import check_world, TINY, Tower
-from flowalign.rewards.files import as_images, read_reference, reference_file
+from flowalign.rewards.reference_pictures import as_images, read_reference, reference_file
 from flowalign.rewards.weights import affine, from_open_clip, read_weights, with_weights
 
 VIT_L = "openai/clip-vit-large-patch14"
@@ -53,7 +53,9 @@ class Clip:
         processor = pretrained(CLIPImageProcessor, self._key("processor"), beside)
         self.mean, self.std = processor.image_mean, processor.image_std
         tokenizer = pretrained(AutoTokenizer, self._key("processor"), beside)
-        self.tokens = Tokens(self.name, tokenizer, network.config.text_config.max_position_embeddings)
+        self.tokens = Tokens(
+            self.name, tokenizer, network.config.text_config.max_position_embeddings
+        )
         self.texts = Remembered(self._encode)
 
     def pictures(self, images: Tensor) -> Tensor:
@@ -82,7 +84,9 @@ class Clip:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Tensor:
-        return unit(self.model.get_text_features(**self.tokens(prompts).to(self.model.device)).pooler_output)
+        return unit(
+            self.model.get_text_features(**self.tokens(prompts).to(self.model.device)).pooler_output
+        )
 
 
 @traits(range=(-1, 1))
@@ -98,7 +102,9 @@ class ClipScore(Clip):
     """Written before every prompt."""
     name: ClassVar[str] = "clip_score"
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return self.cosine(images, [self.prefix + prompt for prompt in prompts])
 
 
@@ -114,7 +120,9 @@ class PickScore(Clip):
     processor: str = VIT_H
     name: ClassVar[str] = "pick_score"
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return math.exp(self.logit_scale) * self.cosine(images, prompts) / 26
 
 
@@ -133,14 +141,21 @@ class HPSv2(Clip):
     """Also says how large the network is, when `path` is a file of weights."""
     name: ClassVar[str] = "hps"
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return self.cosine(images, prompts)
 
     def _network(self) -> Any:
         if not self.path.endswith(WEIGHTS):
             return super()._network()
         config = pretrained(CLIPConfig, self._key("processor"), self.processor)
-        return with_weights(CLIPModel, config, from_open_clip(read_weights(self._key("path"), self.path)), self._key("path"))
+        return with_weights(
+            CLIPModel,
+            config,
+            from_open_clip(read_weights(self._key("path"), self.path)),
+            self._key("path"),
+        )
 
     def _fit(self, images: Tensor) -> Tensor:
         return pad(images, self.size)
@@ -160,14 +175,18 @@ class Aesthetic(Clip):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.weight, self.bias = affine(read_weights(self._key("head"), self.head), "layers.", self._key("head"))
+        self.weight, self.bias = affine(
+            read_weights(self._key("head"), self.head), "layers.", self._key("head")
+        )
         if (width := self.model.config.projection_dim) != len(self.weight):
             raise UserError(
                 f"{self._key('head')}: {self.head} reads {len(self.weight)} numbers, and {self.path} makes {width} of a picture; "
                 f"the published head belongs to {VIT_L}."
             )
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         pictures = self.pictures(images)
         return pictures @ self.weight.to(pictures) + self.bias
 
@@ -186,10 +205,17 @@ class ClipImage:
 
     def __post_init__(self) -> None:
         self.tower = Tower(self.path, "rewards.clip_image.path")
-        self.references = Remembered(lambda files: torch.stack([self._read(file) for file in files]))
+        self.references = Remembered(
+            lambda files: torch.stack([self._read(file) for file in files])
+        )
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
-        files = [reference_file("clip_image", prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
+        files = [
+            reference_file("clip_image", prompt, entry)
+            for prompt, entry in zip(prompts, metadata, strict=True)
+        ]
         return (self.tower(images) * self.references(files, self.tower.device)).sum(1)
 
     @torch.no_grad()
@@ -216,7 +242,13 @@ class Tokens:
                 f"({cut / len(prompts):.0%}) are longer and are judged by their beginning.",
                 stacklevel=2,
             )
-        return self.tokenizer(prompts, padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt")
+        return self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
+        )
 
 
 class Remembered:
@@ -250,7 +282,9 @@ def crop(images: Tensor, size: int) -> Tensor:
 
 def pad(images: Tensor, size: int) -> Tensor:
     """On a black square, after scaling the longer side to `size`."""
-    images = resize(images, [round(size * side / max(images.shape[-2:])) for side in images.shape[-2:]])
+    images = resize(
+        images, [round(size * side / max(images.shape[-2:])) for side in images.shape[-2:]]
+    )
     height, width = (size - side for side in images.shape[-2:])
     return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
-from flowalign.settings import NonNegative, Positive, Settings
+from flowalign.settings.types import NonNegative, Positive, Settings
 
 Scores = dict[str, PerImage]
 
@@ -18,13 +18,13 @@ Scores = dict[str, PerImage]
 class Combine(Settings):
     """A dataclass of settings; what it learns from step to step goes into checkpoints."""
 
-    follows: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = False
     """Whether it looks at whole steps; a reward that a gradient passes through is combined image by image."""
 
     def check(self, weights: dict[str, float]) -> None:
         """UserError where the settings name a reward that is not there, or its weight makes no sense."""
 
-    def follow(self, scores: Scores) -> None:
+    def observe(self, scores: Scores) -> None:
         """Learn from the scores of a step, (N,) each, of all processes; called before they are combined."""
 
     def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
@@ -89,7 +89,9 @@ class Gate(Combine):
         _known("combine.base", self.base, weights)
         for name in self.base:
             if weights[name] < 0:
-                raise UserError(f"rewards.{name} has a weight below 0, but combine.base asks for more of it; write 0 or more.")
+                raise UserError(
+                    f"rewards.{name} has a weight below 0, but combine.base asks for more of it; write 0 or more."
+                )
         if len(self.base) == len(weights):
             raise UserError("combine.base names all rewards; leave out those that are the bonus.")
 
@@ -98,26 +100,30 @@ class Gate(Combine):
         bonus = {name: score for name, score in scores.items() if name not in self.base}
         reached = torch.stack([~(score < self.base[name]) for name, score in base.items()]).all(0)
         more = weighted(bonus, weights)
-        return total(torch.cat([weighted(base, weights), torch.where(reached, more, more.clamp(max=0))]))
+        return total(
+            torch.cat([weighted(base, weights), torch.where(reached, more, more.clamp(max=0))])
+        )
 
 
 @dataclass
 class Normalised(Combine):
     """Σ weight · (score - mean) / deviation, over all scores of the reward so far, so that no scale drowns another."""
 
-    follows: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.moments: dict[str, Tensor] = {}  # count, sum and sum of squares by reward, in float64
 
-    def follow(self, scores: Scores) -> None:
+    def observe(self, scores: Scores) -> None:
         for name, score in scores.items():
             seen = score[~score.isnan()].double()
             new = torch.stack([torch.tensor(len(seen)).double(), seen.sum(), seen.square().sum()])
             self.moments[name] = self.moments.get(name, torch.zeros(3).double()) + new
 
     def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
-        return total(weighted({name: self.standard(name, score) for name, score in scores.items()}, weights))
+        return total(
+            weighted({name: self.standard(name, score) for name, score in scores.items()}, weights)
+        )
 
     def standard(self, name: str, score: PerImage) -> PerImage:
         count, first, second = self.moments[name].tolist()
@@ -142,7 +148,7 @@ class Constrained(Combine):
     at_least: dict[str, float] = field(default_factory=dict)
     """Thresholds by reward."""
     rate: Positive = 0.1
-    follows: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,15 +159,19 @@ class Constrained(Combine):
         for name in self.at_least:
             if weights[name] != 1:
                 found = f"rewards.{name} has weight {weights[name]:g}, which would have no effect"
-                raise UserError(f"{found}: combine.at_least gives it a multiplier that adapts; leave the weight out.")
+                raise UserError(
+                    f"{found}: combine.at_least gives it a multiplier that adapts; leave the weight out."
+                )
         if len(self.at_least) == len(weights):
             raise UserError("combine.at_least names all rewards; leave out the one to maximise.")
 
-    def follow(self, scores: Scores) -> None:
+    def observe(self, scores: Scores) -> None:
         for name, threshold in self.at_least.items():
             mean = scores[name].nanmean().item()
             if math.isfinite(mean):
-                self.multipliers[name] = max(0.0, self.multipliers.get(name, 0.0) + self.rate * (threshold - mean))
+                self.multipliers[name] = max(
+                    0.0, self.multipliers.get(name, 0.0) + self.rate * (threshold - mean)
+                )
 
     def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
         free = {name: score for name, score in scores.items() if name not in self.at_least}
@@ -173,7 +183,10 @@ class Constrained(Combine):
         return {f"multiplier/{name}": value for name, value in self.multipliers.items()}
 
     def state(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.multipliers.items()}
+        return {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in self.multipliers.items()
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.multipliers = {name: value.item() for name, value in state.items()}
@@ -202,6 +215,8 @@ def total(values: Tensor) -> PerImage:
 def _known(key: str, named: dict[str, float], names: Iterable[str]) -> None:
     names = list(names)
     if not named:
-        raise UserError(f"{key} is empty; write thresholds by reward, for example {{{names[0]}: 0.5}}.")
+        raise UserError(
+            f"{key} is empty; write thresholds by reward, for example {{{names[0]}: 0.5}}."
+        )
     if unknown := [name for name in named if name not in names]:
         raise UserError(f"{key} names {unknown[0]!r}; the rewards are {', '.join(names)}.")

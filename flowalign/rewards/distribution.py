@@ -28,7 +28,7 @@ from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.rewards.base import traits
 from flowalign.rewards.features import TINY, Tower
-from flowalign.rewards.files import picture_files
+from flowalign.rewards.reference_pictures import picture_files
 
 
 @traits(level="group", range=(-1, 1))
@@ -50,12 +50,16 @@ class FeatureDistance:
 
     def __post_init__(self) -> None:
         if not self.bandwidth > 0:
-            raise UserError(f"rewards.feature_distance.bandwidth is {self.bandwidth}; it must be above 0.")
+            raise UserError(
+                f"rewards.feature_distance.bandwidth is {self.bandwidth}; it must be above 0."
+            )
         files = picture_files(self.pictures, "rewards.feature_distance.pictures")
         self.tower = Tower(self.path, "rewards.feature_distance.path")
         self.exemplars = self.tower.embed_files(files, "rewards.feature_distance.pictures")
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return distance_shares(self.tower(images), self.exemplars, self.bandwidth)
 
 
@@ -75,7 +79,9 @@ class Vendi:
     def __post_init__(self) -> None:
         self.tower = Tower(self.path, "rewards.vendi.path")
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return vendi_shares(self.tower(images))
 
 
@@ -110,5 +116,5 @@ def vendi_shares(features: Tensor) -> PerImage:
 
 
 def _kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
-    """k of unit vectors, for which ‖a - b‖² = 2 - 2 a·b."""
+    """K of unit vectors, for which ‖a - b‖² = 2 - 2 a·b."""
     return ((a @ b.T - 1) / bandwidth**2).exp()

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import SizeDict
 
-from flowalign import processes
+from flowalign import distributed
+from flowalign.bundled import ASSETS
 from flowalign.errors import RunError, UserError
-from flowalign.hub import pretrained
-from flowalign.rewards.files import as_images, read_picture
+from flowalign.models.hub import pretrained
+from flowalign.rewards.reference_pictures import as_images, read_picture
 
-TINY = str(Path(__file__).parents[2] / "assets" / "tiny-clip")
+TINY = str(ASSETS / "tiny-clip")
 """Trained on pictures of coloured shapes, 64 pixels on a side."""
 LARGEST = 128
 IMAGES_AT_ONCE = 32
@@ -38,20 +39,24 @@ class Tower:
 
     def __init__(self, path: str, key: str, size: int = 0):
         """`size`: the side of the square the backbone sees, for backbones that take several; 0 for what its processor says."""
-        self.device = processes.device()
+        self.device = distributed.device()
         self.path, self.key, self.size = path, key, size
         self.processor: Any = pretrained(AutoImageProcessor, key, path)
         settings = {"dtype": torch.float32, "output_loading_info": True}
         model, found = pretrained(AutoModel, key, path, **settings)
         if missing := sorted(found["missing_keys"]):
-            raise UserError(f"{key}: {path} lacks {missing[0]}, which would be drawn at random; choose another backbone.")
+            raise UserError(
+                f"{key}: {path} lacks {missing[0]}, which would be drawn at random; choose another backbone."
+            )
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         has_text_too = "vision_config" in model.config.sub_configs
         self.encode = model.get_image_features if has_text_too else model
         try:
             self.width = self(torch.full((1, 3, 64, 64), 0.5)).shape[1]
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{key}: {path} does not make one vector of a picture: {error}") from error
+            raise UserError(
+                f"{key}: {path} does not make one vector of a picture: {error}"
+            ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
         """Differentiable. RunError where the bundled CLIP is shown large pictures."""
@@ -64,7 +69,10 @@ class Tower:
         processor = self.processor
         resized, cut = processor.size, processor.crop_size if processor.do_center_crop else None
         if self.size:
-            resized, cut = SizeDict(shortest_edge=self.size), SizeDict(height=self.size, width=self.size)
+            resized, cut = (
+                SizeDict(shortest_edge=self.size),
+                SizeDict(height=self.size, width=self.size),
+            )
         images = processor.resize(images, resized, processor.resample).clamp(0, 1)
         images = processor.center_crop(images, cut) if cut else images
         return processor.normalize(images, processor.image_mean, processor.image_std)

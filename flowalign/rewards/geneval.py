@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowalign.errors import RunError
 from flowalign.flow import PerImage
-from flowalign.rewards.adapt import to_pil
+from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.base import traits
 from flowalign.rewards.objects import Box, ColorNamer, COLORS, crop, Detection, Detector, SURE
 
@@ -46,7 +46,9 @@ class Clause:
         if self.color not in (None, *COLORS):
             raise ValueError(f"the color {self.color!r}, which is none of {', '.join(COLORS)}")
         if self.position and (len(self.position) != 2 or self.position[0] not in RELATIONS):
-            raise ValueError(f"the position {list(self.position)}, not one of {', '.join(RELATIONS)} and a clause's number")
+            raise ValueError(
+                f"the position {list(self.position)}, not one of {', '.join(RELATIONS)} and a clause's number"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,14 @@ def read_wish(prompt: str, entry: dict[str, Any]) -> Wish:
     try:
         if not entry.get("include"):
             raise ValueError('no "include"')
-        include, exclude = (tuple(map(_read_clause, entry.get(key) or ())) for key in ("include", "exclude"))
+        include, exclude = (
+            tuple(map(_read_clause, entry.get(key) or ())) for key in ("include", "exclude")
+        )
         for number, clause in enumerate(include):
             if clause.position and clause.position[1] not in range(number):
-                raise ValueError(f"a position relative to clause {clause.position[1]}, which is not an earlier one")
+                raise ValueError(
+                    f"a position relative to clause {clause.position[1]}, which is not an earlier one"
+                )
     except (TypeError, ValueError) as error:
         raise RunError(
             f"rewards.geneval: in the prompt file, {prompt!r} has {error}. Lines need GenEval's fields beside the prompt, like "
@@ -104,7 +110,10 @@ def relations(a: Box, b: Box) -> set[str]:
     """
     o = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     sizes = [a[i + 2] - a[i] + b[i + 2] - b[i] for i in (0, 1)]
-    r = [math.copysign(max(abs(offset) - 0.1 * size, 0), offset) for offset, size in zip(o, sizes, strict=True)]
+    r = [
+        math.copysign(max(abs(offset) - 0.1 * size, 0), offset)
+        for offset, size in zip(o, sizes, strict=True)
+    ]
     if max(map(abs, r)) < 1e-3:
         return set()
     dx, dy = (beyond / math.hypot(*o) for beyond in r)
@@ -112,13 +121,17 @@ def relations(a: Box, b: Box) -> set[str]:
     return {relation for relation, held in zip(RELATIONS, holds, strict=True) if held}
 
 
-def in_place(clause: Clause, objects: list[Detection], groups: list[list[Detection] | None]) -> bool:
+def in_place(
+    clause: Clause, objects: list[Detection], groups: list[list[Detection] | None]
+) -> bool:
     """Whether all objects stand as the clause says to all of the group it names; not where that group is not as wished itself."""
     if clause.position is None:
         return True
     relation, target = clause.position
     others = groups[target]
-    return others is not None and all(relation in relations(a.box, b.box) for a in objects for b in others)
+    return others is not None and all(
+        relation in relations(a.box, b.box) for a in objects for b in others
+    )
 
 
 def of_color(clause: Clause, objects: list[Detection]) -> int:
@@ -134,7 +147,9 @@ def correct(wish: Wish, found: Found) -> float:
     groups: list[list[Detection] | None] = []
     for clause in wish.include:
         objects = found.get(clause.name, [])[: clause.count]
-        met = len(objects) == of_color(clause, objects) == clause.count and in_place(clause, objects, groups)
+        met = len(objects) == of_color(clause, objects) == clause.count and in_place(
+            clause, objects, groups
+        )
         groups.append(objects if met else None)
     excluded = any(len(found.get(clause.name, [])) >= clause.count for clause in wish.exclude)
     return float(None not in groups and not excluded)
@@ -169,8 +184,13 @@ class Examiner:
         self.name_colors = ColorNamer(clip, "rewards.geneval.clip")
         self.last: tuple[str, list[Verdict]] = ("", [])
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[Verdict]:
-        wishes = [self._findable(prompt, read_wish(prompt, entry)) for prompt, entry in zip(prompts, metadata, strict=True)]
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> list[Verdict]:
+        wishes = [
+            self._findable(prompt, read_wish(prompt, entry))
+            for prompt, entry in zip(prompts, metadata, strict=True)
+        ]
         pictures = to_pil(images)
         pixels = b"".join(picture.tobytes() for picture in pictures)
         key = sha256(pixels + repr((images.shape, wishes)).encode()).hexdigest()
@@ -178,7 +198,10 @@ class Examiner:
             seen = self._look(pictures, wishes, images.device)
             self.last = (
                 key,
-                [Verdict(correct(wish, found), graded(wish, found)) for wish, found in zip(wishes, seen, strict=True)],
+                [
+                    Verdict(correct(wish, found), graded(wish, found))
+                    for wish, found in zip(wishes, seen, strict=True)
+                ],
             )
         return self.last[1]
 
@@ -186,12 +209,22 @@ class Examiner:
         known = list(self.detect.names.values())
         for clause in (*wish.include, *wish.exclude):
             if clause.name not in known:
-                near = " or ".join(get_close_matches(clause.name, known)) or "one of COCO's classes in GenEval's spelling"
-                raise RunError(f"rewards.geneval: {prompt!r} asks for {clause.name!r}, which is not detected; write {near}.")
+                near = (
+                    " or ".join(get_close_matches(clause.name, known))
+                    or "one of COCO's classes in GenEval's spelling"
+                )
+                raise RunError(
+                    f"rewards.geneval: {prompt!r} asks for {clause.name!r}, which is not detected; write {near}."
+                )
         return wish
 
-    def _look(self, pictures: list[Image.Image], wishes: list[Wish], device: torch.device) -> list[Found]:
-        seen = [kept(found, wish.counting) for found, wish in zip(self.detect(pictures, device), wishes, strict=True)]
+    def _look(
+        self, pictures: list[Image.Image], wishes: list[Wish], device: torch.device
+    ) -> list[Found]:
+        seen = [
+            kept(found, wish.counting)
+            for found, wish in zip(self.detect(pictures, device), wishes, strict=True)
+        ]
         colored = {
             (i, clause.name, k): crop(pictures[i], seen[i][clause.name][k])
             for i, wish in enumerate(wishes)
@@ -226,12 +259,18 @@ class GenEval:
     def __post_init__(self) -> None:
         self.examine = open_examiner(self.detector, self.clip)
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
-        return torch.tensor([verdict.correct for verdict in self.examine(images, prompts, metadata)])
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
+        return torch.tensor(
+            [verdict.correct for verdict in self.examine(images, prompts, metadata)]
+        )
 
 
 class GenEvalGraded(GenEval):
     """How much of its prompt a picture shows, in [0, 1], as Flow-GRPO trains on; models, weights and licences as of GenEval."""
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
         return torch.tensor([verdict.graded for verdict in self.examine(images, prompts, metadata)])

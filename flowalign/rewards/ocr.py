@@ -41,13 +41,21 @@ class OCR:
         try:
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:
-            raise UserError(f"rewards.ocr cannot read pictures: {error}. Run: pip install 'flowalign[ocr]'") from error
+            raise UserError(
+                f"rewards.ocr cannot read pictures: {error}. Run: pip install 'flowalign[ocr]'"
+            ) from error
         self.engine: Any = RapidOCR(use_cls=False, intra_op_num_threads=torch.get_num_threads())
 
-    def __call__(self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
-        wanted = [wanted_texts(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> PerImage:
+        wanted = [
+            wanted_texts(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)
+        ]
         pairs = zip(images, wanted, strict=True)
-        return torch.tensor([self._score(image, texts) if texts else math.nan for image, texts in pairs])
+        return torch.tensor(
+            [self._score(image, texts) if texts else math.nan for image, texts in pairs]
+        )
 
     def _score(self, image: Image.Image, texts: list[str]) -> float:
         read = self._read(image)

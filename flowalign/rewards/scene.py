@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign import scenes
 from flowalign.flow import PerImage
 from flowalign.rewards.base import traits
+from flowalign.worlds import scenes
 
 
 @traits(range=(0, 1))
@@ -17,11 +17,15 @@ def scene_match(images: Tensor, prompts: list[str], metadata: list[dict[str, Any
 
 
 @traits(range=(0, 1))
-def scene_match_graded(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> PerImage:
+def scene_match_graded(
+    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> PerImage:
     """The share of the caption's facts that hold, in [0, 1]; every extra object takes one away."""
     return torch.tensor([match.graded for match in _matches(images, prompts)])
 
 
 def _matches(images: Tensor, prompts: list[str]) -> list[scenes.Match]:
     pairs = zip(images, prompts, strict=True)
-    return [scenes.match(scenes.parse(prompt), scenes.read_picture(image)) for image, prompt in pairs]
+    return [
+        scenes.match(scenes.parse(prompt), scenes.read_picture(image)) for image, prompt in pairs
+    ]

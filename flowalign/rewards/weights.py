@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.errors import UserError
-from flowalign.hub import explain_loading
+from flowalign.models.hub import explain_loading
 
 OPEN_CLIP = {
     r"^visual\.transformer\.resblocks": "vision_model.encoder.layers",
@@ -35,9 +35,15 @@ OPEN_CLIP = {
 
 def affine(state: dict[str, Tensor], prefix: str, key: str) -> tuple[Tensor, float]:
     """Linear layers with nothing between them as one: W_n (… (W_1 x + b_1) …) + b_n = weight · x + bias."""
-    layers = sorted(int(name.split(".")[-2]) for name in state if name.startswith(prefix) and name.endswith(".weight"))
+    layers = sorted(
+        int(name.split(".")[-2])
+        for name in state
+        if name.startswith(prefix) and name.endswith(".weight")
+    )
     if not layers:
-        raise UserError(f"{key}: the file has no {prefix}0.weight; it has {', '.join(list(state)[:3])}, …")
+        raise UserError(
+            f"{key}: the file has no {prefix}0.weight; it has {', '.join(list(state)[:3])}, …"
+        )
     width = state[f"{prefix}{layers[0]}.weight"].shape[1]
     weight, bias = torch.eye(width).double(), torch.zeros(width).double()
     for n in layers:
@@ -53,7 +59,10 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in ("visual_projection.weight", "text_projection.weight"):
             found[name] = tensor.T.contiguous()  # there x W, here W x
         elif "in_proj_" in name:
-            found |= {name.replace("in_proj_", f"{part}_proj."): rows for part, rows in zip("qkv", tensor.chunk(3), strict=True)}
+            found |= {
+                name.replace("in_proj_", f"{part}_proj."): rows
+                for part, rows in zip("qkv", tensor.chunk(3), strict=True)
+            }
         else:
             found[name] = tensor
     return found
@@ -70,16 +79,27 @@ def renamed(state: dict[str, Tensor], rules: dict[str, str]) -> dict[str, Tensor
     return {new(name): tensor for name, tensor in state.items()}
 
 
-def with_weights(model_class: Any, config: Any, state: dict[str, Tensor], key: str, **settings: Any) -> Any:
+def with_weights(
+    model_class: Any, config: Any, state: dict[str, Tensor], key: str, **settings: Any
+) -> Any:
     """A model of this size with these weights. UserError where one is missing or has another shape."""
     try:
         model, report = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True, **settings
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **settings,
         )
     except RuntimeError as error:
-        raise UserError(f"{key}: the weights do not fit a {model_class.__name__} of this size: {error}") from error
+        raise UserError(
+            f"{key}: the weights do not fit a {model_class.__name__} of this size: {error}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{key}: the file lacks {len(missing)} weights of a {model_class.__name__}, {missing[0]} for one.")
+        raise UserError(
+            f"{key}: the file lacks {len(missing)} weights of a {model_class.__name__}, {missing[0]} for one."
+        )
     return model
 
 
@@ -88,7 +108,9 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         if path.count("/") < 2 or path.startswith((".", "/", "~")) or file.parent.is_dir():
-            raise UserError(f"{key}: there is no file {path}. Give a local file, or owner/name/file of the hub.")
+            raise UserError(
+                f"{key}: there is no file {path}. Give a local file, or owner/name/file of the hub."
+            )
         owner, name, inside = path.split("/", 2)
         try:
             file = Path(hf_hub_download(f"{owner}/{name}", inside))
@@ -96,7 +118,9 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
             raise UserError(explain_loading(key, f"{owner}/{name}", error)) from error
     try:
         safe = file.suffix == ".safetensors"
-        state: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        state: Any = (
+            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
         raise UserError(f"{key}: {path} cannot be read as a file of tensors: {error}") from error
     return state.get("state_dict", state)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from flowalign.batch import Batch, Cond, Rollout
 from flowalign.flow import Latent, over_latent, PerImage
-from flowalign.gradient import compute_gradient, Meter
-from flowalign.objectives.base import Draw, Objective
+from flowalign.objectives.base import Objective
+from flowalign.objectives.draws import Draw
+from flowalign.training.gradient import compute_gradient, Meter
 
 MEAN, VARIANCE = 1.5, 0.25
 
@@ -42,7 +43,9 @@ class GaussianPolicy:
         return 2.0**passes
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        t, m, m_null = (over_latent(rows, x) for rows in (t, cond.pooled[:, 0], cond.null_pooled[:, 0]))
+        t, m, m_null = (
+            over_latent(rows, x) for rows in (t, cond.pooled[:, 0], cond.null_pooled[:, 0])
+        )
         m = m_null + cond.guidance * (m - m_null)
         V = (1 - t) ** 2 * self.variance + t**2
         v = (t - (1 - t) * self.variance) / V * (x - (1 - t) * m) - m
@@ -59,32 +62,56 @@ def policy_at(delta: Any, **snapshots: Any) -> GaussianPolicy:
     return GaussianPolicy(torch.as_tensor(delta).detach().clone().requires_grad_(), snapshots)
 
 
-def labels(group: Sequence[int] | Tensor, mean: Any = MEAN, null_mean: float = 0.0) -> tuple[list[str], list[dict], Tensor, Cond]:
+def labels(
+    group: Sequence[int] | Tensor, mean: Any = MEAN, null_mean: float = 0.0
+) -> tuple[list[str], list[dict], Tensor, Cond]:
     """The first fields of any batch: which prompt each row belongs to, and the mean of its data."""
     group = torch.as_tensor(group)
     place = torch.stack([(group[:row] == number).sum() for row, number in enumerate(group)])
     keys = torch.stack([torch.zeros_like(group), torch.zeros_like(group), group, place], 1)
-    pooled, null = torch.as_tensor(mean).expand(len(group))[:, None], torch.full((len(group), 1), null_mean)
-    return [f"prompt {number}" for number in group], [{}] * len(group), keys, Cond(pooled[:, None], pooled, null[:, None], null)
+    pooled, null = (
+        torch.as_tensor(mean).expand(len(group))[:, None],
+        torch.full((len(group), 1), null_mean),
+    )
+    return (
+        [f"prompt {number}" for number in group],
+        [{}] * len(group),
+        keys,
+        Cond(pooled[:, None], pooled, null[:, None], null),
+    )
 
 
 def rollout_of(
-    x0: Latent, advantage: PerImage, group: Sequence[int] | Tensor | None = None, reward: PerImage | None = None, **means: Any
+    x0: Latent,
+    advantage: PerImage,
+    group: Sequence[int] | Tensor | None = None,
+    reward: PerImage | None = None,
+    **means: Any,
 ) -> Rollout:
     """Images of one prompt, unless `group` says otherwise; rewards are the advantages, unless given."""
     group = [0] * len(x0) if group is None else group
     log_prob, images = torch.zeros(len(x0), 0), torch.zeros(len(x0), 3, 1, 1, dtype=torch.uint8)
     reward = advantage if reward is None else reward
-    return Rollout(*labels(group, **means), x0[:, None], log_prob, images, reward, advantage, range(0))
+    return Rollout(
+        *labels(group, **means), x0[:, None], log_prob, images, reward, advantage, range(0)
+    )
 
 
-def gradient(objective: Objective, policy: GaussianPolicy, batch: Batch, draws: Sequence[Draw] | None = None) -> Tensor:
+def gradient(
+    objective: Objective, policy: GaussianPolicy, batch: Batch, draws: Sequence[Draw] | None = None
+) -> Tensor:
     """By δ, as the loop takes it, in passes of the policy's size; at the given draws, or the objective's own."""
     if draws is not None:
         objective = copy.copy(objective)
         objective.draws = lambda _: draws
     policy.delta.grad = None
-    compute_gradient(policy, objective, batch, policy.images_per_pass or len(batch) * batch.images_per_row, Meter())
+    compute_gradient(
+        policy,
+        objective,
+        batch,
+        policy.images_per_pass or len(batch) * batch.images_per_row,
+        Meter(),
+    )
     return policy.delta.grad
 
 
@@ -111,9 +138,14 @@ def expectation(slope: float, delta: Any = 0.0, times: int = 200) -> tuple[Rollo
     return rollout, [Draw(0, t, noise[:, None])]
 
 
-def root(objective: Objective, policy: GaussianPolicy, batch: Batch, draws: Sequence[Draw] | None = None) -> float:
+def root(
+    objective: Objective, policy: GaussianPolicy, batch: Batch, draws: Sequence[Draw] | None = None
+) -> float:
     """The δ without gradient, where the loss is a parabola in δ."""
     at_0, at_1 = (
-        gradient(objective, replace(policy, delta=torch.tensor(x, requires_grad=True)), batch, draws) for x in (0.0, 1.0)
+        gradient(
+            objective, replace(policy, delta=torch.tensor(x, requires_grad=True)), batch, draws
+        )
+        for x in (0.0, 1.0)
     )
     return (at_0 / (at_0 - at_1)).item()

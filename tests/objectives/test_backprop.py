@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.models.normalization import RMSNorm
 from torch import nn, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -17,13 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModelWithProjection
 
-from flowalign.advantage import group_advantage
+from flowalign.advantages import group_advantage
 from flowalign.batch import Prompts, Scored
-from flowalign.data import Prompt
+from flowalign.data.prompts import Prompt
 from flowalign.errors import RunError, UserError
-from flowalign.experience import Counts, Judge
-from flowalign.gradient import compute_gradient, Meter
-from flowalign.models.base import Lora, ModelConfig
+from flowalign.models.config import Lora, ModelConfig
 from flowalign.models.sd3 import SD3
 from flowalign.objectives.alignprop import AlignProp
 from flowalign.objectives.base import Objective
@@ -32,8 +35,12 @@ from flowalign.objectives.refl import ReFL
 from flowalign.policy import Policy, Sampler
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
-from flowalign.rewards.pictures import brightness, jpeg_size
-from flowalign.sources import differentiable_prompts, Ranking, Supplies
+from flowalign.rewards.pixel_statistics import brightness, jpeg_size
+from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.ranking import Ranking
+from flowalign.rollouts.scoring import RolloutScorer
+from flowalign.rollouts.sources import differentiable_prompts, SourceContext
+from flowalign.training.gradient import compute_gradient, Meter
 from tests.objectives.toy import DoublePolicy, labels, number_policy
 from tests.tiny import make_policy, random_clip, ROOT, sd3_config, stir, TEXTS, two_groups
 
@@ -106,7 +113,9 @@ def test_draft_lv_s_gradient_is_the_mean_over_fresh_noise(step, t):
     policy, prompts = number_policy(THETA, STEPS), numbers()
     noise = [prompts.noise("copy", copy, (1, 1, 1)).mean().item() for copy in range(4)]
     expected = [-t * ((1 - t) * start(policy, prompts) * powers(8) + t * z) for z in noise]
-    assert slope(DRaFTLV(copies=4, step=step), policy, prompts) == pytest.approx(sum(expected) / 4, rel=1e-6)
+    assert slope(DRaFTLV(copies=4, step=step), policy, prompts) == pytest.approx(
+        sum(expected) / 4, rel=1e-6
+    )
 
 
 def test_a_whole_run_of_steps_has_the_gradient_of_finite_differences():
@@ -119,7 +128,9 @@ def test_a_whole_run_of_steps_has_the_gradient_of_finite_differences():
 
 def slope_free_reward(theta: float, prompts: Prompts) -> float:
     policy = number_policy(theta, STEPS)
-    return policy.at("policy").unroll(policy.start(prompts), prompts.cond, range(STEPS)).mean().item()
+    return (
+        policy.at("policy").unroll(policy.start(prompts), prompts.cond, range(STEPS)).mean().item()
+    )
 
 
 # the first step with gradient
@@ -135,26 +146,35 @@ def test_a_training_step_has_one_first_step_with_gradient(draw):
     prompts = of_step(7)
     assert {draw(20, piece) for piece in (prompts, *prompts.pieces(1))} == {draw(20, prompts)}
     assert len({draw(20, of_step(step)) for step in range(50)}) > 3
-    assert draw(20, of_step(7)) != draw(20, replace(of_step(7), keys=of_step(7).keys + torch.tensor([1, 0, 0, 0])))
+    assert draw(20, of_step(7)) != draw(
+        20, replace(of_step(7), keys=of_step(7).keys + torch.tensor([1, 0, 0, 0]))
+    )
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])
 def test_the_first_step_with_gradient_is_never_the_noise_nor_behind_the_last(steps):
-    drawn = [AlignProp(start=0.84, spread=0.5).first_step(steps, of_step(step)) for step in range(300)]
+    drawn = [
+        AlignProp(start=0.84, spread=0.5).first_step(steps, of_step(step)) for step in range(300)
+    ]
     assert (min(drawn), max(drawn)) == (1, steps - 1)
 
 
 def test_the_first_step_with_gradient_is_drawn_around_start():
-    drawn = torch.tensor([AlignProp().first_step(100, of_step(step, 1)) for step in range(500)]).float()
+    drawn = torch.tensor(
+        [AlignProp().first_step(100, of_step(step, 1)) for step in range(500)]
+    ).float()
     assert drawn.mean().item() == pytest.approx(84, abs=1.5)
     assert drawn.std().item() == pytest.approx(10, abs=1)
 
 
 @pytest.mark.parametrize(
-    ("steps", "low", "high", "expected"), [(40, 0.75, 0.975, range(30, 40)), (4, 0.75, 0.975, range(3, 4)), (1, 1, 1, range(1))]
+    ("steps", "low", "high", "expected"),
+    [(40, 0.75, 0.975, range(30, 40)), (4, 0.75, 0.975, range(3, 4)), (1, 1, 1, range(1))],
 )
 def test_refl_s_step_is_drawn_evenly_late(steps, low, high, expected):
-    assert {ReFL(low=low, high=high).late_step(steps, of_step(step, 1)) for step in range(300)} == set(expected)
+    assert {
+        ReFL(low=low, high=high).late_step(steps, of_step(step, 1)) for step in range(300)
+    } == set(expected)
 
 
 # the tiny SD3
@@ -165,7 +185,11 @@ def double_policy(config: ModelConfig, steps: int = 3) -> Policy:
     torch.manual_seed(0)
     policy = DoublePolicy(SD3(config), Sampler(steps=steps, guidance=2.0))
     transformer = policy.model.transformer
-    for name, norm in [(name, module) for name, module in transformer.named_modules() if isinstance(module, RMSNorm)]:
+    for name, norm in [
+        (name, module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, RMSNorm)
+    ]:
         own = nn.RMSNorm(norm.dim, norm.eps).requires_grad_(False)
         own.weight.copy_(norm.weight)
         transformer.set_submodule(name, own)
@@ -187,23 +211,48 @@ def sd3_without_norm(folder: Path) -> ModelConfig:
     tokenizer, clip = random_clip()
     encoders = [CLIPTextModelWithProjection(clip).eval() for _ in range(2)]
     sizes = {"sample_size": 8, "in_channels": 8, "out_channels": 8, "pos_embed_max_size": 8}
-    widths = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32, "caption_projection_dim": 32}
-    transformer = SD3Transformer2DModel(num_layers=2, pooled_projection_dim=32, qk_norm=None, **sizes, **widths)
+    widths = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 32,
+    }
+    transformer = SD3Transformer2DModel(
+        num_layers=2, pooled_projection_dim=32, qk_norm=None, **sizes, **widths
+    )
     vae = AutoencoderKL.from_pretrained(ROOT / "assets" / "tiny-sd3" / "vae")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = (transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], tokenizer, None, None)
+    parts = (
+        transformer,
+        scheduler,
+        vae,
+        encoders[0],
+        tokenizer,
+        encoders[1],
+        tokenizer,
+        None,
+        None,
+    )
     StableDiffusion3Pipeline(*parts).save_pretrained(folder)
-    return ModelConfig("sd3", str(folder), height=64, width=64, max_sequence_length=0, lora=Lora(rank=2, alpha=6))
+    return ModelConfig(
+        "sd3", str(folder), height=64, width=64, max_sequence_length=0, lora=Lora(rank=2, alpha=6)
+    )
 
 
 def gradient_error(policy: Policy, h: float) -> float:
     """The largest difference of a gradient's entries from finite differences of fourth order, over the largest entry."""
-    prompts, objective = replace(two_groups(policy, 1), reward=of_pictures(contrast)), AlignProp(depth=policy.sampler.steps)
+    prompts, objective = (
+        replace(two_groups(policy, 1), reward=of_pictures(contrast)),
+        AlignProp(depth=policy.sampler.steps),
+    )
     compute_gradient(policy, objective, prompts, 2, Meter())
     found, finite = [], []
     for parameter in policy.parameters()[:: len(policy.parameters()) // 5]:
         place = parameter.grad.abs().argmax()
-        ends = {step: moved_loss(policy, objective, prompts, (parameter, place, step * h)) for step in (-2, -1, 1, 2)}
+        ends = {
+            step: moved_loss(policy, objective, prompts, (parameter, place, step * h))
+            for step in (-2, -1, 1, 2)
+        }
         found.append(parameter.grad.view(-1)[place].item())
         finite.append((8 * (ends[1] - ends[-1]) - (ends[2] - ends[-2])) / (12 * h))
     assert min(map(abs, found[:-1])) > 1e-7
@@ -211,7 +260,9 @@ def gradient_error(policy: Policy, h: float) -> float:
 
 
 @torch.no_grad()
-def moved_loss(policy: Policy, objective: AlignProp, prompts: Prompts, move: tuple[Tensor, Tensor, float]) -> float:
+def moved_loss(
+    policy: Policy, objective: AlignProp, prompts: Prompts, move: tuple[Tensor, Tensor, float]
+) -> float:
     """With one entry of a matrix moved by so much."""
     parameter, place, by = move
     before = parameter.view(-1)[place].clone()
@@ -230,7 +281,9 @@ def test_a_random_sd3_s_gradient_is_that_of_finite_differences(tmp_path):
 
 
 def bright_prompts(policy: Policy, images: int = 1) -> Prompts:
-    return replace(two_groups(policy, images), reward=of_pictures(lambda pictures: pictures.mean((1, 2, 3))))
+    return replace(
+        two_groups(policy, images), reward=of_pictures(lambda pictures: pictures.mean((1, 2, 3)))
+    )
 
 
 def lora_gradient(policy: Policy, objective: Objective, images_per_pass: int = 2) -> Tensor:
@@ -250,8 +303,16 @@ def test_recomputing_steps_changes_no_gradient():
         t, s = policy.times[k], policy.times[k + 1]
         x = x + (s - t) * policy.velocity(x, torch.full((2,), t), prompts.cond)
     plain = torch.autograd.grad(-policy.decode(x).mean(), policy.parameters(), allow_unused=True)
-    plain = [torch.zeros_like(p) if g is None else g for p, g in zip(policy.parameters(), plain, strict=True)]
-    assert_close(lora_gradient(policy, AlignProp(depth=3)), torch.cat([g.flatten() for g in plain]), rtol=1e-4, atol=1e-8)
+    plain = [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(policy.parameters(), plain, strict=True)
+    ]
+    assert_close(
+        lora_gradient(policy, AlignProp(depth=3)),
+        torch.cat([g.flatten() for g in plain]),
+        rtol=1e-4,
+        atol=1e-8,
+    )
 
 
 def test_a_depth_of_all_steps_or_more_is_the_full_gradient():
@@ -300,7 +361,9 @@ class Alive(TorchDispatchMode):
         self.sizes: dict[StorageWeakRef, int] = {}
         self.most = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for storage in [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]:
             if (key := StorageWeakRef(storage)) not in self.weights:
@@ -362,10 +425,14 @@ def test_a_reward_without_gradient_is_refused_by_name():
         reward.with_gradient(images, ["", ""], [{}, {}])
 
 
-def supplies(policy: Policy, rewards: list[Reward]) -> Supplies:
-    counts = Counts(prompts_per_step=2, images_per_prompt=3, updates_per_step=1, images_per_pass=6)
-    judge = Judge(rewards, WeightedSum(), group_advantage, 6, torch.device("cpu"))
-    return Supplies(policy, judge, [Prompt(text) for text in TEXTS], [], counts, 0, "policy", Ranking())
+def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
+    counts = BatchPlan(
+        prompts_per_step=2, images_per_prompt=3, updates_per_step=1, images_per_pass=6
+    )
+    judge = RolloutScorer(rewards, WeightedSum(), group_advantage, 6, torch.device("cpu"))
+    return SourceContext(
+        policy, judge, [Prompt(text) for text in TEXTS], [], counts, 0, "policy", Ranking()
+    )
 
 
 def test_prompts_come_with_a_reward_that_is_differentiable_and_named():
@@ -373,7 +440,9 @@ def test_prompts_come_with_a_reward_that_is_differentiable_and_named():
         return images[:, 0].mean((1, 2))
 
     source = differentiable_prompts(
-        supplies(make_policy(), [Reward("brightness", brightness, 2.0), Reward("redness", redness, -1.0)])
+        context(
+            make_policy(), [Reward("brightness", brightness, 2.0), Reward("redness", redness, -1.0)]
+        )
     )
     prompts, metrics = source(0)
     assert metrics == {}

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from flowalign.batch import Cond, Examples
 from flowalign.errors import UserError
 from flowalign.flow import add_noise, over_latent
-from flowalign.objectives.base import Draw, ForwardTimes
+from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.objectives.sft import SFT
 from flowalign.objectives.soar import SOAR
 from tests.objectives.toy import examples_of, minimiser, normal, random, VelocityPolicy
@@ -29,7 +29,9 @@ def test_sft_ends_at_the_mean_of_the_data(t):
     """Among the velocities of N(m, STD²)."""
     examples, draw = even_case(t)
     still = torch.zeros(1)
-    found = minimiser(lambda mean: SFT().loss(VelocityPolicy(normal, mean, still), examples, draw).total, still)
+    found = minimiser(
+        lambda mean: SFT().loss(VelocityPolicy(normal, mean, still), examples, draw).total, still
+    )
     assert found.item() == pytest.approx(MEAN, abs=1e-4)
 
 
@@ -42,12 +44,16 @@ def test_sft_s_loss_is_the_mean_square_of_what_is_left():
 
 
 def soar_case(t: float = 0.6, count: int = 3) -> tuple[Examples, Draw]:
-    return examples_of(random(count, 2, 4)), Draw(0, torch.full((count,), t), random(count, 2, 4, seed=1))
+    return examples_of(random(count, 2, 4)), Draw(
+        0, torch.full((count,), t), random(count, 2, 4, seed=1)
+    )
 
 
 def straight(examples: Examples, draw: Draw, off: float = 0.0) -> VelocityPolicy:
     """The velocity straight to the pictures, and a number."""
-    return VelocityPolicy(lambda x, t, theta: draw.noise - examples.x0 + theta, torch.tensor([off]), torch.zeros(1))
+    return VelocityPolicy(
+        lambda x, t, theta: draw.noise - examples.x0 + theta, torch.tensor([off]), torch.zeros(1)
+    )
 
 
 @pytest.mark.parametrize("off", [0.0, 0.4])
@@ -55,7 +61,9 @@ def test_a_correction_is_the_target_less_what_the_step_erred(off):
     """v_corr = (noise - x0) + (1 - α) (s - t) δ / s': plain flow matching where δ is 0."""
     examples, draw = soar_case()
     s, s_next = torch.tensor([0.5, 0.3, 0.0]), torch.tensor([0.8, 0.3, 0.2])
-    x = add_noise(examples.x0, draw.t, draw.noise)[0] + over_latent(s - draw.t, examples.x0) * (draw.noise - examples.x0 + off)
+    x = add_noise(examples.x0, draw.t, draw.noise)[0] + over_latent(s - draw.t, examples.x0) * (
+        draw.noise - examples.x0 + off
+    )
     _, target = SOAR.correction(x, s, s_next, examples.x0, draw.noise)
     alpha = (s_next - s) / (1 - s)
     expected = draw.noise - examples.x0 + over_latent((1 - alpha) * (s - draw.t) * off / s_next, x)
@@ -93,7 +101,12 @@ def test_soar_s_corrections_are_what_the_identity_says():
     loss = objective.loss(straight(examples, draw, 0.4), examples, draw)
     s_next = 0.5 + 0.5 * examples.uniform("point", 0)
     alpha = (s_next - 0.5) / 0.5
-    assert_close(loss.stats["error/corrected"], (0.4 * (1 + (1 - alpha) * 0.1 / s_next)) ** 2, rtol=1e-4, atol=1e-6)
+    assert_close(
+        loss.stats["error/corrected"],
+        (0.4 * (1 + (1 - alpha) * 0.1 / s_next)) ** 2,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_the_step_that_errs_carries_no_gradient():
@@ -108,7 +121,9 @@ def test_the_step_that_errs_carries_no_gradient():
     assert_close(found, (2 * (0.4 + wrong.mean()) / 2)[None], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("shift", "t", "s"), [(1.0, 0.6, 0.35), (1.0, 0.2, 0.0), (3.0, 0.75, 0.5), (3.0, 1.0, 0.9)])
+@pytest.mark.parametrize(
+    ("shift", "t", "s"), [(1.0, 0.6, 0.35), (1.0, 0.2, 0.0), (3.0, 0.75, 0.5), (3.0, 1.0, 0.9)]
+)
 def test_one_step_later_is_on_the_shifted_schedule(shift, t, s):
     """A quarter of the unshifted schedule; t = 3 u / (1 + 2 u) takes ½ to 0.75 and ¼ to 0.5."""
     found = SOAR(sampling_steps=4, times=ForwardTimes(shift=shift)).next_time(torch.tensor([t]))
@@ -132,7 +147,9 @@ def test_points_differ_between_themselves_and_between_draws():
         assert ((point >= s) & (point < 1)).all()
 
 
-@pytest.mark.parametrize("settings", [{"guidance": 0.5}, {"sampling_steps": 0}, {"points": 0}, {"weight": -1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"guidance": 0.5}, {"sampling_steps": 0}, {"points": 0}, {"weight": -1.0}]
+)
 def test_settings_of_soar_that_mean_nothing_are_refused(settings):
     with pytest.raises(UserError, match="must be"):
         SOAR(**settings)
@@ -147,5 +164,7 @@ def test_only_the_step_that_errs_is_guided():
             return super().velocity(x, t, cond)
 
     examples, draw = soar_case()
-    SOAR(points=2, guidance=4.5).loss(Recording(normal, torch.zeros(1), torch.zeros(1)), examples, draw)
+    SOAR(points=2, guidance=4.5).loss(
+        Recording(normal, torch.zeros(1), torch.zeros(1)), examples, draw
+    )
     assert seen == [1.0, 4.5, 1.0, 1.0]

@@ -13,17 +13,17 @@ from torch.testing import assert_close
 from flowalign.batch import Pairs, Rollout
 from flowalign.dynamics import flow_sde, Window
 from flowalign.errors import UserError
-from flowalign.experience import collect
 from flowalign.flow import add_noise
-from flowalign.objectives.base import Draw, PathSteps
 from flowalign.objectives.d3po import D3PO
 from flowalign.objectives.ddpo import DDPO
 from flowalign.objectives.dpo import DPO
+from flowalign.objectives.draws import Draw, PathSteps
 from flowalign.objectives.flow_grpo import FlowGRPO, normalised_log_ratio
 from flowalign.objectives.kto import KTO
 from flowalign.objectives.prdp import PRDP
 from flowalign.policy import Policy, Sampler
-from flowalign.sources import rank, Ranking
+from flowalign.rollouts.collect import collect
+from flowalign.rollouts.ranking import rank, Ranking
 from tests.objectives.toy import (
     ChainPolicy,
     free,
@@ -50,7 +50,9 @@ def free_case(count: int = 2, t: float = 0.6) -> tuple[VelocityPolicy, Pairs, Dr
     x0, noise = random(2 * count, *LATENT), random(count, *LATENT, seed=1)
     target = torch.cat([noise, noise]) - x0
     policy = VelocityPolicy(
-        free, (target + random(2 * count, *LATENT, seed=2)).requires_grad_(), target + random(*LATENT, seed=3)
+        free,
+        (target + random(2 * count, *LATENT, seed=2)).requires_grad_(),
+        target + random(*LATENT, seed=3),
     )
     return policy, pairs_of(*x0.chunk(2)), at_time(t, count, noise), target
 
@@ -65,8 +67,12 @@ def gradient(total: Tensor, parameter: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", ["sigmoid", "ipo", "hinge"])
 def test_dpo_s_loss_at_the_reference_is_that_of_an_even_bet(form):
     policy, pairs, draw, _ = free_case()
-    loss = DPO(form=form, label_smoothing=0.1).loss(replace(policy, theta=policy.reference), pairs, draw)
-    assert loss.total.item() == pytest.approx({"sigmoid": math.log(2), "ipo": 0.25, "hinge": 1.0}[form])
+    loss = DPO(form=form, label_smoothing=0.1).loss(
+        replace(policy, theta=policy.reference), pairs, draw
+    )
+    assert loss.total.item() == pytest.approx(
+        {"sigmoid": math.log(2), "ipo": 0.25, "hinge": 1.0}[form]
+    )
     assert loss.stats["chosen_preferred"].tolist() == [0.5, 0.5]
 
 
@@ -76,7 +82,9 @@ def test_dpo_s_gradient_is_the_formula():
     loss = DPO(beta=4.0).loss(policy, pairs, draw)
     wrong = (-loss.stats["margin"]).sigmoid().repeat(2)[:, None, None]
     sign = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None, None]
-    assert_close(gradient(loss.total, policy.theta), sign * 4.0 * wrong * (policy.theta - target) / 6 / 2)
+    assert_close(
+        gradient(loss.total, policy.theta), sign * 4.0 * wrong * (policy.theta - target) / 6 / 2
+    )
 
 
 def test_dpo_s_gradient_is_that_of_finite_differences():
@@ -96,7 +104,9 @@ def test_dpo_s_gradient_is_that_of_finite_differences():
         assert found[place].item() == pytest.approx(difference, rel=2e-3, abs=1e-5)
 
 
-def opposite_pictures(t: float, beta: float, **settings: object) -> tuple[DPO, VelocityPolicy, Pairs, Draw]:
+def opposite_pictures(
+    t: float, beta: float, **settings: object
+) -> tuple[DPO, VelocityPolicy, Pairs, Draw]:
     """+1 is better than -1, under the exact velocity of N(0, 1) data and a number θ: s = -2 β θ t / (t² + (1 - t)²)."""
     policy = VelocityPolicy(standard_normal, torch.zeros(1), torch.zeros(1))
     return DPO(beta=beta, **settings), policy, pairs_of(ONE, -ONE), at_time(t)
@@ -105,7 +115,9 @@ def opposite_pictures(t: float, beta: float, **settings: object) -> tuple[DPO, V
 def test_dpo_s_margin_is_linear_in_the_move_whatever_the_noise():
     objective, policy, pairs, _ = opposite_pictures(t=0.6, beta=4.0)
     for noise in (-1.3, 0.0, 2.0):
-        loss = objective.loss(replace(policy, theta=torch.tensor([-0.1])), pairs, at_time(0.6, noise=noise * ONE))
+        loss = objective.loss(
+            replace(policy, theta=torch.tensor([-0.1])), pairs, at_time(0.6, noise=noise * ONE)
+        )
         assert loss.stats["margin"].item() == pytest.approx(2 * 4 * 0.1 * 0.6 / 0.52, rel=1e-5)
 
 
@@ -119,7 +131,10 @@ def test_dpo_s_margin_is_linear_in_the_move_whatever_the_noise():
 def test_dpo_has_its_optimum_where_the_formula_says(settings, theta, value):
     """Smoothed by p, σ(s) = 1 - p, at the entropy of p; IPO, s = ½."""
     objective, policy, pairs, draw = opposite_pictures(t=0.6, beta=4.0, **settings)
-    found = minimiser(lambda theta: objective.loss(replace(policy, theta=theta), pairs, draw).total, torch.zeros(1))
+    found = minimiser(
+        lambda theta: objective.loss(replace(policy, theta=theta), pairs, draw).total,
+        torch.zeros(1),
+    )
     loss = objective.loss(replace(policy, theta=found), pairs, draw)
     assert found.item() == pytest.approx(theta, abs=1e-6)
     assert loss.total.item() == pytest.approx(value, abs=1e-6)
@@ -127,12 +142,17 @@ def test_dpo_has_its_optimum_where_the_formula_says(settings, theta, value):
 
 def test_dpo_without_label_noise_never_stops_moving_towards_the_chosen():
     objective, policy, pairs, draw = opposite_pictures(t=0.6, beta=4.0)
-    losses = [objective.loss(replace(policy, theta=torch.tensor([-m])), pairs, draw).total.item() for m in (0, 0.1, 0.5, 1, 2)]
+    losses = [
+        objective.loss(replace(policy, theta=torch.tensor([-m])), pairs, draw).total.item()
+        for m in (0, 0.1, 0.5, 1, 2)
+    ]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 1e-7
 
 
-@pytest.mark.parametrize(("s", "value", "slope"), [(0.5, 0.5, -1.0), (1.5, 0.0, 0.0), (-2.0, 3.0, -1.0)])
+@pytest.mark.parametrize(
+    ("s", "value", "slope"), [(0.5, 0.5, -1.0), (1.5, 0.0, 0.0), (-2.0, 3.0, -1.0)]
+)
 def test_the_hinge_is_satisfied_by_a_margin_of_one(s, value, slope):
     objective, policy, pairs, draw = opposite_pictures(t=0.6, beta=4.0, form="hinge")
     per_theta = -2 * 4 * 0.6 / 0.52
@@ -146,7 +166,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
     policy, pairs, draw, _ = free_case()
     swapped = replace(pairs, chosen=pairs.rejected, rejected=pairs.chosen)
     turned = replace(policy, theta=policy.theta.roll(2, 0), reference=policy.reference.roll(2, 0))
-    margin, other = (DPO().loss(*case, draw).stats["margin"] for case in ((policy, pairs), (turned, swapped)))
+    margin, other = (
+        DPO().loss(*case, draw).stats["margin"] for case in ((policy, pairs), (turned, swapped))
+    )
     assert_close(other, -margin)
     assert margin.abs().min() > 1
 
@@ -165,7 +187,9 @@ def test_chosen_and_rejected_share_time_and_noise():
     for x, t in seen:
         (x_w, x_l), (t_w, t_l) = x.chunk(2), t.chunk(2)
         assert torch.equal(t_w, t_l)
-        assert_close(x_w - (1 - t_w) * pairs.x0[0], x_l - (1 - t_w) * pairs.x0[1], atol=1e-6, rtol=0)
+        assert_close(
+            x_w - (1 - t_w) * pairs.x0[0], x_l - (1 - t_w) * pairs.x0[1], atol=1e-6, rtol=0
+        )
     assert len(draw.t.unique()) == 5
 
 
@@ -181,7 +205,12 @@ def test_a_pair_of_weight_0_gives_no_gradient(objective):
 def test_a_weight_scales_its_pair_s_gradient():
     policy, pairs, draw, _ = free_case()
     even, uneven = (
-        gradient(DPO(beta=4.0).loss(policy, replace(pairs, weight=torch.tensor([1.0, weight])), draw).total, policy.theta)
+        gradient(
+            DPO(beta=4.0)
+            .loss(policy, replace(pairs, weight=torch.tensor([1.0, weight])), draw)
+            .total,
+            policy.theta,
+        )
         for weight in (1.0, 3.0)
     )
     assert_close(uneven, even * torch.tensor([1.0, 3.0, 1.0, 3.0])[:, None, None])
@@ -189,7 +218,9 @@ def test_a_weight_scales_its_pair_s_gradient():
 
 def test_the_beta_of_noise_errors_is_diffusion_dpo_to_the_letter():
     policy, pairs, draw, _ = free_case(t=0.3)
-    margin = DPO(beta=7.0, beta_over_time="of_noise_error").loss(policy, pairs, draw).stats["margin"]
+    margin = (
+        DPO(beta=7.0, beta_over_time="of_noise_error").loss(policy, pairs, draw).stats["margin"]
+    )
     xt, _ = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), draw.noise.repeat(2, 1, 1))
 
     def noise_error(v: Tensor) -> Tensor:
@@ -202,7 +233,9 @@ def test_the_beta_of_noise_errors_is_diffusion_dpo_to_the_letter():
 
 def test_imitating_adds_the_chosen_picture_s_own_error():
     policy, pairs, draw, target = free_case()
-    plain, imitating = (DPO(imitate=weight).loss(policy, pairs, draw).total for weight in (0.0, 0.25))
+    plain, imitating = (
+        DPO(imitate=weight).loss(policy, pairs, draw).total for weight in (0.0, 0.25)
+    )
     error = (policy.theta - target)[:2].square().mean()
     assert_close(imitating - plain, 0.25 * error, rtol=1e-4, atol=1e-5)
 
@@ -214,13 +247,17 @@ def kto_gradient(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Dra
     return gradient(objective.loss(policy, pairs, draw).total, policy.theta)
 
 
-def with_reference_point(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw, z: float) -> Pairs:
+def with_reference_point(
+    objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw, z: float
+) -> Pairs:
     errors_ref = objective.error(policy.at("reference"), pairs, draw).detach().chunk(2)
     return replace(pairs, prepared=torch.stack([torch.full((len(pairs),), z), *errors_ref], 1))
 
 
 def gained(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw) -> Tensor:
-    return (objective.error(policy.at("reference"), pairs, draw) - objective.error(policy, pairs, draw)).detach()
+    return (
+        objective.error(policy.at("reference"), pairs, draw) - objective.error(policy, pairs, draw)
+    ).detach()
 
 
 @pytest.mark.parametrize("error", [1.0, 0.5])
@@ -237,7 +274,9 @@ def test_kto_s_gradient_draws_liked_images_near_and_pushes_disliked_away():
     """∂L/∂v = ±λ 2 β h (1 - h) (v - target) / n, over the number of images."""
     policy, pairs, draw, target = free_case()
     objective, z = KTO(beta=3.0, liked=0.7, disliked=1.5), 0.2
-    g = (policy.reference - target).square().mean((1, 2)) - (policy.theta - target).square().mean((1, 2))
+    g = (policy.reference - target).square().mean((1, 2)) - (policy.theta - target).square().mean(
+        (1, 2)
+    )
     y, scale = torch.tensor([1.0, 1, -1, -1]), torch.tensor([0.7, 0.7, 1.5, 1.5])
     h = (y * 3.0 * (g - z)).sigmoid()
     expected = (y * scale * 2 * 3.0 * h * (1 - h))[:, None, None] * (policy.theta - target) / 6 / 4
@@ -248,7 +287,11 @@ def test_kto_s_gradient_draws_liked_images_near_and_pushes_disliked_away():
 def kto_case(step: float) -> tuple[KTO, VelocityPolicy, Pairs]:
     """Pictures of ±1, a policy that moves by `step`."""
     pairs = pairs_of(1 + 0.1 * random(4, 1), -2 + 0.1 * random(4, 1, seed=1))
-    return KTO(beta=2.0), VelocityPolicy(standard_normal, torch.tensor([step], requires_grad=True), torch.zeros(1)), pairs
+    return (
+        KTO(beta=2.0),
+        VelocityPolicy(standard_normal, torch.tensor([step], requires_grad=True), torch.zeros(1)),
+        pairs,
+    )
 
 
 def test_kto_s_reference_point_is_the_mean_over_the_whole_update():
@@ -266,10 +309,16 @@ def test_pieces_of_a_kto_update_have_the_gradient_of_the_whole():
     prepared = objective.prepare(policy.at("policy"), pairs)
     (draw,) = objective.draws(prepared)
     whole = kto_gradient(objective, policy, prepared, draw)
-    pieces = [kto_gradient(objective, policy, piece, *objective.draws(piece)) for piece in prepared.pieces(1)]
+    pieces = [
+        kto_gradient(objective, policy, piece, *objective.draws(piece))
+        for piece in prepared.pieces(1)
+    ]
     assert_close(torch.stack(pieces).mean(0), whole)
     alone = [
-        kto_gradient(objective, policy, objective.prepare(policy.at("policy"), p), *objective.draws(p)) for p in pairs.pieces(1)
+        kto_gradient(
+            objective, policy, objective.prepare(policy.at("policy"), p), *objective.draws(p)
+        )
+        for p in pairs.pieces(1)
     ]
     assert not torch.allclose(torch.stack(alone).mean(0), whole, rtol=1e-2)
 
@@ -300,7 +349,11 @@ def test_the_reference_is_asked_once_about_every_image_and_draw(make, monkeypatc
     draws = list(objective.draws(pairs))
     for draw in draws:
         objective.loss(policy, pairs, draw)
-    assert asked.count(("reference", 2 * len(pairs))) == len(draws) == len([name for name, _ in asked if name == "reference"])
+    assert (
+        asked.count(("reference", 2 * len(pairs)))
+        == len(draws)
+        == len([name for name, _ in asked if name == "reference"])
+    )
 
 
 @pytest.mark.parametrize("make", [DPO, KTO])
@@ -336,13 +389,17 @@ def test_d3po_s_loss_at_the_reference_is_log_2():
     assert loss.stats["chosen_preferred"].tolist() == [0.5] * 3
 
 
-@pytest.mark.parametrize(("chosen", "rejected"), [(2.0, -2.0), (0.1, -2.0), (2.0, -0.1), (0.1, -0.1)])
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [(2.0, -2.0), (0.1, -2.0), (2.0, -0.1), (0.1, -0.1)]
+)
 def test_a_ratio_outside_the_clip_range_gives_no_gradient(chosen, rejected):
     """log ratio = θ x - θ² / 2, here of θ = 0.2 and a limit near ±0.1, so that |x| = 2 lies outside and 0.1 inside."""
     theta = torch.tensor([0.2], requires_grad=True)
     sides = (torch.tensor([[[0.0], [x]]]) for x in (chosen, rejected))
     loss = D3PO(beta=1.0).loss(ChainPolicy(theta), path_pairs(*sides, torch.zeros(0)), 0)
-    log_ratios = torch.tensor([0.2 * x - 0.02 for x in (chosen, rejected)]).clamp(math.log(0.9), math.log(1.1))
+    log_ratios = torch.tensor([0.2 * x - 0.02 for x in (chosen, rejected)]).clamp(
+        math.log(0.9), math.log(1.1)
+    )
     wrong = (log_ratios[1] - log_ratios[0]).sigmoid()
     inside = [float(abs(x) < 1) for x in (chosen, rejected)]
     expected = -wrong * (inside[0] * (chosen - 0.2) - inside[1] * (rejected - 0.2))
@@ -354,15 +411,24 @@ def bradley_terry(slope: float) -> tuple[Tensor, Tensor, Tensor]:
     a, b = random(2, 200, 1)
     weight = torch.cat([(slope * (a - b)).sigmoid(), (slope * (b - a)).sigmoid()])[:, 0]
     start = torch.zeros(400, 1)
-    return torch.stack([start, torch.cat([a, b])], 1), torch.stack([start, torch.cat([b, a])], 1), weight
+    return (
+        torch.stack([start, torch.cat([a, b])], 1),
+        torch.stack([start, torch.cat([b, a])], 1),
+        weight,
+    )
 
 
 def test_d3po_ends_at_the_kl_regularised_optimum():
     """Steps N(θ, 1), reference N(0, 1), reward c x: θ = c / β. So small that nothing is clipped."""
     c, beta = 0.7, 7.0
     chosen, rejected, weight = bradley_terry(c)
-    pairs, objective = path_pairs(chosen, rejected, torch.zeros(0), weight=weight), D3PO(beta=beta, clip_range=0.9)
-    found = minimiser(lambda theta: objective.loss(ChainPolicy(theta), pairs, 0).total, torch.zeros(1))
+    pairs, objective = (
+        path_pairs(chosen, rejected, torch.zeros(0), weight=weight),
+        D3PO(beta=beta, clip_range=0.9),
+    )
+    found = minimiser(
+        lambda theta: objective.loss(ChainPolicy(theta), pairs, 0).total, torch.zeros(1)
+    )
     assert objective.loss(ChainPolicy(found), pairs, 0).stats["ratio/clipped"].sum() == 0
     assert found.item() == pytest.approx(c / beta, rel=1e-4)
 
@@ -383,26 +449,40 @@ def chains(count: int = 50) -> tuple[Tensor, Tensor]:
 def chain_pairs(slope: float, old: ChainPolicy) -> Pairs:
     """The reward of a path is slope · x0; `old` is what sampled."""
     chosen, rejected = chains()
-    return path_pairs(chosen, rejected, old.log_prob(torch.cat([chosen, rejected])), slope * (chosen - rejected)[:, -1, 0])
+    return path_pairs(
+        chosen,
+        rejected,
+        old.log_prob(torch.cat([chosen, rejected])),
+        slope * (chosen - rejected)[:, -1, 0],
+    )
 
 
 def prdp_gradient(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> Tensor:
     """Of the mean over the draws, as the loop takes it."""
     pairs = objective.prepare(policy.at("policy"), pairs)
-    return torch.stack([gradient(objective.loss(policy, pairs, k).total, policy.bias) for k in objective.draws(pairs)]).mean(0)
+    return torch.stack(
+        [
+            gradient(objective.loss(policy, pairs, k).total, policy.bias)
+            for k in objective.draws(pairs)
+        ]
+    ).mean(0)
 
 
 def directly(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Squared errors of the whole paths' differences, as they are and with clipped steps."""
     paths, reference = torch.cat([pairs.chosen, pairs.rejected]), policy.at("reference")
     old = torch.cat([pairs.chosen_log_prob, pairs.rejected_log_prob])
-    new = [policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1]) for k in range(3)]
+    new = [
+        policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1]) for k in range(3)
+    ]
     moved, limit = torch.stack(new, 1) - old, objective.clip_range
     before = (old - reference.log_prob(paths)).sum(1)
     errors = []
     for step in (moved, moved.clamp(-limit, limit)):
         chosen, rejected = (step.sum(1) + before).chunk(2)
-        errors.append((objective.temperature * (chosen - rejected) - pairs.gap) ** 2 / objective.temperature)
+        errors.append(
+            (objective.temperature * (chosen - rejected) - pairs.gap) ** 2 / objective.temperature
+        )
     return errors[0], errors[1]
 
 
@@ -410,13 +490,19 @@ def test_prdp_ends_at_the_kl_regularised_optimum():
     """Reward c x0 over N(0, std_k²) steps: the bias of step k is c std_k² / τ, and every difference is predicted."""
     c, tau = 0.6, 1.5
     optimum = c / tau * torch.tensor(STDS) ** 2
-    objective, pairs = PRDP(temperature=tau, clip_range=100.0), chain_pairs(c, ChainPolicy(torch.zeros(3), STDS))
+    objective, pairs = (
+        PRDP(temperature=tau, clip_range=100.0),
+        chain_pairs(c, ChainPolicy(torch.zeros(3), STDS)),
+    )
     policy = ChainPolicy(torch.zeros(3, requires_grad=True), STDS)
     for _ in range(200):
         step = prdp_gradient(objective, policy, pairs) * torch.tensor(STDS) ** 2
         policy = replace(policy, bias=(policy.bias - 0.15 * step).detach().requires_grad_())
     assert_close(policy.bias.detach(), optimum, rtol=1e-4, atol=1e-5)
-    losses = [objective.loss(policy, objective.prepare(policy.at("policy"), pairs), k).total for k in range(3)]
+    losses = [
+        objective.loss(policy, objective.prepare(policy.at("policy"), pairs), k).total
+        for k in range(3)
+    ]
     assert max(losses) < 1e-8
 
 
@@ -429,11 +515,16 @@ def test_prdp_s_steps_together_give_the_gradient_of_the_whole(clip_range):
     objective, pairs = PRDP(temperature=1.3, clip_range=clip_range), chain_pairs(0.6, old)
     pairs = replace(pairs, weight=torch.rand(50, generator=torch.Generator().manual_seed(0)))
     whole = (pairs.weight * torch.maximum(*directly(objective, policy, pairs))).mean()
-    assert_close(prdp_gradient(objective, policy, pairs), gradient(whole, policy.bias), rtol=1e-4, atol=1e-6)
+    assert_close(
+        prdp_gradient(objective, policy, pairs), gradient(whole, policy.bias), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_prdp_takes_the_larger_of_the_plain_and_the_clipped_error():
-    policy, old = ChainPolicy(torch.tensor([0.1, -0.2, 0.3]), STDS), ChainPolicy(torch.zeros(3), STDS)
+    policy, old = (
+        ChainPolicy(torch.tensor([0.1, -0.2, 0.3]), STDS),
+        ChainPolicy(torch.zeros(3), STDS),
+    )
     objective, pairs = PRDP(clip_range=0.05), chain_pairs(0.6, old)
     plain, clipped = directly(objective, policy, pairs)
     assert (plain < clipped).any()
@@ -460,7 +551,9 @@ def test_prdp_learns_from_the_steps_that_are_drawn_alone():
 def old_rollout(count: int = 20) -> tuple[ChainPolicy, Rollout]:
     """Paths of an unbiased policy, and a policy that has moved since."""
     path, _ = chains(count)
-    rollout = rollout_of(path, ChainPolicy(torch.zeros(3), STDS).log_prob(path), random(count, seed=5))
+    rollout = rollout_of(
+        path, ChainPolicy(torch.zeros(3), STDS).log_prob(path), random(count, seed=5)
+    )
     return ChainPolicy(torch.tensor([0.1, -0.2, 0.3], requires_grad=True), STDS), rollout
 
 
@@ -470,7 +563,9 @@ def test_ddpo_s_score_function_is_reinforce():
     for k, std in enumerate(STDS):
         found = gradient(DDPO().loss(policy, rollout, k).total, policy.bias)
         score = (rollout.path[:, k + 1] - rollout.path[:, k] - policy.bias[k])[:, 0] / std**2
-        assert found[k].item() == pytest.approx(-(rollout.advantage * score).mean().item(), rel=1e-5)
+        assert found[k].item() == pytest.approx(
+            -(rollout.advantage * score).mean().item(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("clip_range", [0.05, 10.0])
@@ -504,7 +599,9 @@ def test_the_normalised_ratio_is_the_ratio_without_its_bias_and_scale(sampled):
     policy = make_policy(Sampler(steps=4, dynamics=flow_sde))
     stir(policy)
     for k in rollout.steps:
-        step, old = (p.at("policy").step(rollout.path[:, k], k, rollout.cond) for p in (policy, still))
+        step, old = (
+            p.at("policy").step(rollout.path[:, k], k, rollout.cond) for p in (policy, still)
+        )
         moved = step.mean - old.mean
         log_ratio = step.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
         centred = step.std * (log_ratio + moved.square().flatten(1).mean(1) / (2 * step.std**2))
@@ -519,22 +616,30 @@ def test_weights_by_noise_average_to_one_over_the_steps_that_a_window_reaches(sa
     """Also where one step is trained at a time, as by TempFlow-GRPO."""
     policy, rollout = sampled
     policy = policy.sampling(replace(policy.sampler, window=Window(size=size)))
-    weights = {k: step_weight(policy, rollout, FlowGRPO(step_weight="noise"), k) for k in rollout.steps}
+    weights = {
+        k: step_weight(policy, rollout, FlowGRPO(step_weight="noise"), k) for k in rollout.steps
+    }
     assert sum(weights.values()) / len(weights) == pytest.approx(1, rel=1e-5)
-    assert [weights[k] / weights[0] for k in weights] == pytest.approx([policy.std(k) / policy.std(0) for k in weights], rel=1e-5)
+    assert [weights[k] / weights[0] for k in weights] == pytest.approx(
+        [policy.std(k) / policy.std(0) for k in weights], rel=1e-5
+    )
 
 
 def step_weight(policy: Policy, rollout: Rollout, objective: FlowGRPO, k: int) -> float:
     """By how much the loss of a step differs from the unweighted one."""
     rollout = replace(rollout, advantage=torch.ones(len(rollout)))
-    return (objective.loss(policy, rollout, k).total / FlowGRPO().loss(policy, rollout, k).total).item()
+    return (
+        objective.loss(policy, rollout, k).total / FlowGRPO().loss(policy, rollout, k).total
+    ).item()
 
 
 def test_weights_by_inverse_time_undo_the_step_s_length(sampled):
     policy, rollout = sampled
     for k in rollout.steps:
         expected = 1 / (policy.times[k] - policy.times[k + 1])
-        assert step_weight(policy, rollout, FlowGRPO(step_weight="inverse_time"), k) == pytest.approx(expected, rel=1e-5)
+        assert step_weight(
+            policy, rollout, FlowGRPO(step_weight="inverse_time"), k
+        ) == pytest.approx(expected, rel=1e-5)
 
 
 # ranked pairs
@@ -543,7 +648,12 @@ def test_weights_by_inverse_time_undo_the_step_s_length(sampled):
 def judged(rewards: list[list[float]]) -> Rollout:
     """Paths of one step whose x0 is their reward."""
     reward = torch.tensor(rewards).flatten()
-    return rollout_of(torch.stack([reward - 1, reward], 1)[:, :, None], reward[:, None], reward, images=len(rewards[0]))
+    return rollout_of(
+        torch.stack([reward - 1, reward], 1)[:, :, None],
+        reward[:, None],
+        reward,
+        images=len(rewards[0]),
+    )
 
 
 def test_the_best_image_is_paired_with_the_worst_of_its_own_prompt():
@@ -576,7 +686,7 @@ def test_ties_and_small_gaps_weigh_nothing():
     assert rank(rollout, Ranking()).weight.tolist() == [0, 1, 1]
     pairs = rank(rollout, Ranking(min_gap=0.25))
     assert pairs.weight.tolist() == [0, 0, 1]
-    assert pairs.taught().group.tolist() == [2]
+    assert pairs.trainable_rows().group.tolist() == [2]
 
 
 def test_weights_average_to_one_within_a_prompt_and_between_prompts():

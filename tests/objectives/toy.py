@@ -12,7 +12,8 @@ from torch import nn, Tensor
 from flowalign.batch import Batch, Cond, Examples, Pairs, Rollout
 from flowalign.dynamics import Gaussian
 from flowalign.flow import over_latent
-from flowalign.models.base import FlowModel, Lora, ModelConfig
+from flowalign.models.base import FlowModel
+from flowalign.models.config import Lora, ModelConfig
 from flowalign.policy import Policy, Sampler
 
 
@@ -28,7 +29,9 @@ class VelocityPolicy:
         return self.field(x, over_latent(t, x), self.theta)
 
     def at(self, name: str) -> "VelocityPolicy":
-        return replace(self, theta={"policy": self.theta, "reference": self.reference}[name].detach())
+        return replace(
+            self, theta={"policy": self.theta, "reference": self.reference}[name].detach()
+        )
 
 
 def free(x: Tensor, t: Tensor, theta: Tensor) -> Tensor:
@@ -64,7 +67,10 @@ class ChainPolicy:
     def log_prob(self, path: Tensor) -> Tensor:
         """(B, K) of the path's steps."""
         nothing = cond_of(len(path))
-        steps = [self.step(path[:, k], k, nothing).log_prob(path[:, k + 1]) for k in range(len(self.stds))]
+        steps = [
+            self.step(path[:, k], k, nothing).log_prob(path[:, k + 1])
+            for k in range(len(self.stds))
+        ]
         return torch.stack(steps, 1)
 
 
@@ -81,11 +87,17 @@ def labels(count: int, images: int = 1) -> tuple[list[str], list[dict[str, int]]
 
 def pairs_of(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None) -> Pairs:
     """Pairs of x0 (B, *latent)."""
-    return path_pairs(chosen[:, None], rejected[:, None], torch.zeros(len(chosen), 0), weight=weight)
+    return path_pairs(
+        chosen[:, None], rejected[:, None], torch.zeros(len(chosen), 0), weight=weight
+    )
 
 
 def path_pairs(
-    chosen: Tensor, rejected: Tensor, log_prob: Tensor, gap: Tensor | None = None, weight: Tensor | None = None
+    chosen: Tensor,
+    rejected: Tensor,
+    log_prob: Tensor,
+    gap: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Pairs:
     """Pairs of paths (B, K + 1, *latent); `log_prob` is of the chosen, then of the rejected (2 B, K)."""
     one = torch.ones(len(chosen))
@@ -101,7 +113,15 @@ def examples_of(x0: Tensor) -> Examples:
 def rollout_of(path: Tensor, log_prob: Tensor, reward: Tensor, images: int = 1) -> Rollout:
     """Judged paths (B, K + 1, *latent) in groups of so many images; the advantage is the reward."""
     pictures = torch.zeros(len(path), 3, 1, 1, dtype=torch.uint8)
-    return Rollout(*labels(len(path), images), path, log_prob, pictures, reward, reward, range(path.shape[1] - 1))
+    return Rollout(
+        *labels(len(path), images),
+        path,
+        log_prob,
+        pictures,
+        reward,
+        reward,
+        range(path.shape[1] - 1),
+    )
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -114,7 +134,11 @@ def minimiser(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int =
     for _ in range(iterations):
         (slope,) = torch.autograd.grad(loss(x), x)
         curvature = torch.autograd.functional.hessian(loss, x.detach())
-        x = (x - torch.linalg.solve(curvature.view(x.numel(), -1), slope.flatten()).view_as(x)).detach().requires_grad_()
+        x = (
+            (x - torch.linalg.solve(curvature.view(x.numel(), -1), slope.flatten()).view_as(x))
+            .detach()
+            .requires_grad_()
+        )
     return x.detach()
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowalign.errors import UserError
-from flowalign.rewards.adapt import make_reward
+from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.adversarial import Adversarial
-from flowalign.rewards.base import Learns
+from flowalign.rewards.base import LearnedReward
 from tests.rewards.test_features import random_dinov2
 
 RED, GREEN, BLUE = (0.9, 0.1, 0.1), (0.1, 0.7, 0.2), (0.1, 0.2, 0.9)
@@ -49,7 +49,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_it_prefers_nothing_before_it_has_learned(reds):
     reward = adversarial(reds)
-    assert isinstance(reward, Learns)
+    assert isinstance(reward, LearnedReward)
     assert score(reward, torch.cat([shades(RED), shades(BLUE)])).tolist() == [0] * 8
 
 
@@ -80,8 +80,14 @@ def test_the_loss_is_half_of_references_a_quarter_of_new_and_a_quarter_of_past_p
     reward.update(shades(BLUE, 3))
     reference = reward.logit(reward.references)
     past, new = score(reward, shades(BLUE, 3)), score(reward, shades(GREEN, 5))
-    parts = [F.logsigmoid(reference).mean() / 2, F.logsigmoid(-new).mean() / 4, F.logsigmoid(-past).mean() / 4]
-    assert reward.update(shades(GREEN, 5))["loss"] == pytest.approx(-sum(part.item() for part in parts), rel=1e-5)
+    parts = [
+        F.logsigmoid(reference).mean() / 2,
+        F.logsigmoid(-new).mean() / 4,
+        F.logsigmoid(-past).mean() / 4,
+    ]
+    assert reward.update(shades(GREEN, 5))["loss"] == pytest.approx(
+        -sum(part.item() for part in parts), rel=1e-5
+    )
 
 
 def test_the_buffer_holds_the_newest_pictures(reds):
@@ -155,7 +161,9 @@ def test_a_step_along_its_gradient_makes_a_picture_more_like_a_reference(reds):
     images = shades(BLUE).clone().requires_grad_()
     before = score(reward, images)
     (gradient,) = torch.autograd.grad(before.sum(), images)
-    after = score(reward, images + 1e-3 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    after = score(
+        reward, images + 1e-3 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    )
     assert (after > before).all()
 
 
@@ -181,7 +189,9 @@ def test_a_state_of_another_backbone_is_refused(reds, tmp_path):
         adversarial(reds).load_state({})
 
 
-@pytest.mark.parametrize("settings", [{"learning_rate": 0}, {"descents": 0}, {"buffer": 0}, {"size": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"learning_rate": 0}, {"descents": 0}, {"buffer": 0}, {"size": -1}]
+)
 def test_settings_that_cannot_work_are_refused(reds, settings):
     with pytest.raises(UserError, match=f"rewards.adversarial has .*{next(iter(settings))}"):
         adversarial(reds, **settings)

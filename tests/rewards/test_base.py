@@ -10,10 +10,10 @@ import torch
 
 from flowalign.cli import main
 from flowalign.errors import RunError, UserError
-from flowalign.reward_maps import load_rewards
-from flowalign.rewards.adapt import make_reward
+from flowalign.reporting.trackers import read_metrics
+from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.base import Reward, Traits, traits
-from flowalign.tracking import read_metrics
+from flowalign.rewards.registry import load_rewards
 from tests.tiny import ROOT, SMALL
 
 LEVELS = [0.2, 0.4, 0.8]
@@ -32,10 +32,16 @@ def no_module(device):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        (lambda a, b: [], "rewards.mine takes (a, b); write one of (images, prompts, metadata), TRL's (prompts, completions, **"),
+        (
+            lambda a, b: [],
+            "rewards.mine takes (a, b); write one of (images, prompts, metadata), TRL's (prompts, completions, **",
+        ),
         (lambda *inputs: [], "rewards.mine takes (inputs); write one of"),
         (lambda images: [], "rewards.mine takes (images); write one of"),
-        (lambda images, prompts, metadata, more: [], "rewards.mine takes (images, prompts, metadata, more); write one of"),
+        (
+            lambda images, prompts, metadata, more: [],
+            "rewards.mine takes (images, prompts, metadata, more); write one of",
+        ),
         (lambda completions: [], "rewards.mine takes (completions); write one of"),
         (
             traits(level="pairwise")(lambda images, prompts, metadata: []),
@@ -44,7 +50,10 @@ def no_module(device):
         (lambda device, score_dict: [], "rewards.mine takes (device, score_dict); write one of"),
         (lambda: 5, "rewards.mine returned a int when it was called; write one of"),
         (lambda: 1 / 0, "rewards.mine cannot be made: ZeroDivisionError: division by zero"),
-        (no_module, "rewards.mine cannot be made: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            no_module,
+            "rewards.mine cannot be made: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         (object(), "rewards.mine is no function; write one of"),
     ],
 )
@@ -81,7 +90,9 @@ def test_an_exception_is_named_with_its_file_and_line():
     with pytest.raises(RunError, match=rf"rewards\.mine raised ZeroDivisionError: .* \({where}"):
         scores(make_reward("mine", divides))
     with pytest.raises(RunError, match=rf"rewards\.mine raised ZeroDivisionError: .* \({where}"):
-        make_reward("mine", divides).with_gradient(IMAGES.clone().requires_grad_(), PROMPTS, METADATA)
+        make_reward("mine", divides).with_gradient(
+            IMAGES.clone().requires_grad_(), PROMPTS, METADATA
+        )
 
 
 def reads(images, prompts, metadata):
@@ -100,14 +111,19 @@ def test_a_reward_that_writes_into_its_images_changes_nothing_for_the_next():
 
     images = IMAGES.clone()
     reward = make_reward("mine", writes)
-    assert reward(images, PROMPTS, METADATA).tolist() == pytest.approx([level - 0.5 for level in LEVELS])
+    assert reward(images, PROMPTS, METADATA).tolist() == pytest.approx(
+        [level - 0.5 for level in LEVELS]
+    )
     reward.with_gradient(images.requires_grad_(), PROMPTS, METADATA)
     assert torch.equal(images, IMAGES)
 
 
 # the page about it
 
-BLOCKS = [block.split("```")[0] for block in (ROOT / "docs" / "your-own-reward.md").read_text().split("```python\n")[1:]]
+BLOCKS = [
+    block.split("```")[0]
+    for block in (ROOT / "docs" / "your-own-reward.md").read_text().split("```python\n")[1:]
+]
 TASTE = """
 from dataclasses import dataclass
 from torch import nn, Tensor
@@ -133,9 +149,24 @@ def test_the_page_s_function_is_tried_out_and_trains_as_printed(tmp_path, monkey
     assert main(test[1:]) == 0
     assert "reaches 8 of 8 pictures" in capsys.readouterr().out
     (tmp_path / "few.txt").write_text("a red circle")
-    small = [*SMALL, "train.steps=1", f"evaluation.prompts={tmp_path / 'few.txt'}", f"output={tmp_path / 'run'}"]
+    small = [
+        *SMALL,
+        "train.steps=1",
+        f"evaluation.prompts={tmp_path / 'few.txt'}",
+        f"output={tmp_path / 'run'}",
+    ]
     (evaluation,) = [part for part in page.split("`") if part.startswith("'evaluation.rewards")]
-    assert main(["train", *train[2:-1], shlex.split(evaluation.replace("my_rewards.py", str(file)))[0], *small]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *train[2:-1],
+                shlex.split(evaluation.replace("my_rewards.py", str(file)))[0],
+                *small,
+            ]
+        )
+        == 0
+    )
     assert "reward/redness" in read_metrics(tmp_path / "run")[0]
 
 
@@ -155,5 +186,9 @@ def test_the_page_s_traits_say_what_they_are_printed_to_say(tmp_path):
     (tmp_path / "kinds.py").write_text(BLOCKS[2])
     names = ["legible", "variety", "prefers"]
     rewards = load_rewards({f"{tmp_path}/kinds.py:{name}": 1.0 for name in names})
-    assert [reward.traits for reward in rewards] == [Traits("pointwise", "pil", (0, 1)), Traits("group"), Traits("pairwise")]
+    assert [reward.traits for reward in rewards] == [
+        Traits("pointwise", "pil", (0, 1)),
+        Traits("group"),
+        Traits("pairwise"),
+    ]
     assert len(BLOCKS) == 3

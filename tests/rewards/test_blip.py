@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from flowalign.errors import UserError
-from flowalign.rewards.adapt import make_reward
+from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.blip import ImageReward
-from flowalign.settings import configure
+from flowalign.settings.types import configure
 
 PROMPTS = ["a red circle", "the blue square on the table", "a table and a red square"]
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the red blue circle square table on and".split()
@@ -41,20 +47,41 @@ class Original(nn.Module):
         super().__init__()
         sizes: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 48}
         self.vision = BlipVisionModel(
-            BlipVisionConfig(hidden_size=128, num_attention_heads=2, image_size=32, patch_size=8, layer_norm_eps=1e-6, **sizes)
+            BlipVisionConfig(
+                hidden_size=128,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=8,
+                layer_norm_eps=1e-6,
+                **sizes,
+            )
         )
         self.text = BlipTextModel(
             BlipTextConfig(
-                **{"hidden_size": 64, "num_attention_heads": 1, "encoder_hidden_size": 128, "vocab_size": 20, **sizes},
+                **{
+                    "hidden_size": 64,
+                    "num_attention_heads": 1,
+                    "encoder_hidden_size": 128,
+                    "vocab_size": 20,
+                    **sizes,
+                },
                 **{"max_position_embeddings": 40, "bos_token_id": None, "sep_token_id": None},
             ),
             add_pooling_layer=False,
         )
-        layers = [nn.Linear(64, 16), nn.Dropout(0.2), nn.Linear(16, 4), nn.Dropout(0.1), nn.Linear(4, 1)]
+        layers = [
+            nn.Linear(64, 16),
+            nn.Dropout(0.2),
+            nn.Linear(16, 4),
+            nn.Dropout(0.1),
+            nn.Linear(4, 1),
+        ]
         self.mlp = nn.Sequential(*layers)
         for name, parameter in self.named_parameters():
             nn.init.normal_(
-                parameter, mean=float(name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight"))), std=0.2
+                parameter,
+                mean=float(name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight"))),
+                std=0.2,
             )
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
@@ -66,14 +93,21 @@ class Original(nn.Module):
     def published(self) -> dict[str, Tensor]:
         """The weights as the published file names them, with what else it holds."""
         found = {f"mlp.layers.{name}": tensor for name, tensor in self.mlp.state_dict().items()}
-        found |= {f"blip.text_encoder.{name}": tensor for name, tensor in self.text.state_dict().items()}
+        found |= {
+            f"blip.text_encoder.{name}": tensor for name, tensor in self.text.state_dict().items()
+        }
         state = self.vision.state_dict()
         found |= {f"blip.visual_encoder.{there}": state[here] for here, there in VISION.items()}
         for n in range(2):
             for here, there in LAYER.items():
                 for end in ("weight", "bias"):
-                    found[f"blip.visual_encoder.blocks.{n}.{there}.{end}"] = state[f"encoder.layers.{n}.{here}.{end}"]
-        unused = {"blip.vision_proj.weight": torch.zeros(4, 128), "blip.text_encoder.embeddings.position_ids": torch.arange(40)}
+                    found[f"blip.visual_encoder.blocks.{n}.{there}.{end}"] = state[
+                        f"encoder.layers.{n}.{here}.{end}"
+                    ]
+        unused = {
+            "blip.vision_proj.weight": torch.zeros(4, 128),
+            "blip.text_encoder.embeddings.position_ids": torch.arange(40),
+        }
         return found | unused
 
 
@@ -107,10 +141,15 @@ def test_the_published_names_give_the_scores_of_the_model_that_wrote_them(reward
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
         expected = [
-            original(((image - mean) / std)[None], torch.tensor([[2, *(WORDS.index(word) for word in prompt.split()), 3]]))
+            original(
+                ((image - mean) / std)[None],
+                torch.tensor([[2, *(WORDS.index(word) for word in prompt.split()), 3]]),
+            )
             for image, prompt in zip(images, PROMPTS, strict=True)
         ]
-    torch.testing.assert_close(reward(images, PROMPTS, [{}] * 3), torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        reward(images, PROMPTS, [{}] * 3), torch.stack(expected), atol=1e-5, rtol=0
+    )
 
 
 def test_the_picture_and_the_prompt_both_count(reward):
@@ -134,14 +173,21 @@ def test_the_gradient_is_that_of_finite_differences(reward):
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS, [{}] * 3).sum(), images)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).double()
     with torch.no_grad():
-        high, low = (reward(images + step * direction, PROMPTS, [{}] * 3).sum() for step in (1e-5, -1e-5))
+        high, low = (
+            reward(images + step * direction, PROMPTS, [{}] * 3).sum() for step in (1e-5, -1e-5)
+        )
     assert gradient.flatten(1).norm(dim=1).min() > 1e-4
-    assert ((high - low) / 2e-5).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5)
+    assert ((high - low) / 2e-5).item() == pytest.approx(
+        (gradient * direction).sum().item(), rel=1e-5
+    )
 
 
 def test_prompts_are_read_to_their_35th_token(reward):
     images = pictures(1, 32, 32).repeat(2, 1, 1, 1)
-    with pytest.warns(UserWarning, match=r"rewards\.image_reward reads 35 tokens of a prompt; of 2 prompts 1 \(50%\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"rewards\.image_reward reads 35 tokens of a prompt; of 2 prompts 1 \(50%\)",
+    ):
         scores = reward(images, [" ".join(["red"] * 50), " ".join(["red"] * 33)], [{}] * 2)
     assert scores[0].item() == pytest.approx(scores[1].item(), abs=1e-6)
 
@@ -156,14 +202,24 @@ def test_half_precision_returns_float32(folder, reward):
 
 def test_another_file_is_answered(folder, tmp_path, original):
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"rewards\.image_reward\.path: the file is not ImageReward's: .* It has weight"):
+    with pytest.raises(
+        UserError,
+        match=r"rewards\.image_reward\.path: the file is not ImageReward's: .* It has weight",
+    ):
         ImageReward(str(tmp_path / "other.pt"), str(folder))
     weights = original.published()
     del weights["blip.visual_encoder.norm.bias"]
     torch.save(weights, tmp_path / "lacking.pt")
-    with pytest.raises(UserError, match=r"the file lacks 1 weights of a BlipVisionModel, post_layernorm\.bias for one"):
+    with pytest.raises(
+        UserError,
+        match=r"the file lacks 1 weights of a BlipVisionModel, post_layernorm\.bias for one",
+    ):
         ImageReward(str(tmp_path / "lacking.pt"), str(folder))
-    with pytest.raises(UserError, match=r"rewards\.image_reward\.path: there is no file .*nowhere\.pt"):
+    with pytest.raises(
+        UserError, match=r"rewards\.image_reward\.path: there is no file .*nowhere\.pt"
+    ):
         configure(ImageReward, {"path": str(tmp_path / "nowhere.pt")}, "rewards.image_reward")
-    with pytest.raises(UserError, match=r"rewards\.image_reward\.tokenizer: there is no folder \./nowhere"):
+    with pytest.raises(
+        UserError, match=r"rewards\.image_reward\.tokenizer: there is no folder \./nowhere"
+    ):
         ImageReward(str(folder / "ImageReward.pt"), "./nowhere")

@@ -9,12 +9,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from flowalign import assembly, trainer
-from flowalign.checkpoint import checkpoints, read_tensors
-from flowalign.config import load_config
+from flowalign.config.load import load_config
 from flowalign.errors import UserError
-from flowalign.rewards.combine import Combine, Constrained, Gate, Minimum, Normalised, Uncertainty, WeightedSum
-from flowalign.tracking import read_metrics
+from flowalign.files import read_tensors
+from flowalign.reporting.trackers import read_metrics
+from flowalign.rewards.combine import (
+    Combine,
+    Constrained,
+    Gate,
+    Minimum,
+    Normalised,
+    Uncertainty,
+    WeightedSum,
+)
+from flowalign.runs.checkpoint import checkpoints
+from flowalign.training import setup as assembly
+from flowalign.training import trainer
 from tests.tiny import ROOT, SMALL, TINY
 
 NONE = float("nan")
@@ -56,22 +66,25 @@ def test_normalised_is_the_sum_of_z_scores_over_all_scores_so_far():
     steps[1]["a"][2], steps[1]["b"][:] = NONE, NONE
     combine = Normalised()
     for count, scores in enumerate(steps, 1):
-        combine.follow(scores)
-        z = {name: z_score(scores[name], torch.cat([step[name] for step in steps[:count]])) for name in scores}
+        combine.observe(scores)
+        z = {
+            name: z_score(scores[name], torch.cat([step[name] for step in steps[:count]]))
+            for name in scores
+        }
         expected = 2 * z["a"] + 0.5 * z["b"] if count != 2 else 2 * z["a"]
         assert_close(combine(scores, WEIGHTS), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_a_reward_without_deviation_is_normalised_to_nothing():
     combine = Normalised()
-    combine.follow({"a": torch.full((4,), 3.0)})
+    combine.observe({"a": torch.full((4,), 3.0)})
     assert combine({"a": torch.full((4,), 3.0)}, {"a": 1.0}).tolist() == [0] * 4
 
 
 def test_the_multiplier_after_two_steps_by_hand():
     combine = Constrained(at_least={"b": 0.5}, rate=0.1)
-    combine.follow({"a": torch.ones(3), "b": torch.tensor([0.0, 0.2, NONE])})  # 0.1 · (0.5 - 0.1)
-    combine.follow({"a": torch.ones(2), "b": torch.tensor([0.1, 0.3])})  # + 0.1 · (0.5 - 0.2)
+    combine.observe({"a": torch.ones(3), "b": torch.tensor([0.0, 0.2, NONE])})  # 0.1 · (0.5 - 0.1)
+    combine.observe({"a": torch.ones(2), "b": torch.tensor([0.1, 0.3])})  # + 0.1 · (0.5 - 0.2)
     assert combine.metrics() == {"multiplier/b": pytest.approx(0.07)}
     scores = {"a": torch.tensor([1.0, 2, 3]), "b": torch.tensor([0.5, 1.5, NONE])}
     assert_close(combine(scores, WEIGHTS), torch.tensor([2.0, 4.07, 6]))
@@ -80,12 +93,16 @@ def test_the_multiplier_after_two_steps_by_hand():
 def test_a_multiplier_is_never_below_0():
     combine = Constrained(at_least={"b": 0.5}, rate=0.1)
     for mean, expected in ((0.0, 0.05), (9.0, 0.0), (9.0, 0.0), (0.4, 0.01), (NONE, 0.01)):
-        combine.follow({"b": torch.full((2,), mean)})
+        combine.observe({"b": torch.full((2,), mean)})
         assert combine.multipliers["b"] == pytest.approx(expected)
-    assert combine({"a": torch.ones(1), "b": torch.ones(1)}, WEIGHTS).tolist() == pytest.approx([2.005])
+    assert combine({"a": torch.ones(1), "b": torch.ones(1)}, WEIGHTS).tolist() == pytest.approx(
+        [2.005]
+    )
 
 
-@pytest.mark.parametrize("kind", [Normalised, lambda: Constrained(at_least={"b": 50})], ids=["normalised", "constrained"])
+@pytest.mark.parametrize(
+    "kind", [Normalised, lambda: Constrained(at_least={"b": 50})], ids=["normalised", "constrained"]
+)
 def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
     steps = [{"a": torch.rand(5), "b": 7 * torch.rand(5)} for _ in range(4)]
     whole, begun, resumed = kind(), kind(), kind()
@@ -96,7 +113,7 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
     resumed.load_state(load_file(tmp_path / "state.safetensors"))
     for scores in steps[2:]:
         for combine in (whole, resumed):
-            combine.follow(scores)
+            combine.observe(scores)
         assert torch.equal(resumed(scores, WEIGHTS), whole(scores, WEIGHTS))
     assert whole.state().keys() == resumed.state().keys() != set()
     assert all(torch.equal(value, resumed.state()[name]) for name, value in whole.state().items())
@@ -104,12 +121,17 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
 
 def test_what_a_bonus_takes_counts_everywhere_so_that_no_picture_gains_by_missing_a_threshold():
     scores = {"good": torch.tensor([0.4, 0.4, 0.6, 0.6]), "bonus": torch.tensor([-3.0, 2, -3, 2])}
-    assert_close(Gate(base={"good": 0.5})(scores, {"good": 1.0, "bonus": 1.0}), torch.tensor([-2.6, 0.4, -2.4, 2.6]))
+    assert_close(
+        Gate(base={"good": 0.5})(scores, {"good": 1.0, "bonus": 1.0}),
+        torch.tensor([-2.6, 0.4, -2.4, 2.6]),
+    )
 
 
-@pytest.mark.parametrize("combine", [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1})], ids=repr)
+@pytest.mark.parametrize(
+    "combine", [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1})], ids=repr
+)
 def test_the_others_remember_nothing(combine: Combine):
-    combine.follow(SCORES)
+    combine.observe(SCORES)
     assert combine.state() == combine.metrics() == {}
 
 
@@ -119,25 +141,56 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([TWO, "combine={name: gate}"], "combine.base is empty; write thresholds by reward, for example {brightness: 0.5}"),
-        ([TWO, "combine={name: gate, base: {bright: 1}}"], "combine.base names 'bright'; the rewards are brightness, jpeg_size"),
         (
-            ["rewards={brightness: -1, jpeg_size: 1}", "combine={name: gate, base: {brightness: 1}}"],
+            [TWO, "combine={name: gate}"],
+            "combine.base is empty; write thresholds by reward, for example {brightness: 0.5}",
+        ),
+        (
+            [TWO, "combine={name: gate, base: {bright: 1}}"],
+            "combine.base names 'bright'; the rewards are brightness, jpeg_size",
+        ),
+        (
+            [
+                "rewards={brightness: -1, jpeg_size: 1}",
+                "combine={name: gate, base: {brightness: 1}}",
+            ],
             "rewards.brightness has a weight below 0, but combine.base asks for more of it; write 0 or more",
         ),
         (
-            ["rewards={brightness: 2, jpeg_size: 1}", "combine={name: constrained, at_least: {brightness: 1}}"],
+            [
+                "rewards={brightness: 2, jpeg_size: 1}",
+                "combine={name: constrained, at_least: {brightness: 1}}",
+            ],
             "rewards.brightness has weight 2, which would have no effect: combine.at_least gives it a multiplier",
         ),
-        ([TWO, "combine={name: gate, base: {brightness: 1, jpeg_size: 1}}"], "combine.base names all rewards; leave out"),
+        (
+            [TWO, "combine={name: gate, base: {brightness: 1, jpeg_size: 1}}"],
+            "combine.base names all rewards; leave out",
+        ),
         ([TWO, "combine={name: constrained}"], "combine.at_least is empty"),
-        ([TWO, "combine={name: constrained, at_least: {size: 1}}"], "combine.at_least names 'size'; the rewards are brightness"),
-        (["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: 1}}"], "at_least names all rewards"),
-        ([TWO, "combine={name: constrained, at_least: {brightness: 1}, rate: 0}"], "combine.rate is 0; it must be greater"),
-        ([TWO, "combine={name: uncertainty, caution: -1}"], "combine.caution is -1; it must be greater than or equal to 0"),
+        (
+            [TWO, "combine={name: constrained, at_least: {size: 1}}"],
+            "combine.at_least names 'size'; the rewards are brightness",
+        ),
+        (
+            ["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: 1}}"],
+            "at_least names all rewards",
+        ),
+        (
+            [TWO, "combine={name: constrained, at_least: {brightness: 1}, rate: 0}"],
+            "combine.rate is 0; it must be greater",
+        ),
+        (
+            [TWO, "combine={name: uncertainty, caution: -1}"],
+            "combine.caution is -1; it must be greater than or equal to 0",
+        ),
         ([TWO, "combine={name: minimal}"], "Did you mean 'minimum'"),
         (
-            ["rewards={brightness: 1, contrast: 1}", "combine={name: constrained, at_least: {brightness: 1}}", "ALIGN"],
+            [
+                "rewards={brightness: 1, contrast: 1}",
+                "combine={name: constrained, at_least: {brightness: 1}}",
+                "ALIGN",
+            ],
             "combine.name is constrained, which looks at whole steps, but the objective alignprop takes the gradient",
         ),
         (
@@ -174,7 +227,11 @@ def test_stopping_and_going_on_equals_never_stopping(reds, tmp_path):
     """With a multiplier that grows, and a reward that learns."""
     (tmp_path / "few.txt").write_text("a red circle")
     constrained = "combine={name: constrained, at_least: {brightness: 1}, rate: 1}"
-    few = [f"evaluation.prompts={tmp_path / 'few.txt'}", "evaluation.rewards={brightness: 1}", "train.learning_rate=1e-2"]
+    few = [
+        f"evaluation.prompts={tmp_path / 'few.txt'}",
+        "evaluation.rewards={brightness: 1}",
+        "train.learning_rate=1e-2",
+    ]
     for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
         changes = [*few, constrained, f"train.steps={steps}", f"output={tmp_path / name}"]
         trainer.train(load_config(TINY, learning(reds, *changes)))
@@ -186,20 +243,33 @@ def test_stopping_and_going_on_equals_never_stopping(reds, tmp_path):
     learned, lines = read_tensors(parts / "rewards.safetensors"), read_metrics(tmp_path / "parts")
     name = "adversarial"
     assert learned[f"rewards/{name}/head.2.weight"].abs().max() > 0
-    assert learned["combine/brightness"].item() == pytest.approx(sum(1 - line["reward/brightness"] for line in lines), rel=1e-5)
-    assert [line["multiplier/brightness"] for line in lines][-1] == learned["combine/brightness"].item()
+    assert learned["combine/brightness"].item() == pytest.approx(
+        sum(1 - line["reward/brightness"] for line in lines), rel=1e-5
+    )
+    assert [line["multiplier/brightness"] for line in lines][-1] == learned[
+        "combine/brightness"
+    ].item()
     assert all(f"{name}/loss" in line for line in lines)
 
 
 def test_a_reward_that_learns_cannot_be_evaluated_by(reds):
-    with pytest.raises(UserError, match=r"adversarial learns as training goes.*name rewards that do not in evaluation\.rewards"):
+    with pytest.raises(
+        UserError,
+        match=r"adversarial learns as training goes.*name rewards that do not in evaluation\.rewards",
+    ):
         assembly.rewards_of(load_config(TINY, learning(reds, "evaluation.rewards={}")))
 
 
 def test_a_reward_that_learns_needs_whole_steps(reds):
-    with pytest.raises(UserError, match="adversarial learns from whole steps, but the objective alignprop takes each image's"):
+    with pytest.raises(
+        UserError,
+        match="adversarial learns from whole steps, but the objective alignprop takes each image's",
+    ):
         assembly.rewards_of(
-            load_config(TINY, learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}"))
+            load_config(
+                TINY,
+                learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}"),
+            )
         )
 
 
@@ -223,10 +293,14 @@ def spread(images, prompts, metadata):
         ("spread", "evaluation.images_per_prompt is 1, but spread compares"),
     ],
 )
-def test_rewards_that_say_nothing_of_single_images_do_not_judge_an_evaluation_of_them(name, message, tmp_path):
+def test_rewards_that_say_nothing_of_single_images_do_not_judge_an_evaluation_of_them(
+    name, message, tmp_path
+):
     (tmp_path / "mine.py").write_text(GROUPS)
     reward = f'{{"{tmp_path}/mine.py:{name}": 1.0}}'
     config = load_config(TINY, [*SMALL, f"rewards={reward}", f"evaluation.rewards={reward}"])
     with pytest.raises(UserError, match=message):
         assembly.rewards_of(config)
-    assert assembly.rewards_of(load_config(TINY, [*SMALL, f"rewards={reward}", "evaluation.rewards={brightness: 1.0}"]))
+    assert assembly.rewards_of(
+        load_config(TINY, [*SMALL, f"rewards={reward}", "evaluation.rewards={brightness: 1.0}"])
+    )

@@ -10,15 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowalign.errors import UserError
-from flowalign.rewards.adapt import make_reward
-from flowalign.rewards.distribution import distance_shares, FeatureDistance, squared_mmd, Vendi, vendi_score, vendi_shares
+from flowalign.rewards.adapters import make_reward
+from flowalign.rewards.distribution import (
+    distance_shares,
+    FeatureDistance,
+    squared_mmd,
+    Vendi,
+    vendi_score,
+    vendi_shares,
+)
 from tests.rewards.test_features import random_dinov2
 
 EYE = torch.eye(4)
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    return F.normalize(
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
+        dim=-1,
+    )
 
 
 def plain(*colours: tuple[float, float, float]) -> Tensor:
@@ -35,7 +45,9 @@ RED, DARK_RED, BLUE, GREEN = (0.9, 0.1, 0.1), (0.8, 0.1, 0.1), (0.1, 0.1, 0.9), 
 )
 def test_the_vendi_score_counts_what_is_different(rows, expected):
     assert vendi_score(EYE[rows]).item() == pytest.approx(expected, abs=1e-5)
-    assert vendi_shares(EYE[rows]).tolist() == pytest.approx([math.log(expected)] * len(rows), abs=1e-5)
+    assert vendi_shares(EYE[rows]).tolist() == pytest.approx(
+        [math.log(expected)] * len(rows), abs=1e-5
+    )
 
 
 def test_the_vendi_score_is_the_exponential_of_the_eigenvalues_entropy():
@@ -46,7 +58,9 @@ def test_the_vendi_score_is_the_exponential_of_the_eigenvalues_entropy():
 
 def test_an_image_that_differs_has_the_larger_share():
     """Three alike and one other: eigenvalues 3/4 and 1/4, and every image lies in one of their directions."""
-    assert vendi_shares(EYE[[0, 0, 0, 1]]).tolist() == pytest.approx([-math.log(3 / 4)] * 3 + [-math.log(1 / 4)], abs=1e-5)
+    assert vendi_shares(EYE[[0, 0, 0, 1]]).tolist() == pytest.approx(
+        [-math.log(3 / 4)] * 3 + [-math.log(1 / 4)], abs=1e-5
+    )
 
 
 def test_the_gradient_of_vendi_shares_is_that_of_the_score():
@@ -67,7 +81,9 @@ def test_distance_shares_are_known_for_two_images_and_one_exemplar():
     """k is 1 for the image that is the exemplar and 1/e for what is at right angles, with σ = 1."""
     shares = distance_shares(EYE[:2], EYE[:1], 1.0)
     assert shares.tolist() == pytest.approx([1 - math.exp(-1), 0], abs=1e-6)
-    assert distance_shares(EYE[:1], EYE[:2], 1.0).tolist() == pytest.approx([(1 + math.exp(-1)) / 2])
+    assert distance_shares(EYE[:1], EYE[:2], 1.0).tolist() == pytest.approx(
+        [(1 + math.exp(-1)) / 2]
+    )
 
 
 def test_repeating_the_nearest_exemplar_does_not_pay():
@@ -128,7 +144,9 @@ def test_images_like_the_exemplars_have_the_larger_shares(tmp_path, backbone):
 def test_pictures_that_are_alike_have_the_smaller_shares():
     reward = make_reward("vendi", Vendi())
     assert reward.traits.level == "group"
-    assert reward(plain(RED, RED, RED), [""] * 3, [{}] * 3).tolist() == pytest.approx([0] * 3, abs=1e-4)
+    assert reward(plain(RED, RED, RED), [""] * 3, [{}] * 3).tolist() == pytest.approx(
+        [0] * 3, abs=1e-4
+    )
     scores = reward(plain(RED, DARK_RED, BLUE), [""] * 3, [{}] * 3)
     assert scores.argmax() == 2
 

@@ -19,10 +19,15 @@ from transformers import (
 )
 
 from flowalign.errors import RunError, UserError
-from flowalign.rewards.adapt import to_pil
+from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.features import TINY, Tower
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def random_dinov2(folder: Path) -> str:
@@ -30,9 +35,9 @@ def random_dinov2(folder: Path) -> str:
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(image_size=32, patch_size=8, **SMALL)).save_pretrained(folder)
     sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-    BitImageProcessor(resample=3, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], **sizes).save_pretrained(
-        folder
-    )
+    BitImageProcessor(
+        resample=3, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], **sizes
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -40,10 +45,12 @@ def random_siglip(folder: Path) -> str:
     """Two towers, and a processor that squeezes instead of cutting."""
     torch.manual_seed(0)
     text = {**SMALL, "vocab_size": 20, "max_position_embeddings": 8}
-    SiglipModel(SiglipConfig(text_config=text, vision_config={**SMALL, "image_size": 32, "patch_size": 8})).save_pretrained(
-        folder
-    )
-    SiglipImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    SiglipModel(
+        SiglipConfig(text_config=text, vision_config={**SMALL, "image_size": 32, "patch_size": 8})
+    ).save_pretrained(folder)
+    SiglipImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -72,7 +79,9 @@ def test_features_are_unit_vectors_of_the_models_own_output(tower):
     features = tower(images)
     assert features.shape == (3, tower.width)
     assert features.dtype == torch.float32
-    own = tower.encode(pixel_values=tower.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]).pooler_output
+    own = tower.encode(
+        pixel_values=tower.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+    ).pooler_output
     torch.testing.assert_close(features, own / own.norm(dim=1, keepdim=True), atol=0.02, rtol=0)
     torch.testing.assert_close(tower.embed(images[1:2]), features[1:2])
 
@@ -100,7 +109,9 @@ def test_dinov2_sees_larger_squares_where_asked(tmp_path):
 def test_a_backbone_that_cannot_be_used_is_named():
     with pytest.raises(UserError, match=r"rewards.vendi.path: there is no folder \./none"):
         Tower("./none", "rewards.vendi.path")
-    with pytest.raises(UserError, match=r"rewards\.adversarial\.path: .* does not make one vector of a picture"):
+    with pytest.raises(
+        UserError, match=r"rewards\.adversarial\.path: .* does not make one vector of a picture"
+    ):
         Tower(TINY, "rewards.adversarial.path", size=518)
 
 
@@ -108,7 +119,8 @@ def test_the_bundled_clip_sees_no_pictures_of_another_world(tmp_path):
     tower = Tower(TINY, "rewards.vendi.path")
     assert tower(noise(1, 128, 128)).shape == (1, tower.width)
     with pytest.raises(
-        RunError, match=r"rewards\.vendi\.path is the bundled CLIP.* 130 x 64.*path: openai/clip-vit-large-patch14"
+        RunError,
+        match=r"rewards\.vendi\.path is the bundled CLIP.* 130 x 64.*path: openai/clip-vit-large-patch14",
     ):
         tower(noise(1, 64, 130))
     assert Tower(random_dinov2(tmp_path), "key")(noise(1, 64, 130)).shape == (1, 16)
@@ -116,11 +128,18 @@ def test_the_bundled_clip_sees_no_pictures_of_another_world(tmp_path):
 
 def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
     sizes = {**SMALL, "image_size": 32, "patch_size": 8}
-    models = {"lacks": ViTModel(ViTConfig(**sizes), add_pooling_layer=False), "has none": ViTMAEModel(ViTMAEConfig(**sizes))}
+    models = {
+        "lacks": ViTModel(ViTConfig(**sizes), add_pooling_layer=False),
+        "has none": ViTMAEModel(ViTMAEConfig(**sizes)),
+    }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-        BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
-    with pytest.raises(UserError, match=r"key: .* lacks pooler\.dense\.bias, which would be drawn at random"):
+        BitImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ).save_pretrained(tmp_path / name)
+    with pytest.raises(
+        UserError, match=r"key: .* lacks pooler\.dense\.bias, which would be drawn at random"
+    ):
         Tower(str(tmp_path / "lacks"), "key")
     with pytest.raises(UserError, match=r"key: .* does not make one vector of a picture"):
         Tower(str(tmp_path / "has none"), "key")

@@ -26,20 +26,45 @@ from transformers import (
     YolosImageProcessor,
 )
 
-from flowalign import scenes
 from flowalign.errors import RunError, UserError
-from flowalign.reward_maps import load_rewards
 from flowalign.rewards import objects
-from flowalign.rewards.adapt import make_reward, to_pil
+from flowalign.rewards.adapters import make_reward, to_pil
 from flowalign.rewards.features import TINY
-from flowalign.rewards.geneval import correct, GenEval, GenEvalGraded, graded, kept, read_wish, relations
-from flowalign.rewards.objects import Box, ColorNamer, COLORS, crop, Detection, Detector, read_boxes, read_segments, SPELLING
+from flowalign.rewards.geneval import (
+    correct,
+    GenEval,
+    GenEvalGraded,
+    graded,
+    kept,
+    read_wish,
+    relations,
+)
+from flowalign.rewards.objects import (
+    Box,
+    ColorNamer,
+    COLORS,
+    crop,
+    Detection,
+    Detector,
+    read_boxes,
+    read_segments,
+    SPELLING,
+)
+from flowalign.rewards.registry import load_rewards
+from flowalign.worlds import scenes
 from tests.tiny import random_clip
 
 CPU = torch.device("cpu")
 
 
-def an(name: str, x: float = 50, y: float = 50, score: float = 0.95, color: str | None = None, size: float = 10) -> Detection:
+def an(
+    name: str,
+    x: float = 50,
+    y: float = 50,
+    score: float = 0.95,
+    color: str | None = None,
+    size: float = 10,
+) -> Detection:
     """An object by the middle of its box."""
     half = size / 2
     return Detection(name, score, (x - half, y - half, x + half, y + half), color=color)
@@ -53,9 +78,16 @@ def verdict(entry: dict[str, Any], detections: list[Detection]) -> tuple[float, 
 
 # counting and exclude
 
-TWO_CUPS = {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}]}
+TWO_CUPS = {
+    "tag": "counting",
+    "include": [{"class": "cup", "count": 2}],
+    "exclude": [{"class": "cup", "count": 3}],
+}
 ONE_DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-DOG_AND_CUP = {"tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cup", "count": 1}]}
+DOG_AND_CUP = {
+    "tag": "two_object",
+    "include": [{"class": "dog", "count": 1}, {"class": "cup", "count": 1}],
+}
 NO_CAT = {**ONE_DOG, "exclude": [{"class": "cat", "count": 1}, {"class": "cup", "count": 2}]}
 
 
@@ -93,17 +125,23 @@ NO_CAT = {**ONE_DOG, "exclude": [{"class": "cat", "count": 1}, {"class": "cup", 
         (NO_CAT, [an("dog"), an("cup"), an("cup")], (0, 1)),
     ],
 )
-def test_counts_are_at_least_the_wished_ones_and_below_the_excluded_and_graded_by_their_distance(entry, detections, expected):
+def test_counts_are_at_least_the_wished_ones_and_below_the_excluded_and_graded_by_their_distance(
+    entry, detections, expected
+):
     assert verdict(entry, detections) == pytest.approx(expected)
 
 
 def test_sixteen_of_a_class_are_looked_at_the_surest():
     many = [an("cup", score=0.5 + i / 100) for i in range(20)]
-    assert [d.score for d in kept(many, counting=False)["cup"]] == pytest.approx([0.69 - i / 100 for i in range(16)])
+    assert [d.score for d in kept(many, counting=False)["cup"]] == pytest.approx(
+        [0.69 - i / 100 for i in range(16)]
+    )
     entry = {"include": [{"class": "cup", "count": 16}], "exclude": [{"class": "cup", "count": 17}]}
     assert verdict(entry, many) == (1, 1)
     assert verdict(entry, [*many, an("dog")]) == (1, 1)
-    assert verdict({"include": [{"class": "cup", "count": 20}]}, many) == pytest.approx((0, 16 / 20))
+    assert verdict({"include": [{"class": "cup", "count": 20}]}, many) == pytest.approx(
+        (0, 16 / 20)
+    )
 
 
 # colours
@@ -112,7 +150,10 @@ RED_CAR = {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "r
 TWO_RED_CARS = {"include": [{"class": "car", "count": 2, "color": "red"}]}
 RED_CAR_BLUE_CUP = {
     "tag": "color_attr",
-    "include": [{"class": "car", "count": 1, "color": "red"}, {"class": "cup", "count": 1, "color": "blue"}],
+    "include": [
+        {"class": "car", "count": 1, "color": "red"},
+        {"class": "cup", "count": 1, "color": "blue"},
+    ],
 }
 RED, BLUE = an("car", color="red"), an("car", color="blue")
 
@@ -138,7 +179,9 @@ RED, BLUE = an("car", color="red"), an("car", color="blue")
         (RED_CAR_BLUE_CUP, [RED, *[an("cup", color="blue")] * 5], (1, 0)),
     ],
 )
-def test_colours_belong_to_their_own_objects_and_count_once_the_number_is_right(entry, detections, expected):
+def test_colours_belong_to_their_own_objects_and_count_once_the_number_is_right(
+    entry, detections, expected
+):
     assert verdict(entry, detections) == pytest.approx(expected)
 
 
@@ -168,7 +211,9 @@ def test_colours_belong_to_their_own_objects_and_count_once_the_number_is_right(
         ((4.1, 0, 104.1, 10), (0, 0, 100, 10), set()),
     ],
 )
-def test_positions_hold_beyond_the_dead_zone_and_along_more_than_half_of_the_distance(a: Box, b: Box, expected):
+def test_positions_hold_beyond_the_dead_zone_and_along_more_than_half_of_the_distance(
+    a: Box, b: Box, expected
+):
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert relations(a, b) == expected
     assert relations(b, a) == {opposite[relation] for relation in expected}
@@ -176,12 +221,28 @@ def test_positions_hold_beyond_the_dead_zone_and_along_more_than_half_of_the_dis
 
 CAT_BY_DOG = {
     "tag": "position",
-    "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
+    "include": [
+        {"class": "dog", "count": 1},
+        {"class": "cat", "count": 1, "position": ["left of", 0]},
+    ],
 }
-TWO_CATS = {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 2, "position": ["left of", 0]}]}
-TWO_DOGS = {"include": [{"class": "dog", "count": 2}, {"class": "cat", "count": 1, "position": ["left of", 0]}]}
+TWO_CATS = {
+    "include": [
+        {"class": "dog", "count": 1},
+        {"class": "cat", "count": 2, "position": ["left of", 0]},
+    ]
+}
+TWO_DOGS = {
+    "include": [
+        {"class": "dog", "count": 2},
+        {"class": "cat", "count": 1, "position": ["left of", 0]},
+    ]
+}
 RED_BESIDE = {
-    "include": [{"class": "dog", "count": 1}, {"class": "car", "count": 1, "color": "red", "position": ["above", 0]}],
+    "include": [
+        {"class": "dog", "count": 1},
+        {"class": "car", "count": 1, "color": "red", "position": ["above", 0]},
+    ],
 }
 ROW = {
     "include": [
@@ -218,7 +279,9 @@ ROW = {
         (ROW, [an("dog", 20), an("cat", 60), an("cup", 60, 10)], (0, 3 / 5)),
     ],
 )
-def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(entry, detections, expected):
+def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(
+    entry, detections, expected
+):
     assert verdict(entry, detections) == pytest.approx(expected)
 
 
@@ -235,7 +298,10 @@ def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(en
         ({"include": [{"count": 1}]}, 'a clause without "class"'),
         ({"include": [{"class": "cup", "count": 0}]}, "the count 0"),
         ({"include": [{"class": "cup", "count": "2"}]}, "the count '2'"),
-        ({"include": [{"class": "cup", "count": 1, "color": "crimson"}]}, "the color 'crimson', which is none of red"),
+        (
+            {"include": [{"class": "cup", "count": 1, "color": "crimson"}]},
+            "the color 'crimson', which is none of red",
+        ),
         (
             {"include": [{"class": "cup", "count": 1, "position": ["beside", 0]}]},
             "the position ['beside', 0], not one of left of",
@@ -244,8 +310,14 @@ def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(en
             {"include": [{"class": "cup", "count": 1, "position": ["above", 0]}]},
             "a position relative to clause 0, which is not an earlier one",
         ),
-        ({"include": [{"class": "cup", "count": 1, "position": ["above"]}]}, "the position ['above'], not one of"),
-        ({"include": ONE_DOG["include"], "exclude": [{"class": "cup"}]}, 'a clause without "count"'),
+        (
+            {"include": [{"class": "cup", "count": 1, "position": ["above"]}]},
+            "the position ['above'], not one of",
+        ),
+        (
+            {"include": ONE_DOG["include"], "exclude": [{"class": "cup"}]},
+            'a clause without "count"',
+        ),
     ],
 )
 def test_metadata_that_is_not_geneval_is_answered_with_what_a_prompt_file_must_hold(entry, found):
@@ -269,7 +341,12 @@ pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, l
 phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
 """
 VOC = {
-    **{"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant"},
+    **{
+        "motorcycle": "motorbike",
+        "airplane": "aeroplane",
+        "couch": "sofa",
+        "potted plant": "pottedplant",
+    },
     **{"dining table": "diningtable", "tv": "tvmonitor"},
 }
 
@@ -299,9 +376,17 @@ def random_mask2former(folder: Path) -> str:
         window_size=2,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "dim_feedforward": 32, "encoder_feedforward_dim": 32}
+    sizes = {
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "hidden_dim": 32,
+        "dim_feedforward": 32,
+        "encoder_feedforward_dim": 32,
+    }
     layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 6}
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, id2label=NAMES, **sizes, **layers))
+    model = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=swin, id2label=NAMES, **sizes, **layers)
+    )
     model.class_predictor.bias.data[1] = 8
     model.save_pretrained(folder)
     Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -311,8 +396,15 @@ def random_mask2former(folder: Path) -> str:
 def random_yolos(folder: Path) -> str:
     """Sees five mice."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = YolosConfig(image_size=[64, 64], patch_size=16, num_detection_tokens=5, id2label=NAMES, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = YolosConfig(
+        image_size=[64, 64], patch_size=16, num_detection_tokens=5, id2label=NAMES, **sizes
+    )
     model = YolosForObjectDetection(config)
     model.class_labels_classifier.layers[-1].bias.data[2] = 8
     model.save_pretrained(folder)
@@ -323,10 +415,27 @@ def random_yolos(folder: Path) -> str:
 def random_detr(folder: Path) -> str:
     """Sees four people."""
     torch.manual_seed(0)
-    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"])
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    resnet = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8] * 4,
+        depths=[1] * 4,
+        layer_type="basic",
+        out_features=["stage4"],
+    )
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    }
     config = DetrConfig(
-        backbone_config=resnet, d_model=16, encoder_layers=1, decoder_layers=1, num_queries=4, id2label=NAMES, **heads
+        backbone_config=resnet,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_queries=4,
+        id2label=NAMES,
+        **heads,
     )
     model = DetrForObjectDetection(config)
     model.class_labels_classifier.bias.data[0] = 8
@@ -340,27 +449,49 @@ def random_color_clip(folder: Path) -> str:
     torch.manual_seed(0)
     tokenizer, text = random_clip()
     tokenizer.model_max_length = text.max_position_embeddings = 77
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(text_config=text.to_dict(), vision_config={"image_size": 32, "patch_size": 8, **sizes}, projection_dim=16)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config=text.to_dict(),
+        vision_config={"image_size": 32, "patch_size": 8, **sizes},
+        projection_dim=16,
+    )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    makers = {"mask2former": random_mask2former, "yolos": random_yolos, "detr": random_detr, "clip": random_color_clip}
+    makers = {
+        "mask2former": random_mask2former,
+        "yolos": random_yolos,
+        "detr": random_detr,
+        "clip": random_color_clip,
+    }
     return {name: make(folder / name) for name, make in makers.items()}
 
 
 def noise(count: int, height: int = 80, width: int = 96) -> torch.Tensor:
-    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+    return (
+        torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+        .mul(255)
+        .round()
+        / 255
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "count"), [("mask2former", "couch", 6), ("yolos", "computer mouse", 5), ("detr", "person", 4)]
+    ("kind", "name", "count"),
+    [("mask2former", "couch", 6), ("yolos", "computer mouse", 5), ("detr", "person", 4)],
 )
 def test_detectors_find_named_objects_in_pixels_of_the_picture(paths, kind, name, count):
     for found in Detector(paths[kind], "key")(to_pil(noise(3)), CPU):
@@ -394,7 +525,10 @@ def test_a_mask_has_the_pictures_size_and_its_box_is_around_it(paths):
 
 def segments(*queries: tuple[int, tuple[int, int, int, int]]) -> list[Detection]:
     """What Mask2Former's processor makes of queries with a class and a rectangle of an 8 x 8 grid, on a picture of 64 x 64."""
-    labels, masks = torch.full((1, len(queries), 5), -10.0), torch.full((1, len(queries), 8, 8), -20.0)
+    labels, masks = (
+        torch.full((1, len(queries), 5), -10.0),
+        torch.full((1, len(queries), 8, 8), -20.0),
+    )
     for i, (label, (x1, y1, x2, y2)) in enumerate(queries):
         labels[0, i, label] = 10
         masks[0, i, y1:y2, x1:x2] = 20
@@ -427,10 +561,15 @@ def test_boxes_are_read_with_their_names_and_scores():
     logits = torch.tensor([[[0.0, 0, 0, 9, 0], [9.0, 0, 0, 0, 0], [0.0, 0, 0, 0, 9]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.25], [0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1, 1]]])
     outputs = SimpleNamespace(logits=logits, pred_boxes=boxes)
-    result = DetrImageProcessor().post_process_object_detection(outputs, threshold=0.3, target_sizes=[(80, 96)])[0]
+    result = DetrImageProcessor().post_process_object_detection(
+        outputs, threshold=0.3, target_sizes=[(80, 96)]
+    )[0]
     found = read_boxes(result, NAMES)
     assert [d.name for d in found] == ["cup", "person"]
-    assert [d.box for d in found] == [pytest.approx((24, 30, 72, 50)), pytest.approx((0, 0, 48, 40))]
+    assert [d.box for d in found] == [
+        pytest.approx((24, 30, 72, 50)),
+        pytest.approx((0, 0, 48, 40)),
+    ]
     assert all(d.score > 0.99 and d.mask is None for d in found)
 
 
@@ -441,7 +580,10 @@ def test_a_crop_is_the_box_and_grey_outside_the_mask():
     picture = to_pil(noise(1, 20, 30))[0]
     mask = torch.zeros(20, 30, dtype=torch.bool)
     mask[4:10, 5:8] = mask[8:10, 5:15] = True
-    pixels, cut = np.asarray(picture)[4:10, 5:15], np.asarray(crop(picture, Detection("cup", 1, (5, 4, 15, 10), mask)))
+    pixels, cut = (
+        np.asarray(picture)[4:10, 5:15],
+        np.asarray(crop(picture, Detection("cup", 1, (5, 4, 15, 10), mask))),
+    )
     inside = mask[4:10, 5:15].numpy()
     assert (cut[inside] == pixels[inside]).all()
     assert (cut[~inside] == 0x99).all()
@@ -458,7 +600,9 @@ def test_a_crop_is_the_box_and_grey_outside_the_mask():
 )
 def test_a_crop_is_whole_pixels_of_the_picture_at_least_one(box, expected):
     picture = to_pil(noise(1, 20, 30))[0]
-    assert (np.asarray(crop(picture, Detection("cup", 1, box))) == np.asarray(picture.crop(expected))).all()
+    assert (
+        np.asarray(crop(picture, Detection("cup", 1, box))) == np.asarray(picture.crop(expected))
+    ).all()
 
 
 def test_directions_of_colours_are_means_of_three_sentences(paths):
@@ -466,9 +610,15 @@ def test_directions_of_colours_are_means_of_three_sentences(paths):
     directions = namer.directions("cup")
     assert directions.shape == (10, 16)
     for color, direction in zip(COLORS, directions, strict=True):
-        sentences = [f"a photo of a {color} cup", f"a photo of a {color}-colored cup", f"a photo of a {color} object"]
+        sentences = [
+            f"a photo of a {color} cup",
+            f"a photo of a {color}-colored cup",
+            f"a photo of a {color} object",
+        ]
         tokens = [namer.tokenizer(sentence, return_tensors="pt") for sentence in sentences]
-        features = [normalize(namer.model.get_text_features(**t).pooler_output[0], dim=0) for t in tokens]
+        features = [
+            normalize(namer.model.get_text_features(**t).pooler_output[0], dim=0) for t in tokens
+        ]
         torch.testing.assert_close(direction, normalize(sum(features), dim=0))
     assert not torch.allclose(directions, namer.directions("dog"))
 
@@ -478,7 +628,9 @@ def test_a_colour_is_the_direction_nearest_to_the_picture(paths):
     crops = [*to_pil(noise(2, 40, 24)), Image.new("RGB", (5, 60), "red")]
     colors = namer(crops, ["cup", "dog", "cup"], CPU)
     for picture, name, color in zip(crops, ["cup", "dog", "cup"], colors, strict=True):
-        feature = namer.model.get_image_features(namer.processor(images=picture, return_tensors="pt").pixel_values).pooler_output
+        feature = namer.model.get_image_features(
+            namer.processor(images=picture, return_tensors="pt").pixel_values
+        ).pooler_output
         cosines = torch.nn.functional.cosine_similarity(namer.directions(name), feature)
         assert COLORS[cosines.argmax()] == color
     assert namer([], [], CPU) == []
@@ -490,9 +642,16 @@ def test_a_clip_that_knows_four_colours_names_those_of_painted_shapes(monkeypatc
     rng = np.random.default_rng(0)
     things = [scenes.draw_scene(scenes.draw_caption(rng, "colors"), rng)[0] for _ in range(20)]
     crops = []
-    for thing, picture in zip(things, to_pil(scenes.render([[thing] for thing in things])), strict=True):
+    for thing, picture in zip(
+        things, to_pil(scenes.render([[thing] for thing in things])), strict=True
+    ):
         x, y, half = (64 * share for share in (thing.x, thing.y, thing.size))
-        crops.append(crop(picture, Detection("shape", 1, (x - 2 * half, y - 2 * half, x + 2 * half, y + 2 * half))))
+        crops.append(
+            crop(
+                picture,
+                Detection("shape", 1, (x - 2 * half, y - 2 * half, x + 2 * half, y + 2 * half)),
+            )
+        )
     named = ColorNamer(TINY, "key")(crops, [str(thing.shape) for thing in things], CPU)
     assert [thing.colour for thing in things] == named
 
@@ -512,12 +671,19 @@ def rewards(paths) -> tuple[GenEval, GenEvalGraded]:
 def passes(reward: GenEval) -> list[int]:
     """How many pictures each forward of the detector saw, from now on."""
     seen: list[int] = []
-    reward.examine.detect.model.register_forward_hook(lambda model, inputs, outputs: seen.append(len(outputs[0])))
+    reward.examine.detect.model.register_forward_hook(
+        lambda model, inputs, outputs: seen.append(len(outputs[0]))
+    )
     return seen
 
 
 def test_each_picture_is_judged_by_its_own_metadata(rewards):
-    metadata = [SIX, FOUR, {**SIX, "tag": "counting"}, {**SIX, "exclude": [{"class": "couch", "count": 6}]}]
+    metadata = [
+        SIX,
+        FOUR,
+        {**SIX, "tag": "counting"},
+        {**SIX, "exclude": [{"class": "couch", "count": 6}]},
+    ]
     strict, dense = (reward(noise(4), ["couches"] * 4, metadata) for reward in rewards)
     assert strict.tolist() == [1, 1, 0, 0]
     assert dense.tolist() == [1, 0.5, 0, 1]
@@ -527,7 +693,9 @@ def test_colours_are_asked_of_the_surest_objects_only(rewards):
     reward = rewards[0]
     wish = {"include": [{"class": "couch", "count": 2, "color": "red"}]}
     asked: list[int] = []
-    reward.examine.name_colors.model.vision_model.register_forward_hook(lambda model, inputs, out: asked.append(len(out[0])))
+    reward.examine.name_colors.model.vision_model.register_forward_hook(
+        lambda model, inputs, out: asked.append(len(out[0]))
+    )
     reward(noise(2) * 0.9, ["red couches", "couches"], [wish, SIX])
     assert asked == [2]
     named = ColorNamer(reward.clip, "key")
@@ -535,7 +703,11 @@ def test_colours_are_asked_of_the_surest_objects_only(rewards):
     surest = sorted(reward.examine.detect([picture], CPU)[0], key=lambda d: -d.score)[:2]
     colors = named([crop(picture, d) for d in surest], ["couch"] * 2, CPU)
     of_this_color = {"include": [{"class": "couch", "count": 1, "color": colors[0]}]}
-    other = {"include": [{"class": "couch", "count": 1, "color": next(c for c in COLORS if c != colors[0])}]}
+    other = {
+        "include": [
+            {"class": "couch", "count": 1, "color": next(c for c in COLORS if c != colors[0])}
+        ]
+    }
     scores = reward(noise(1).expand(2, -1, -1, -1) * 0.9, ["", ""], [of_this_color, other])
     assert scores.tolist() == [1, 0]
 
@@ -564,18 +736,28 @@ def test_a_failed_batch_is_not_remembered(rewards):
 
 def test_errors_of_the_prompt_file_reach_the_user_as_they_are(rewards):
     reward = make_reward("geneval", rewards[0])
-    with pytest.raises(RunError, match=r"rewards\.geneval: in the prompt file, 'a red circle' has no .include."):
+    with pytest.raises(
+        RunError, match=r"rewards\.geneval: in the prompt file, 'a red circle' has no .include."
+    ):
         reward(noise(2), ["couches", "a red circle"], [SIX, {}])
-    with pytest.raises(RunError, match="'mice' asks for 'computer mice', which is not detected; write computer mouse"):
+    with pytest.raises(
+        RunError,
+        match="'mice' asks for 'computer mice', which is not detected; write computer mouse",
+    ):
         reward(noise(1), ["mice"], [{"include": [{"class": "computer mice", "count": 2}]}])
-    with pytest.raises(RunError, match="'xyz', which is not detected; write one of COCO's classes in GenEval's spelling"):
+    with pytest.raises(
+        RunError,
+        match="'xyz', which is not detected; write one of COCO's classes in GenEval's spelling",
+    ):
         reward(noise(1), ["?"], [{**SIX, "exclude": [{"class": "xyz", "count": 2}]}])
 
 
 def test_a_configuration_makes_both(paths):
     settings = {"detector": paths["yolos"], "clip": paths["clip"]}
     place = "flowalign.rewards.geneval"
-    both = load_rewards({f"{place}:GenEval": {"weight": 0.5, **settings}, f"{place}:GenEvalGraded": settings})
+    both = load_rewards(
+        {f"{place}:GenEval": {"weight": 0.5, **settings}, f"{place}:GenEvalGraded": settings}
+    )
     mice = {"tag": "counting", "include": [{"class": "computer mouse", "count": 4}]}
     assert [reward(noise(1), ["four mice"], [mice]).tolist() for reward in both] == [[1], [0.75]]
     assert [reward.traits.range for reward in both] == [(0, 1), (0, 1)]

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_tensor
 
 from flowalign.errors import UserError
-from flowalign.reward_maps import load_rewards
-from flowalign.rewards.adapt import make_reward
+from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.ocr import legibility, OCR, plain, wanted_texts
+from flowalign.rewards.registry import load_rewards
 
 pytest.importorskip("rapidocr_onnxruntime")
 
@@ -20,7 +20,18 @@ SANS = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 FONTS = {"DejaVu": ImageFont.truetype(str(SANS), 48), "built in": ImageFont.load_default(48)}
 INKS = {"black on white": ("black", "white"), "yellow on navy": ("yellow", "navy")}
 WORDS = (
-    *("OPEN", "CLOSED", "Coffee", "Bakery", "Hello World", "NASA 2049", "Library", "Welcome", "SALE", "Exit 24"),
+    *(
+        "OPEN",
+        "CLOSED",
+        "Coffee",
+        "Bakery",
+        "Hello World",
+        "NASA 2049",
+        "Library",
+        "Welcome",
+        "SALE",
+        "Exit 24",
+    ),
     *("Happy Birthday", "Museum", "Danger", "Hotel", "Fresh Bread"),
 )
 EVERY = [(word, font, ink) for word in WORDS for font in FONTS for ink in INKS]
@@ -31,7 +42,9 @@ def ocr() -> OCR:
     return OCR()
 
 
-def picture(text: str, font: str = "DejaVu", ink: str = "black on white", at: tuple[int, int] = (40, 200)) -> Image.Image:
+def picture(
+    text: str, font: str = "DejaVu", ink: str = "black on white", at: tuple[int, int] = (40, 200)
+) -> Image.Image:
     front, ground = INKS[ink]
     image = Image.new("RGB", (512, 512), ground)
     ImageDraw.Draw(image).text(at, text, font=FONTS[font], fill=front)
@@ -104,7 +117,12 @@ def test_sixty_rendered_words_are_read_and_another_word_scores_as_the_formula_sa
         wanted = [read, "#" + read[1:], read + "#", "#" * (n // 2) + read[n // 2 :], "#" * n]
         scores = ocr([picture(word, font, ink)], [""], [{"text": wanted}]).item()
         expected = [1, 1 - 1 / n, 1 - 1 / (n + 1), 1 - (n // 2) / n, 0]
-        assert scores == pytest.approx(sum(expected) / 5, abs=1e-6), (word, font, ink, ocr._read(picture(word, font, ink)))
+        assert scores == pytest.approx(sum(expected) / 5, abs=1e-6), (
+            word,
+            font,
+            ink,
+            ocr._read(picture(word, font, ink)),
+        )
     assert len(EVERY) == 60
 
 

@@ -13,8 +13,8 @@ from tests.rewards.test_blip import folder as blip
 from tests.rewards.test_blip import original
 from tests.rewards.test_clip import folder as clip
 from tests.rewards.test_geneval import random_color_clip, random_yolos
-from tests.rewards.test_judge import qwen2_vl
-from tests.rewards.test_judge_server import completion, Reply, serving, text_of
+from tests.rewards.vlm.test_questions_and_local import qwen2_vl
+from tests.rewards.vlm.test_server import completion, Reply, serving, text_of
 
 __all__ = ["blip", "clip", "original"]
 CAPTIONS = ("a red circle", "a blue square", "two green triangles")
@@ -33,14 +33,20 @@ def pictures(tmp_path_factory) -> Path:
     """A folder of pictures with words, and with every field that a reward reads."""
     folder = tmp_path_factory.mktemp("pictures")
     lines = []
-    for caption, color, word in zip(CAPTIONS, ("red", "blue", "green"), ("OPEN", "EXIT", "NEWS"), strict=True):
+    for caption, color, word in zip(
+        CAPTIONS, ("red", "blue", "green"), ("OPEN", "EXIT", "NEWS"), strict=True
+    ):
         picture = Image.new("RGB", (256, 256), "white")
         draw = ImageDraw.Draw(picture)
         draw.text((20, 20), word, fill="black", font=ImageFont.load_default(64))
         draw.ellipse((100, 120, 200, 220), fill=color)
         picture.save(folder / f"{word}.png")
         wanted = {"tag": "single_object", "include": [{"class": "cup", "count": 1}]}
-        fields = {"text": word.replace("NEWS", "NEWSPAPER"), "ref_image": str(folder / "OPEN.png"), **wanted}
+        fields = {
+            "text": word.replace("NEWS", "NEWSPAPER"),
+            "ref_image": str(folder / "OPEN.png"),
+            **wanted,
+        }
         lines.append(json.dumps({"file_name": f"{word}.png", "prompt": caption, **fields}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
@@ -58,7 +64,10 @@ def judge(tmp_path_factory) -> str:
 def settings(tmp_path_factory, clip, blip, judge, pictures) -> dict[str, dict[str, Any]]:
     """By name, what a reward needs here."""
     models = tmp_path_factory.mktemp("models")
-    examined = {"detector": random_yolos(models / "yolos"), "clip": random_color_clip(models / "clip")}
+    examined = {
+        "detector": random_yolos(models / "yolos"),
+        "clip": random_color_clip(models / "clip"),
+    }
     local, tower = {"path": judge, "dtype": "float32"}, {"path": str(clip)}
     both = {**tower, "processor": str(clip)}
     return {
@@ -70,7 +79,10 @@ def settings(tmp_path_factory, clip, blip, judge, pictures) -> dict[str, dict[st
         **dict.fromkeys(("geneval", "geneval_graded"), examined),
         **dict.fromkeys(("vqa_score", "reward_dance", "prompt_echo"), local),
         "rubric": {**local, "max_new_tokens": 4},
-        **{name: {**tower, "pictures": str(pictures)} for name in ("adversarial", "feature_distance")},
+        **{
+            name: {**tower, "pictures": str(pictures)}
+            for name in ("adversarial", "feature_distance")
+        },
     }
 
 
@@ -83,5 +95,13 @@ def test_every_built_in_reward_has_its_screen(name, settings, pictures, capsys):
     screen = capsys.readouterr().out
     told = f"Look at: {SAY_NOTHING[name]}." if name in SAY_NOTHING else "Nothing wrong was found."
     assert (status, screen.splitlines()[-1]) == (int(name in SAY_NOTHING), told)
-    for part in (f"{name}: ", "scores:", "spread:", "determinism:", "speed:", "gradient:", CAPTIONS[0]):
+    for part in (
+        f"{name}: ",
+        "scores:",
+        "spread:",
+        "determinism:",
+        "speed:",
+        "gradient:",
+        CAPTIONS[0],
+    ):
         assert part in screen

@@ -1,0 +1,1 @@
+"""Evaluation on fixed prompts and noise."""

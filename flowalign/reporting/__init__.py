@@ -1,0 +1,1 @@
+"""Metrics, picture sheets and the report."""

@@ -1,0 +1,1 @@
+"""Types and ranges of settings, YAML files, and names that stand for objects."""

@@ -1,0 +1,1 @@
+"""The worlds that the bundled models were trained on."""

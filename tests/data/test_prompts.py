@@ -1,0 +1,85 @@
+"""Prompt files, their errors, and the prompts of a step."""
+
+from collections import Counter
+
+import pytest
+
+from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
+from flowalign.errors import UserError
+
+
+def written(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_text_file_holds_a_prompt_a_line(tmp_path):
+    path = written(tmp_path, "p.txt", "a red circle\n\n  ein grüner Kreis  \n")
+    assert read_prompts(path) == [Prompt("a red circle"), Prompt("ein grüner Kreis")]
+
+
+def test_the_other_fields_of_an_object_are_the_prompts_metadata(tmp_path):
+    path = written(
+        tmp_path,
+        "p.jsonl",
+        '{"prompt": "a circle", "tag": "colors", "include": [{"count": 1}]}\n\n{"prompt": "b"}\n',
+    )
+    assert read_prompts(path) == [
+        Prompt("a circle", {"tag": "colors", "include": [{"count": 1}]}),
+        Prompt("b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl, line 2 is not JSON"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n\n{"text": "b"}\n',
+            'p.jsonl, line 3 has no "prompt"; write for example',
+        ),
+        ("p.jsonl", '["a"]\n', 'p.jsonl, line 1 has no "prompt"'),
+        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1 has no "prompt"'),
+        ("p.txt", "\n  \n", "p.txt has no prompts"),
+        ("p.csv", "a\n", "p.csv is neither a .txt nor a .jsonl file"),
+    ],
+)
+def test_an_error_names_the_key_the_file_and_the_line(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_prompts(written(tmp_path, name, text))
+    assert str(error.value).startswith(f"data.prompts: {tmp_path}")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation\.prompts: there is no file .*none\.txt"):
+        read_prompts(tmp_path / "none.txt", key="evaluation.prompts")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"p\.txt cannot be read"):
+        read_prompts(tmp_path / "p.txt")
+
+
+def test_the_prompts_of_a_step_depend_on_the_step_alone():
+    late = prompts_of_step(50, 37, 8, seed=1)
+    for step in range(37):
+        prompts_of_step(50, step, 8, seed=1)
+    assert prompts_of_step(50, 37, 8, seed=1) == late
+
+
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (10, 4), (3, 8), (7, 7), (1, 2)])
+def test_every_prompt_comes_once_a_lap(count, size):
+    steps = 2 * count
+    drawn = [
+        prompt for step in range(steps) for prompt in prompts_of_step(count, step, size, seed=0)
+    ]
+    laps = [drawn[start : start + count] for start in range(0, len(drawn), count)]
+    assert all(Counter(lap) == Counter(range(count)) for lap in laps)
+
+
+def test_laps_and_seeds_have_different_orders():
+    orders = [tuple(prompts_of_step(50, step, 50, seed)) for step in range(3) for seed in range(3)]
+    assert len(set(orders)) == 9

@@ -1,0 +1,451 @@
+"""`flowalign check`: nothing is wrong with the shipped configurations, and code that is broken on purpose is caught."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from flowalign.batch import Batch
+from flowalign.cli import main
+from flowalign.config.load import load_config
+from flowalign.diagnostics import check as checks
+from flowalign.diagnostics.check import arithmetic, check, ratio
+from flowalign.dynamics import Gaussian
+from flowalign.errors import UserError
+from flowalign.models import load_model
+from flowalign.models.flux import Flux
+from flowalign.models.sd3 import SD3
+from flowalign.objectives.terms import VelocityKL
+from flowalign.policy import Policy
+from flowalign.rewards.inspection import Finding
+from flowalign.runs import checkpoint
+from flowalign.runs.adapter import save_adapter
+from flowalign.training import preflight
+from flowalign.training import setup as assembly
+from flowalign.training.preflight import before_start
+from flowalign.training.trainer import train
+from tests.tiny import ROOT, SMALL, small_config
+
+GRPO = ["objective.kl_weight=0.1", "train.ema.decay=0.5"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def said(name, folder, *overrides):
+    """Whether nothing is wrong, and what `check` says."""
+    lines = []
+    config = load_config(f"configs/tiny/{name}.yaml", [*overrides, f"output={folder}"])
+    return check(config, lines.append), "\n".join(lines)
+
+
+def wrong_lines(text):
+    return [line for line in text.splitlines() if line.startswith("!")]
+
+
+@pytest.mark.parametrize(
+    "name", ["flow_grpo", "crd", "dpo_online", "kto", "draft_lv", "flow_grpo_flux"]
+)
+def test_nothing_is_wrong_with_what_is_shipped(name, tmp_path):
+    fine, text = said(name, tmp_path / "run")
+    assert fine, text
+    assert not wrong_lines(text)
+    for subject in (
+        "step",
+        "disk",
+        "schedule",
+        "noise",
+        "optimizer",
+        "sampler",
+        "reference",
+        "gradient",
+        "update",
+        "adapter",
+    ):
+        assert f"  {subject}:" in text, subject
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("flow_grpo", "float16"),
+        ("flow_grpo", "bfloat16"),
+        ("crd", "bfloat16"),
+        ("flow_grpo_flux", "bfloat16"),
+    ],
+)
+def test_rounding_to_half_precision_is_not_taken_for_a_loss(name, dtype, tmp_path):
+    window = ["sampler.window.range=[0, 0]"] if name == "crd" else []  # without noise
+    fine, text = said(name, tmp_path / "run", *SMALL, *window, f"model.dtype={dtype}")
+    assert fine, text
+    assert f"diffusers loads what is saved, in {dtype}, off by 0." in text
+
+
+def test_passes_of_one_image_are_not_taken_for_another_model(tmp_path):
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=1")
+    assert fine, text
+    assert "kl:           0 before the first update" in text
+    assert "bit for bit the loaded model: reference, ema" in text
+
+
+def test_no_pass_is_larger_than_the_run_s(monkeypatch, tmp_path):
+    sizes, velocity = [], SD3.velocity
+
+    def watched(self, x, t, cond):
+        sizes.append(len(x))
+        return velocity(self, x, t, cond)
+
+    monkeypatch.setattr(SD3, "velocity", watched)
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=3")
+    assert fine, text
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "made", "learned", "total"),
+    [
+        (
+            "flow_grpo",
+            [],
+            "4 prompts × 4 images = 16 images",
+            "8 images",
+            "32 images; each of the prompts",
+        ),
+        (
+            "draft_lv",
+            [],
+            "4 prompts × 4 images = 16 images",
+            "8 images",
+            "32 images; each of the prompts",
+        ),
+        (
+            "dpo_online",
+            ["data.ranking.top=2"],
+            "4 prompts × 4 images = 16 images, of them 16 pairs",
+            "at most 8 pairs",
+            "32 images; each of the prompts",
+        ),
+        ("dpo", ["train.images_per_prompt=1"], "4 pairs", "2 pairs", "8 pairs; each of the pairs"),
+        (
+            "sft",
+            ["train.images_per_prompt=1"],
+            "4 pictures",
+            "2 pictures",
+            "8 pictures; each of the pictures",
+        ),
+    ],
+)
+@pytest.mark.parametrize("images_per_pass", [1, 2])
+def test_the_arithmetic_is_that_of_the_run(name, overrides, made, learned, total, images_per_pass):
+    counts = [
+        "train.steps=2",
+        "train.prompts_per_step=4",
+        "train.images_per_prompt=4",
+        "train.updates_per_step=2",
+    ]
+    config = load_config(
+        f"configs/tiny/{name}.yaml",
+        [*counts, *overrides, f"train.images_per_pass={images_per_pass}"],
+    )
+    inputs = assembly.read_inputs(config)
+    ready = assembly.assemble(inputs, load_model(config.model))
+    batch, _ = ready.source(0)
+    update = batch.pieces(len(batch) // config.train.updates_per_step)[0]
+    passes = len(update.passes(images_per_pass))
+    step, run = (finding.text for finding in arithmetic(inputs))
+    most = "at most " if name == "dpo_online" else ""
+    assert learned == f"{most}{len(update)} {learned.split()[-1]}"
+    assert (
+        step
+        == f"{made}; 2 update(s) of {learned} on each of 1 process(es), in {most}{passes} pass(es)"
+    )
+    assert run.startswith(f"2 steps, {total} is met ")
+
+
+def test_only_the_first_process_speaks(monkeypatch):
+    monkeypatch.setattr(
+        checks, "findings", lambda config: [Finding("schedule", "does not fall", True)]
+    )
+    lines = []
+    assert not check(None, lines.append)
+    assert len(lines) == 2
+    monkeypatch.setattr(checks.distributed, "is_main", lambda: False)
+    assert not check(None, lines.append)
+    assert len(lines) == 2
+
+
+def test_the_screen_gives_the_arithmetic_and_the_ratios(tmp_path, capsys):
+    assert (
+        main(["check", "configs/tiny/flow_grpo.yaml", *SMALL, *GRPO, f"output={tmp_path}/run"]) == 0
+    )
+    text = capsys.readouterr().out
+    assert (
+        "2 prompts × 3 images = 6 images; 1 update(s) of 6 images on each of 1 process(es), in 1 pass(es)"
+        in text
+    )
+    assert "log-ratios before the first update, step by step, in float32: " in text
+    assert "kl:           0 before the first update" in text
+    assert "Nothing wrong was found." in text
+
+
+def kl_without_gradient(monkeypatch):
+    exact = Gaussian.kl
+    monkeypatch.setattr(Gaussian, "kl", lambda self, other: exact(self, other).detach())
+    monkeypatch.setattr(VelocityKL, "distance", torch.no_grad()(VelocityKL.distance))
+
+
+def schedule_off_by_one(monkeypatch):
+    step = Policy.step
+
+    def late(self, x, k, cond, stochastic=True):
+        view = self.at(self.weights)
+        view._gradient, view.times = self._gradient, [*self.times[1:], 0.0]
+        return step(view, x, k, cond, stochastic)
+
+    monkeypatch.setattr(Policy, "step", late)
+
+
+def times_off_by_one(monkeypatch):
+    times = SD3.schedule
+    monkeypatch.setattr(SD3, "schedule", lambda self, steps: [*times(self, steps)[1:], 0.0])
+
+
+def noise_shared_across_prompts(monkeypatch):
+    seeds = Batch._seeds
+
+    def shared(self, purpose, shared):
+        return seeds(replace(self, keys=self.keys * torch.tensor([1, 1, 0, 1])), purpose, shared)
+
+    monkeypatch.setattr(Batch, "_seeds", shared)
+
+
+def noise_the_same_in_every_step(monkeypatch):
+    seeds = Batch._seeds
+
+    def same(self, purpose, shared):
+        return seeds(replace(self, keys=self.keys * torch.tensor([1, 0, 1, 1])), purpose, shared)
+
+    monkeypatch.setattr(Batch, "_seeds", same)
+
+
+def adapter_left_on_in_the_reference(monkeypatch):
+    at = Policy.at
+    monkeypatch.setattr(
+        Policy, "at", lambda self, name: at(self, "policy" if name == "reference" else name)
+    )
+
+
+def alpha_lost_on_saving(monkeypatch):
+    def save(policy, folder, name="policy"):
+        layers = {key: value.contiguous() for key, value in policy.state(name).items()}
+        policy.model.pipeline_class.save_lora_weights(folder, transformer_lora_layers=layers)
+
+    monkeypatch.setattr(checkpoint, "save_adapter", save)
+    monkeypatch.setattr(checks, "save_adapter", save)
+
+
+def matrices_lost_on_saving(monkeypatch):
+    def save(policy, folder, name="policy"):
+        kept = dict(list(policy.state(name).items())[:-2])
+        monkeypatch.setattr(Policy, "state", lambda self, name="policy": kept)
+        exact(policy, folder, name)
+
+    exact = save_adapter
+    monkeypatch.setattr(checks, "save_adapter", save)
+
+
+def optimiser_of_the_wrong_adapter(monkeypatch):
+    def wrong(policy, learning_rate, weight_decay):
+        return torch.optim.AdamW(
+            policy.parameters("ema"), lr=learning_rate, weight_decay=weight_decay
+        )
+
+    monkeypatch.setattr(assembly, "make_optimizer", wrong)
+
+
+def sampler_with_the_wrong_drift(monkeypatch):
+    def dynamics(x, v, t, s, eta=0.7):
+        variance = eta**2 * t / (1 - (s if t == 1 else t))
+        return Gaussian(
+            x + (s - t) * (v + variance / (2 * t) * (x - (1 - t) * v)),
+            std=math.sqrt(variance * (t - s)),
+        )
+
+    build = assembly.read_inputs
+
+    def inputs(config):
+        config.sampler.dynamics = partial(dynamics, eta=0.7)
+        return build(config)
+
+    monkeypatch.setattr(checks, "read_inputs", inputs)
+
+
+def frozen_matrices(monkeypatch):
+    begin = Policy.__init__
+
+    def frozen(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        self.parameters()[0].requires_grad_(False)
+
+    monkeypatch.setattr(Policy, "__init__", frozen)
+
+
+def base_weights_that_train(monkeypatch):
+    begin = Policy.__init__
+
+    def thawed(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        next(iter(self.model.transformer.parameters())).requires_grad_(True)
+
+    monkeypatch.setattr(Policy, "__init__", thawed)
+
+
+def log_probabilities_of_another_step(monkeypatch):
+    log_prob = Gaussian.log_prob
+    monkeypatch.setattr(
+        Gaussian,
+        "log_prob",
+        lambda self, x: log_prob(self, x) + (0.5 if self.mean.requires_grad else 0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "subject"),
+    [
+        (kl_without_gradient, "kl gradient"),
+        (schedule_off_by_one, "sampler"),
+        (times_off_by_one, "schedule"),
+        (noise_shared_across_prompts, "noise"),
+        (noise_the_same_in_every_step, "noise"),
+        (adapter_left_on_in_the_reference, "reference"),
+        (alpha_lost_on_saving, "adapter"),
+        (matrices_lost_on_saving, "adapter"),
+        (optimiser_of_the_wrong_adapter, "optimizer"),
+        (optimiser_of_the_wrong_adapter, "update"),
+        (sampler_with_the_wrong_drift, "marginals"),
+        (frozen_matrices, "optimizer"),
+        (base_weights_that_train, "gradient"),
+        (log_probabilities_of_another_step, "ratio"),
+    ],
+)
+def test_broken_code_is_caught(broken, subject, monkeypatch, tmp_path):
+    broken(monkeypatch)
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO)
+    assert not fine
+    assert [line for line in wrong_lines(text) if line.startswith(f"! {subject}:")], text
+    assert subject in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (alpha_lost_on_saving, "its scale is 1.0 instead of 2.0"),
+        (matrices_lost_on_saving, "2 of 78 matrices were lost"),
+    ],
+)
+def test_what_is_lost_on_saving_is_caught_in_half_precision(broken, words, monkeypatch, tmp_path):
+    broken(monkeypatch)
+    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "model.dtype=bfloat16")
+    assert not fine
+    assert words in wrong_lines(text)[0]
+    assert text.endswith("Wrong: adapter.")
+
+
+def test_a_kl_without_gradient_is_caught_on_the_forward_process(monkeypatch, tmp_path):
+    kl_without_gradient(monkeypatch)
+    assert "! kl gradient:  kl has no gradient" in said("crd", tmp_path / "run")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("flow_grpo", "train.seed=1"),
+        ("ddpo", "objective.estimator=importance_sampling"),
+        ("prdp", "data.ranking.top=1"),
+    ],
+)
+def test_the_noise_of_log_ratios_is_held_against_the_clip_range(name, more, tmp_path):
+    text = said(name, tmp_path / "run", *SMALL, more, "objective.clip_range=1e-20")[1]
+    (line,) = [line for line in text.splitlines() if line[2:].startswith("ratio:")]
+    noise = max(
+        float(number) for number in line.partition("float32: ")[2].partition(";")[0].split(", ")
+    )
+    assert "clipped beyond 1e-20" in line
+    assert ("write objective.clip_range: " in line) == line.startswith("!") == (noise > 0)
+
+
+def test_a_clip_range_below_the_noise_is_answered_with_a_better_one():
+    finding = ratio([2e-5, 3e-5], 1e-5, "bfloat16")
+    assert finding.wrong
+    assert finding.text.endswith(
+        "below their noise: write objective.clip_range: 3e-04 or model.dtype: float32"
+    )
+    assert not ratio([2e-7, 3e-7], 1e-5, "float32").wrong
+
+
+def test_a_reward_that_cannot_be_relied_on_is_caught(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import random\n\ndef dice(images, prompts, metadata):\n    return [random.random() for _ in images]\n"
+    )
+    fine, text = said(
+        "flow_grpo",
+        tmp_path / "run",
+        *SMALL,
+        f'rewards={{"{tmp_path}/mine.py:dice": 1.0}}',
+        "evaluation.rewards={}",
+    )
+    assert not fine
+    assert "asked twice, scores differ" in "\n".join(wrong_lines(text))
+    assert text.endswith("Wrong: reward.")
+
+
+def test_a_disk_without_room_is_named_before_training(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        preflight.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10_000})()
+    )
+    with pytest.raises(
+        UserError,
+        match=r"disk: a checkpoint has .*0.01 MB are free; make room, or choose another folder",
+    ):
+        train(small_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "key"),
+    [("{name: crd}", "objective.kl.guidance is 4.5"), ("{name: crd, kl: {guidance: 1}}", None)],
+)
+def test_a_model_that_is_told_its_guidance_is_not_guided_again(
+    objective, key, monkeypatch, tmp_path
+):
+    overrides = [
+        f"objective={objective}",
+        "sampler.dynamics.name=ode",
+        "train.steps=1",
+        f"output={tmp_path / 'run'}",
+    ]
+    config = load_config(
+        "configs/tiny/flow_grpo_flux.yaml", [*SMALL, "sampler.window.range=[0, 0]", *overrides]
+    )
+    assert not Flux(config.model).has_distilled_guidance
+    monkeypatch.setattr(Flux, "is_told_guidance", property(lambda _: True))
+    run = assembly.assemble(assembly.read_inputs(config), load_model(config.model))
+    found = [f"{finding.subject}: {finding.text}" for finding in before_start(run) if finding.wrong]
+    if key:
+        told = (
+            f"guidance: {key}, but this model is told its guidance, sampler.embedded_guidance: 3.5"
+        )
+        assert found == [f"{told}; write objective.kl.guidance: 1"]
+    else:
+        assert found == []
+
+
+def test_every_run_begins_with_the_cheap_part(monkeypatch, tmp_path):
+    times_off_by_one(monkeypatch)
+    with pytest.raises(UserError, match=r"schedule: .*does not fall from 1 to 0"):
+        train(small_config(tmp_path / "run"))

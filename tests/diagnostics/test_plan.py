@@ -1,0 +1,177 @@
+"""What is planned is what is measured."""
+
+import importlib
+import json
+import sys
+from functools import cache
+
+import pytest
+
+from flowalign.cli import main
+from flowalign.config.load import load_config
+from flowalign.diagnostics.meta_model import CALLS, outline
+from flowalign.diagnostics.plan import GPUS, largest_pass, rehearse, reward_weights
+from flowalign.errors import UserError
+from tests.tiny import random_sd35, ROOT, sd3_config, TINY
+
+TOLERANCE = 0.15
+CASES = ["Flux, recomputed", "crd, passes of 2, 2 updates", "alignprop"]
+SD35_MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+}
+SD35_MEDIUM |= {
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+}
+SD35_MEDIUM |= {
+    "in_channels": 16,
+    "out_channels": 16,
+    "dual_attention_layers": list(range(13)),
+    "sample_size": 128,
+}
+
+
+@cache
+def compared(case: str) -> dict:
+    """Ratios of plan and measurement, by the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module("plan").compared(case)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_and_what_a_pass_keeps_are_as_measured(case):
+    ratios = compared(case)["ratios"]
+    assert ratios["parameters"] == ratios["weights"] == 1
+    assert ratios["kept"] == pytest.approx(1, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_most_that_is_allocated_is_as_measured(case):
+    ratios = compared(case)["ratios"]
+    assert ratios["pass_peak"] == pytest.approx(1, abs=TOLERANCE)
+    assert ratios["peak"] == pytest.approx(1, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operations_and_calls_of_a_step_are_as_counted(case):
+    found = compared(case)
+    assert found["ratios"]["flops"] == pytest.approx(1, abs=0.01)
+    assert found["plan"]["calls"] == found["measured"]["calls"]
+
+
+def small(*overrides: str):
+    return load_config(
+        TINY,
+        ["train.prompts_per_step=2", "train.images_per_prompt=3", "sampler.steps=4", *overrides],
+    )
+
+
+@cache
+def planned(*overrides: str):
+    return rehearse(small(*overrides))
+
+
+def test_what_a_pass_keeps_grows_with_its_images_and_shrinks_with_recomputation():
+    one, six = planned("train.images_per_pass=1").kept, planned("train.images_per_pass=6").kept
+    assert 5 * one < six <= 6 * one
+    assert planned("train.images_per_pass=6", "model.gradient_checkpointing=true").kept < six / 4
+
+
+def test_the_work_of_a_step_depends_neither_on_updates_nor_on_passes():
+    work = planned("train.images_per_pass=6").work
+    halves = planned("train.images_per_pass=3", "train.updates_per_step=2").work
+    assert (halves["float32"], halves["tf32"]) == (work["float32"], work["tf32"])
+    assert all(halves[name] == 2 * work[name] for name in CALLS)
+
+
+def test_the_largest_pass_fits_and_the_next_does_not():
+    config = small(
+        "train.prompts_per_step=1", "train.images_per_prompt=5", "train.images_per_pass=5"
+    )
+    most = rehearse(config).peak
+    assert largest_pass(config, most) == 5
+    assert largest_pass(config, most - 1) == 1
+
+
+def test_the_published_size_is_planned_from_configuration_files_alone(tmp_path):
+    random_sd35(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | SD35_MEDIUM))
+    model = outline(sd3_config(path=str(tmp_path), dtype="float16", max_sequence_length=16))
+    assert model.parameters["transformer"] == pytest.approx(2.24e9, rel=0.01)
+    assert model.transformer.dtype.itemsize == 2
+    assert (
+        model.pipe.text_encoder_3.encoder.block[0].layer[-1].DenseReluDense.wo.weight.dtype.itemsize
+        == 4
+    )
+
+
+def test_the_command_prints_one_screen(capsys):
+    counts = ["train.prompts_per_step=1", "train.images_per_prompt=2", "train.images_per_pass=1"]
+    assert main(["plan", str(TINY), *counts, "--gpu", "h100", "--memory", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 120
+    assert lines[-1].split()[:2] == ["train.images_per_pass", "2"]
+
+
+def test_overrides_may_follow_an_option(capsys):
+    assert main(["plan", str(TINY), "--gpu", "h100", "train.images_per_pass=7"]) == 2
+    assert "train.images_per_pass is 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", str(TINY), "--gpus", "h100"], ["reward", "list", "more"]]
+)
+def test_arguments_that_are_not_known_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_reward_s_network_is_counted_where_it_is_local_and_otherwise_said_not_to_be():
+    config = small(
+        "train.images_per_pass=6", "rewards={pick_score: 1.0, clip_score: 1.0, scene_match: 1.0}"
+    )
+    weights = reward_weights(config)
+    assert (weights["pick_score"], weights["scene_match"]) == (None, 0)
+    assert (
+        weights["clip_score"]
+        == (ROOT / "assets" / "tiny-clip" / "model.safetensors").stat().st_size
+    )
+
+
+def test_a_faster_gpu_takes_less_time():
+    plan = planned("train.images_per_pass=6")
+    assert plan.seconds(GPUS["h100"]) < plan.seconds(GPUS["a100-80"]) < plan.seconds(GPUS["t4"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpu", "h10"], "'h100'"),
+        (["--memory", "0"], "above 0"),
+        (["model.path=nowhere/at/all"], "model.path: there is no folder"),
+        (["train.images_per_pass=7"], "nearest that divide"),
+    ],
+)
+def test_what_cannot_be_planned_is_answered_with_what_to_type(options, said, capsys):
+    assert main(["plan", str(TINY), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_without_a_network_s_configuration_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(
+        (ROOT / "assets/tiny-sd3/model_index.json").read_text()
+    )
+    with pytest.raises(UserError, match=r"model\.path"):
+        outline(sd3_config(path=str(tmp_path)))

@@ -1,0 +1,427 @@
+"""What the server of a reward refuses, and runs whose server goes away."""
+
+import base64
+import io
+import json
+import math
+import socket
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from queue import Queue
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import requests
+import torch
+import uvicorn
+from PIL import Image
+from torch.testing import assert_close
+
+from flowalign.cli import main
+from flowalign.errors import RunError, UserError
+from flowalign.reporting.trackers import read_metrics
+from flowalign.rewards.adapters import make_reward, to_pil
+from flowalign.rewards.pixel_statistics import brightness
+from flowalign.rewards.remote import client as web_module
+from flowalign.rewards.remote import server as serving
+from flowalign.rewards.remote.client import to_base64
+from flowalign.rewards.remote.server import serve, unpacked
+from flowalign.runs.checkpoint import checkpoints
+from tests.rewards.remote.test_client import Answer, answering, IMAGES, score, served, web
+from tests.tiny import ROOT, SMALL, TINY
+
+BRIGHTNESS = make_reward("brightness", brightness)
+PNG = to_base64(to_pil(IMAGES[:1])[0])
+
+
+def asked(*images: str) -> dict[str, Any]:
+    return {"images": images, "prompts": ["one"] * len(images), "metadata": [{}] * len(images)}
+
+
+def test_the_token_is_asked_for(monkeypatch):
+    monkeypatch.setenv("MINE", "secret")
+    with served(BRIGHTNESS, token="secret") as url:
+        assert torch.equal(score(web(url, token_variable="MINE")), score(BRIGHTNESS))
+        for given in ("", "guessed"):
+            monkeypatch.setenv("MINE", given)
+            with pytest.raises(
+                UserError, match=rf"{url}/health answered 401: .*the token is missing or wrong"
+            ):
+                web(url, token_variable="MINE")
+            headers = {"authorization": f"Bearer {given}"}
+            for body in (json.dumps(asked(PNG)), "no JSON"):
+                assert (
+                    requests.post(
+                        f"{url}/v1/score", data=body, headers=headers, timeout=60
+                    ).status_code
+                    == 401
+                )
+
+
+def test_a_request_that_is_too_large_is_refused():
+    with served(BRIGHTNESS, max_bytes=500) as url:
+        far = web(url)
+        with pytest.raises(
+            RunError,
+            match=rf"{url}/v1/score answered 413: .*the request has \d+ bytes; at most 500 are taken",
+        ):
+            score(far)
+        with pytest.raises(RunError, match=rf"{url}/v1/score answered 413"):
+            score(far, torch.rand(4, 3, 512, 512))
+        assert requests.post(f"{url}/v1/score", data=iter([b"{}"]), timeout=60).status_code == 411
+        assert b" 411 " in said_to(url, "content-length: 5\r\ntransfer-encoding: chunked")
+
+
+def said_to(url: str, headers: str) -> bytes:
+    """The first line of the answer to a request of which only the head is sent."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), 60) as connection:
+        connection.sendall(f"POST /v1/score HTTP/1.1\r\nhost: {host}\r\n{headers}\r\n\r\n".encode())
+        return connection.makefile("rb").readline()
+
+
+def test_a_request_that_does_not_arrive_is_given_up(monkeypatch):
+    monkeypatch.setattr(serving, "ARRIVAL", 0.1)
+    with served(BRIGHTNESS) as url:
+        assert b" 408 " in said_to(url, "content-length: 50")
+
+
+def test_a_request_that_is_too_large_when_unpacked_is_refused():
+    black = png(1024, 1024, chunk(b"IDAT", zlib.compress(bytes(1024 * 3073))), chunk(b"IEND", b""))
+    with served(BRIGHTNESS, max_bytes=2**22) as url:
+        assert requests.post(f"{url}/v1/score", json=asked(black), timeout=60).json() == {
+            "scores": [0.0]
+        }
+        reply = requests.post(f"{url}/v1/score", json=asked(black, black), timeout=60)
+    assert reply.status_code == 413
+    assert (
+        reply.json()["detail"]
+        == "the images have 6291456 bytes when unpacked; at most 4194304 are taken"
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+
+def png(width: int, height: int, *chunks: bytes) -> str:
+    header = chunk(b"IHDR", width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0]))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks)).decode()
+
+
+def test_texts_in_pictures_are_held_one_picture_at_a_time():
+    megabyte = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (2**20 - 16)))
+    images = [_with(30 * megabyte)] * 8
+    tracemalloc.start()
+    unpacked(images, 2**20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
+
+
+def _with(text: bytes) -> str:
+    """PNG with another chunk after its header."""
+    data = base64.b64decode(PNG)
+    return base64.b64encode(data[:33] + text + data[33:]).decode()
+
+
+def sixteen_bits() -> str:
+    file = io.BytesIO()
+    Image.new("I;16", (8, 8), 30000).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../picture.png", "/dev/zero", "a\0b", 3])
+def test_files_outside_the_folder_of_the_server_are_not_read(name, server):
+    body = asked(PNG) | {"metadata": [{"ref_image": name}]}
+    reply = requests.post(f"{server}/v1/score", json=body, timeout=60)
+    assert reply.status_code == 422
+    assert (
+        reply.json()["detail"]
+        == "ref_image must be a file in the folder that this server was started in"
+    )
+
+
+@pytest.mark.parametrize("name", ["picture.png", "folder/picture.png", None])
+def test_files_in_the_folder_of_the_server_may_be_named(name, server):
+    reply = requests.post(
+        f"{server}/v1/score", json=asked(PNG) | {"metadata": [{"ref_image": name}]}, timeout=60
+    )
+    assert reply.status_code == 200
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with served(BRIGHTNESS) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("image", "status"),
+    [
+        ("%%%", 422),
+        ("AAAA", 422),
+        ("", 422),
+        (PNG[:60], 422),
+        (png(8, 8, chunk(b"IDAT", b"no zlib")), 422),
+        (png(8, 8, chunk(b"IDAT", zlib.compress(b"\0" * 9)), b"\0\0\0\1????"), 422),
+        (sixteen_bits(), 422),
+        (png(5000, 5000, chunk(b"IDAT", b"")), 413),
+        (png(50000, 50000, chunk(b"IDAT", b"")), 413),
+    ],
+)
+def test_what_is_no_picture_is_refused(image, status, server):
+    reply = requests.post(f"{server}/v1/score", json=asked(image), timeout=60)
+    assert reply.status_code == status
+    assert "image" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (asked(PNG, to_base64(to_pil(torch.rand(1, 3, 4, 8))[0])), "of one size"),
+        (asked(PNG) | {"prompts": []}, "as many prompts and metadata as images"),
+        (asked(), "as many prompts and metadata as images"),
+        ({"images": [PNG]}, "body.prompts: Field required"),
+        ({"images": ["x" * 10**5]}, "body.prompts: Field required"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(body, message, server):
+    reply = requests.post(f"{server}/v1/score", json=body, timeout=60)
+    assert reply.status_code == 422
+    assert message in reply.text
+    assert len(reply.text) < 200
+
+
+def test_an_infinite_score_is_not_taken_for_one_that_is_missing():
+    with served(
+        make_reward("endless", lambda images, prompts, metadata: [math.inf] * len(images))
+    ) as url:
+        with pytest.raises(
+            RunError,
+            match=rf"{url}/v1/score answered 422: .*rewards\.endless was infinite for a picture",
+        ):
+            score(web(url))
+
+
+def test_a_server_that_is_busy_says_so_and_is_waited_for(monkeypatch):
+    """One request is scored and one unpacked; a third is told to wait, and that counts as no try of its own."""
+    told, over, scores = Event(), Event(), []
+
+    class Told(web_module.Patience):
+        def increment(self, *arguments: Any, **settings: Any) -> Any:
+            told.set()
+            return super().increment(*arguments, **settings)
+
+    def slow(images, prompts, metadata):
+        assert over.wait(60)
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(serving, "TURN", 0.05)
+    monkeypatch.setattr(web_module, "Patience", Told)
+    with served(make_reward("slow", slow)) as url:
+        far = web(url, retries=0)
+        threads = [Thread(target=lambda: scores.append(score(far))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert told.wait(60)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert_close(torch.stack(scores), score(BRIGHTNESS).expand(3, -1))
+
+
+def test_what_a_reward_raises_there_is_answered_here_and_not_asked_for_again():
+    calls = []
+
+    def broken(images, prompts, metadata):
+        calls.append(len(images))
+        raise ValueError("no weights")
+
+    with served(make_reward("broken", broken)) as url:
+        with pytest.raises(
+            RunError,
+            match=rf"{url}/v1/score answered 422: .*rewards\.broken raised ValueError: no weights",
+        ):
+            score(web(url))
+    assert calls == [7]
+
+
+class Learning:
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    def update(self, images):
+        return {}
+
+    def state(self):
+        return {}
+
+    def load_state(self, state):
+        pass
+
+
+def test_a_reward_that_learns_is_not_served():
+    with pytest.raises(
+        UserError, match="learning learns as training goes, and behind HTTP it would not"
+    ):
+        serve(make_reward("learning", Learning()), "127.0.0.1", 8123, "FLOWALIGN_TOKEN", 1)
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("", "token not asked for (set FLOWALIGN_TOKEN)"), ("secret", "token asked for")],
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_command_serves_and_says_where_and_how_to_use_it(
+    host, token, said, monkeypatch, capsys
+):
+    begun: Queue[uvicorn.Server] = Queue()
+
+    class Told(uvicorn.Server):
+        async def startup(self, *arguments: Any, **settings: Any) -> None:
+            await super().startup(*arguments, **settings)
+            begun.put(self)
+
+    monkeypatch.setattr(uvicorn, "Server", Told)
+    monkeypatch.setenv("FLOWALIGN_TOKEN", token)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    status: list[int] = []
+    command = ["reward", "serve", "brightness", "--host", host, "--port", str(port)]
+    thread = Thread(target=lambda: status.append(main(command)))
+    thread.start()
+    server = begun.get(timeout=60)
+    assert torch.equal(score(web(f"http://127.0.0.1:{port}")), score(BRIGHTNESS))
+    server.should_exit = True
+    thread.join()
+    address = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    output = capsys.readouterr().out
+    assert status == [0]
+    assert f"brightness at {address}, {said}" in output
+    assert f'rewards: {{"{address}": 1.0}}' in output
+
+
+def test_an_address_that_cannot_be_had_ends_with_one_message_and_status_2(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1], 70000):
+            assert main(["reward", "serve", "brightness", "--port", str(port)]) == 2
+            output = capsys.readouterr()
+            assert f"127.0.0.1, port {port} cannot be listened at" in output.err
+            assert not output.out
+
+
+# runs
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """A small run with the reward at an address."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "few.txt").write_text("a red circle")
+
+    def train(url: str, retries: int) -> list[str]:
+        rewards = [
+            f'rewards={{"{url}": {{retries: {retries}}}}}',
+            "evaluation.rewards={brightness: 1}",
+        ]
+        few = [
+            f"evaluation.prompts={tmp_path / 'few.txt'}",
+            f"output={tmp_path / 'run'}",
+            "train.save_every=1",
+        ]
+        return ["train", str(TINY), *SMALL, *few, *rewards]
+
+    return train
+
+
+LOOKS = 6
+"""Requests before a run begins: about four pictures, about them again, and about each by itself."""
+
+
+def brightness_of(body: dict[str, Any]) -> Answer:
+    scores = unpacked(body["images"], 2**24).float().mean((1, 2, 3)) / 255
+    return 200, json.dumps({"scores": scores.tolist()})
+
+
+def until(gone: Event, good: int = LOOKS + 1) -> Callable[[dict[str, Any]], Answer]:
+    """Scores brightness for a few requests, of which a run asks one a step after its looks, then breaks off."""
+    left = [None] * good
+
+    def answer(body: dict[str, Any]) -> Answer:
+        if not left:
+            gone.set()
+            return None
+        left.pop()
+        return brightness_of(body)
+
+    return answer
+
+
+def test_a_run_whose_server_is_started_again_goes_on(command, tmp_path):
+    gone, over, addresses = Event(), Event(), Queue()
+
+    def keep() -> None:
+        with answering(until(gone)) as url:
+            addresses.put(url)
+            gone.wait(300)
+        with served(BRIGHTNESS, port=int(url.rpartition(":")[2])):
+            over.wait(300)
+
+    keeper = Thread(target=keep)
+    keeper.start()
+    try:
+        url = addresses.get(timeout=60)
+        assert main(command(url, retries=8)) == 0
+        assert gone.is_set()
+    finally:
+        gone.set()
+        over.set()
+        keeper.join()
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(0 < line[f"reward/{url.removeprefix('http://')}"] < 1 for line in lines)
+
+
+def test_a_run_whose_server_stays_away_stops_and_goes_on_once_it_is_back(command, tmp_path, capsys):
+    with answering(until(Event())) as url:
+        assert main(command(url, retries=1)) == 1
+    error = capsys.readouterr().err
+    assert f"{url}/v1/score did not answer" in error
+    assert (
+        f"The steps done are in {checkpoints(tmp_path / 'run')[-1]}; the same command goes on from there."
+        in error
+    )
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
+    assert main(command(url, retries=1)) == 2
+    assert f"{url}/health did not answer" in capsys.readouterr().err
+    with served(BRIGHTNESS, port=int(url.rpartition(":")[2])):
+        assert main(command(url, retries=1)) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_run_that_is_answered_nonsense_loses_no_step(command, tmp_path, capsys):
+    """In every run the server is well for one step and then talks nonsense; each goes on from where the last one stopped."""
+    nonsense = ["<html>", '{"scores": [NaN, 0, 0, 0, 0, 0]}', '{"scores": [0.5]}']
+    good = [LOOKS + 1]
+
+    def answer(body: dict[str, Any]) -> Answer:
+        good[0] -= 1
+        return brightness_of(body) if good[0] >= 0 else (200, nonsense[0])
+
+    with answering(answer) as url:
+        for step in (1, 2, 3):
+            assert main([*command(url, retries=0), "train.steps=4"]) == 1
+            error = capsys.readouterr().err
+            assert f"rewards.{url} answered" in error
+            (*_, last) = checkpoints(tmp_path / "run")
+            assert f"The steps done are in {last}; the same command goes on from there." in error
+            assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(
+                range(1, step + 1)
+            )
+            nonsense.pop(0)
+            good[0] = LOOKS + 1
+        assert main([*command(url, retries=0), "train.steps=4"]) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]

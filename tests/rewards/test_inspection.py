@@ -1,0 +1,412 @@
+"""`flowalign reward test` and `list`: what is said of a good reward and of bad ones, and about which pictures."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flowalign.cli import main
+from flowalign.data.prompts import Prompt
+from flowalign.errors import UserError
+from flowalign.rewards import REWARDS
+from flowalign.rewards.adapters import make_reward
+from flowalign.rewards.inspection import bundled_samples, samples_from
+from flowalign.rewards.registry import load_reward, load_rewards
+from flowalign.training.setup import look_at
+from tests.tiny import ROOT, sd3_config
+
+NOTHING_WRONG = "Nothing wrong was found."
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "brightness",
+        "jpeg_size",
+        "{jpeg_size: {quality: 50}}",
+        "sharpness",
+        "scene_match",
+        "clip_score",
+        "vendi",
+    ],
+)
+def test_nothing_is_wrong_with_a_bundled_reward(spec, capsys):
+    assert main(["reward", "test", spec]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == NOTHING_WRONG
+    assert not [line for line in lines if line.startswith("!")]
+    subjects = [
+        "scores",
+        "spread",
+        "determinism",
+        "order" if spec == "vendi" else "batch size",
+        "speed",
+        "gradient",
+    ]
+    assert [line.strip().partition(":")[0] for line in lines[9:-1]] == subjects
+    assert len(lines) < 20
+
+
+def test_the_screen_says_what_the_reward_is_and_what_every_picture_gets(capsys):
+    main(["reward", "test", "brightness"])
+    lines = capsys.readouterr().out.splitlines()
+    samples = bundled_samples()
+    assert lines[0] == "brightness: pointwise, of tensors"
+    for line, image, prompt in zip(lines[1:9], samples.images, samples.prompts, strict=True):
+        assert line.split(maxsplit=1) == [f"{image.mean():.4f}", prompt.text]
+    assert "8 numbers, one an image, declared to lie in [0, 1]" in lines[9]
+    assert "reaches 8 of 8 pictures" in lines[-2]
+
+
+REWARDS_OF_MINE = """
+import torch
+from flowalign.rewards.base import traits
+
+
+def constant(images, prompts, metadata):
+    return [1.0] * len(images)
+
+
+def random(images, prompts, metadata):
+    return torch.rand(len(images))
+
+
+def of_the_batch(images, prompts, metadata):
+    brightness = images.mean((1, 2, 3))
+    return brightness - brightness.mean()
+
+
+def never(images, prompts, metadata):
+    return [None] * len(images)
+
+
+def sometimes(images, prompts, metadata):
+    return [image.mean().item() if image.mean() > 0.85 else None for image in images]
+
+
+def raises(images, prompts, metadata):
+    raise OSError("no weights")
+
+
+def wrong_shape(images, prompts, metadata):
+    return images.mean((2, 3))
+
+
+def of_arrays(images, prompts, metadata):
+    return images.mean((1, 2, 3)).numpy()
+
+
+def of_endless_slope(images, prompts, metadata):
+    return images.mean((1, 2, 3)) + (images - images.detach()).sum((1, 2, 3)).abs().sqrt()
+
+
+def of_a_parameter(images, prompts, metadata):
+    return torch.ones(len(images), requires_grad=True) * 2
+
+
+def by_turns(images, prompts, metadata):
+    calls.append(None)
+    return [None if len(calls) % 2 else 1.0 for image in images]
+
+
+calls = []
+
+
+def by_a_field(images, prompts, metadata):
+    return [entry["wanted"] for entry in metadata]
+
+
+@traits(level="group")
+def of_one_prompt(images, prompts, metadata):
+    assert len(set(prompts)) == 1
+    return images.mean((1, 2, 3)) * len(images)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path) -> str:
+    (tmp_path / "mine.py").write_text(REWARDS_OF_MINE)
+    return f"{tmp_path}/mine.py:"
+
+
+@pytest.mark.parametrize(
+    ("name", "finding", "look_at"),
+    [
+        (
+            "constant",
+            "! spread:      constant: every picture gets 1, so nothing can be learned from it",
+            "spread",
+        ),
+        ("random", "! determinism: asked twice, scores differ by up to", "determinism, batch size"),
+        ("of_the_batch", "! batch size:  one by one, scores differ by up to", "batch size"),
+        (
+            "never",
+            "! spread:      no picture was scored; give pictures it is made for with --images",
+            "spread",
+        ),
+        (
+            "by_turns",
+            "! determinism: asked twice, scores differ: a picture is scored one way and not the other",
+            "spread, determ",
+        ),
+        (
+            "of_endless_slope",
+            "! gradient:    does not reach the pictures, or is not finite",
+            "gradient",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_reward_is_named(name, finding, look_at, mine, capsys):
+    assert main(["reward", "test", mine + name]) == 1
+    output = capsys.readouterr().out
+    assert finding in output
+    assert f"Look at: {look_at}" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "rewards.raises raised OSError: no weights ("),
+        ("wrong_shape", "rewards.wrong_shape returned shape (8, 3)"),
+    ],
+)
+def test_a_reward_that_gives_no_scores_ends_with_one_message(name, message, mine, capsys):
+    assert main(["reward", "test", mine + name]) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        (
+            "of_arrays",
+            "gradient:    none; objectives that backpropagate through the reward cannot use it: rewards.of_arrays raised",
+        ),
+        ("sometimes", "not scored"),
+        ("of_one_prompt", "gradient:    reaches 8 of 8 pictures"),
+    ],
+)
+def test_what_is_merely_so_is_not_wrong(name, finding, mine, capsys):
+    assert main(["reward", "test", mine + name]) == 0
+    assert finding in capsys.readouterr().out
+
+
+# pictures of one's own
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for level, name in ((50, "a_red_circle.png"), (150, "blue square.jpg"), (250, "three.webp")):
+        Image.new("RGB", (40, 30), (level, level, level)).save(place / name)
+    (place / "notes.txt").write_text("not a picture")
+    return place
+
+
+def describe(folder: Path, *entries: dict) -> None:
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+
+
+def test_pictures_without_metadata_are_named_by_their_prompts(folder, capsys):
+    assert main(["reward", "test", "brightness", "--images", str(folder)]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert [prompt for _, prompt in lines] == ["a red circle", "blue square", "three"]
+    assert [float(score) for score, _ in lines] == pytest.approx(
+        [50 / 255, 150 / 255, 250 / 255], abs=0.01
+    )
+
+
+def test_metadata_gives_pictures_their_prompts_and_fields(folder, mine, capsys):
+    describe(
+        folder,
+        {"file_name": "three.webp", "prompt": "a white wall", "wanted": 3.5},
+        {"file_name": "a_red_circle.png", "prompt": "night", "wanted": -1},
+    )
+    assert main(["reward", "test", f"{mine}by_a_field", "--images", str(folder)]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert lines == [["3.5000", "a white wall"], ["-1.0000", "night"]]
+    assert [prompt.metadata for prompt in samples_from(str(folder)).prompts] == [
+        {"wanted": 3.5},
+        {"wanted": -1},
+    ]
+
+
+def test_rewards_of_groups_are_asked_about_one_prompt_at_a_time(folder, mine, capsys):
+    names = ["a_red_circle.png", "blue square.jpg", "three.webp"]
+    describe(
+        folder,
+        *(
+            {"file_name": name, "prompt": prompt}
+            for name, prompt in zip(names, ("x", "y", "x"), strict=True)
+        ),
+    )
+    assert main(["reward", "test", f"{mine}of_one_prompt", "--images", str(folder)]) == 0
+    scores = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert scores == pytest.approx([2 * 50 / 255, 150 / 255, 2 * 250 / 255], abs=0.01)
+
+
+def test_a_reward_of_groups_that_scores_places_is_named_as_such(tmp_path, capsys):
+    (tmp_path / "places.py").write_text(
+        "from flowalign.rewards.base import traits\n\n"
+        "@traits(level='group')\ndef first(images, prompts, metadata):\n    return [float(i == 0) for i in range(len(images))]\n"
+    )
+    assert main(["reward", "test", f"{tmp_path}/places.py:first"]) == 1
+    assert "in another order, scores differ" in capsys.readouterr().out
+
+
+def test_pictures_are_shown_as_large_as_they_are(folder, capsys):
+    assert samples_from(str(folder)).images.shape == (3, 3, 30, 40)
+    assert main(["reward", "test", "brightness", "--images", str(folder)]) == 0
+    assert "  pictures:    3 of 3\n" in capsys.readouterr().out
+
+
+def test_pictures_of_several_sizes_are_scaled_and_that_is_said(folder, capsys):
+    Image.new("RGB", (80, 80)).save(folder / "zebra.png")
+    assert samples_from(str(folder)).images.shape == (4, 3, 30, 40)
+    main(["reward", "test", "brightness", "--images", str(folder)])
+    assert (
+        "pictures:    4 of 4, of several sizes, scaled and cut to the first one's 40 x 30"
+        in capsys.readouterr().out
+    )
+
+
+def test_of_many_pictures_a_few_are_looked_at(folder):
+    describe(folder, *({"file_name": "three.webp", "prompt": str(i)} for i in range(300)))
+    samples = samples_from(str(folder))
+    assert [prompt.text for prompt in samples.prompts] == [
+        "0",
+        "37",
+        "75",
+        "112",
+        "150",
+        "187",
+        "225",
+        "262",
+    ]
+    assert samples.about == "8 of 300"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"file_name": "four.png", "prompt": "x"}], "--images: there is no picture"),
+        ([{"prompt": "x"}], 'metadata.jsonl, line 1 has no "file_name"; write for example'),
+        (
+            [{"file_name": "three.webp"}],
+            'metadata.jsonl, line 1 has no "prompt"; write for example',
+        ),
+        ([{"file_name": "notes.txt", "prompt": "x"}], "notes.txt is no picture"),
+    ],
+)
+def test_metadata_that_does_not_fit_the_folder_is_answered(entries, message, folder, capsys):
+    describe(folder, *entries)
+    assert main(["reward", "test", "brightness", "--images", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["brightness", "--images", "nowhere"], "--images: there is no folder nowhere"),
+        (["brightness", "--images", "configs"], "--images: configs has no pictures (.png, .jpg"),
+        (["brightnes"], "Did you mean 'brightness'"),
+        (["{brightness: 1, jpeg_size: 1}"], "names 2 rewards; write one"),
+        (["{brightness: "], "'{brightness: ' is not YAML"),
+        (["{jpeg_size: {qualty: 3}}"], "Did you mean 'quality'"),
+        (["nowhere.py:mine"], "there is no file nowhere.py"),
+        (["http://127.0.0.1:9"], "http://127.0.0.1:9/health did not answer"),
+    ],
+)
+def test_what_users_get_wrong_ends_with_one_message_and_status_2(arguments, message, capsys):
+    assert main(["reward", "test", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+# before a run
+
+PROMPTS = [Prompt("a red circle"), Prompt("a blue square"), Prompt("two stars")]
+
+
+def seen(reward, **settings) -> None:
+    look_at([reward], PROMPTS, sd3_config(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("random", "rewards.random, determinism: asked twice, scores differ by up to"),
+        (
+            "by_turns",
+            "rewards.by_turns, determinism: asked twice, scores differ: a picture is scored one way and not the other",
+        ),
+        ("of_the_batch", "rewards.of_the_batch, batch size: one by one, scores differ by up to"),
+        ("constant", ""),
+    ],
+)
+def test_what_cannot_be_relied_on_is_said_before_a_run(name, said, mine, capsys):
+    seen(load_reward(mine + name))
+    output = capsys.readouterr().out
+    assert said in output if said else not output
+
+
+def test_a_picture_is_asked_about_three_times_before_a_run_and_once_more_with_other_prompts():
+    asked = []
+    reward = make_reward(
+        "counts",
+        lambda images, prompts, metadata: asked.append(len(images)) or images.mean((1, 2, 3)),
+    )
+    seen(reward)
+    assert asked == [4, 4, 1, 1, 1, 1]
+    seen(reward, known=[reward])
+    assert asked[6:] == [4]
+
+
+def test_an_infinite_score_ends_a_run_before_it_begins():
+    with pytest.raises(UserError, match=r"rewards\.endless returned inf; expected numbers"):
+        seen(make_reward("endless", lambda images, prompts, metadata: [math.inf] * len(images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("of_arrays", "rewards.of_arrays raised RuntimeError: Can't call numpy"),
+        ("constant", "rewards.constant carries no gradient from its scores to the images"),
+        (
+            "of_endless_slope",
+            "rewards.of_endless_slope: the gradient of its scores does not reach the pictures, or is not finite",
+        ),
+        (
+            "of_a_parameter",
+            "rewards.of_a_parameter: the gradient of its scores does not reach the pictures",
+        ),
+    ],
+)
+def test_a_reward_whose_gradient_does_not_reach_the_pictures_is_refused_where_that_is_needed(
+    name, message, mine
+):
+    seen(load_reward(mine + name))
+    with pytest.raises(UserError, match=message):
+        seen(load_reward(mine + name), needs_gradient=True)
+
+
+def test_the_bundled_clip_is_refused_for_large_pictures_before_the_model_loads():
+    (reward,) = load_rewards({"clip_score": 1.0})
+    with pytest.raises(UserError, match=r"rewards\.clip_score\.path is the bundled CLIP"):
+        look_at([reward], PROMPTS, sd3_config(height=512, width=512))
+
+
+def test_every_built_in_reward_is_listed_with_a_sentence(capsys):
+    assert main(["reward", "list"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == list(REWARDS)
+    assert all(text.endswith(".") for _, text in lines)

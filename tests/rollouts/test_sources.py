@@ -1,0 +1,496 @@
+"""What a step learns from, and whole runs of objectives that learn from it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowalign.advantages import gdpo, group_advantage
+from flowalign.batch import Batch, Examples, Pairs, Rollout
+from flowalign.config.load import load_config
+from flowalign.data.pictures import load_picture
+from flowalign.data.preferences import read_examples
+from flowalign.data.prompts import Prompt
+from flowalign.dynamics import flow_sde
+from flowalign.errors import UserError
+from flowalign.files import read_tensors
+from flowalign.objectives.dpo import DPO
+from flowalign.objectives.flow_grpo import FlowGRPO
+from flowalign.objectives.kto import KTO
+from flowalign.objectives.prdp import PRDP
+from flowalign.objectives.raft import RAFT
+from flowalign.objectives.sft import SFT
+from flowalign.objectives.soar import SOAR
+from flowalign.policy import Policy, Sampler
+from flowalign.reporting.trackers import read_metrics
+from flowalign.rewards.base import Reward
+from flowalign.rewards.combine import WeightedSum
+from flowalign.rewards.pixel_statistics import brightness
+from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.collect import collect
+from flowalign.rollouts.ranking import rank, Ranking
+from flowalign.rollouts.scoring import RolloutScorer
+from flowalign.rollouts.sources import (
+    given_examples,
+    given_pairs,
+    judged_rollouts,
+    ranked_pairs,
+    Source,
+    source_of,
+    SourceContext,
+)
+from flowalign.runs.checkpoint import checkpoints
+from flowalign.training import trainer
+from flowalign.training.gradient import compute_gradient, Meter
+from tests.tiny import make_policy, ROOT, SMALL, TINY, two_groups
+
+CAPTIONS = ["a red circle", "a blue square", "a green triangle", "a circle and a square"]
+
+
+@pytest.fixture(autouse=True)
+def cached_beside(tmp_path, monkeypatch):
+    """Configurations name files in the repository; latents stay out of the home directory."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FLOWALIGN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Four pairs: bright pictures are better than dark ones."""
+    lines = []
+    for i, caption in enumerate(CAPTIONS):
+        for name, level in (("bright", 200 + 10 * i), ("dark", 20 + 10 * i)):
+            Image.new("RGB", (64, 64), (level, level, level)).save(tmp_path / f"{name}{i}.png")
+        lines.append(
+            json.dumps({"prompt": caption, "chosen": f"bright{i}.png", "rejected": f"dark{i}.png"})
+        )
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return tmp_path / "pairs.jsonl"
+
+
+def context(
+    pairs: Path | None = None, drop_equal_groups: bool = False, **counts: int
+) -> SourceContext:
+    examples = read_examples(str(pairs), "data.pairs", paired=True) if pairs else []
+    settings = {
+        "prompts_per_step": 2,
+        "images_per_prompt": 1 if pairs else 3,
+        "updates_per_step": 1,
+        "images_per_pass": 2,
+    }
+    settings |= counts
+    policy = make_policy(Sampler(steps=2, dynamics=flow_sde), snapshots=["old"])
+    policy.model.remember(CAPTIONS)
+    judged = (
+        [Reward("brightness", brightness)],
+        WeightedSum(),
+        group_advantage,
+        settings["images_per_pass"],
+        torch.device("cpu"),
+    )
+    judge = RolloutScorer(*judged, drop_equal_groups=drop_equal_groups)
+    prompts = [Prompt(caption) for caption in CAPTIONS]
+    return SourceContext(
+        policy, judge, prompts, examples, BatchPlan(**settings), 0, "policy", Ranking()
+    )
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
+
+
+SOURCES = [given_pairs, given_examples, judged_rollouts, ranked_pairs]
+
+
+@pytest.mark.parametrize("make", SOURCES)
+def test_what_a_step_takes_depends_on_the_step_alone(make, pairs):
+    given = make in (given_pairs, given_examples)
+    source: Source = make(context(pairs if given else None))
+    first, third = source(1)[0], source(3)[0]
+    again = make(context(pairs if given else None))(3)[0]
+    for other in (again, source(3)[0]):
+        assert other.prompts == third.prompts
+        assert all(torch.equal(a, b) for a, b in zip(tensors(other), tensors(third), strict=True))
+    assert not torch.equal(first.keys, third.keys)
+
+
+@pytest.mark.parametrize("make", SOURCES)
+def test_every_entry_comes_once_before_any_comes_again(make, pairs):
+    source: Source = make(context(pairs if make in (given_pairs, given_examples) else None))
+    for lap in (0, 1):
+        seen = [set(source(2 * lap + step)[0].prompts) for step in (0, 1)]
+        assert seen[0] | seen[1] == set(CAPTIONS)
+        assert not seen[0] & seen[1]
+
+
+def test_given_pairs_are_latents_of_their_pictures(pairs):
+    source = context(pairs)
+    batch, metrics = given_pairs(source)(0)
+    for name, x0 in zip(("bright", "dark"), batch.x0, strict=True):
+        files = [pairs.parent / f"{name}{CAPTIONS.index(prompt)}.png" for prompt in batch.prompts]
+        pictures = torch.stack([load_picture(file.read_bytes(), 64, 64) for file in files])
+        assert torch.equal(x0, source.policy.model.encode_images(pictures))
+    assert (metrics, batch.steps, len(batch)) == ({}, range(0), 2)
+    assert batch.gap.tolist() == batch.weight.tolist() == [1, 1]
+
+
+def test_given_examples_are_the_better_pictures(pairs):
+    source = context(pairs)
+    assert torch.equal(given_examples(source)(0)[0].x0, given_pairs(source)(0)[0].x0[0])
+
+
+def test_given_pictures_come_before_those_the_policy_would_make(pairs):
+    assert type(source_of(Pairs, context(pairs))(0)[0]) is Pairs
+    assert type(source_of(Examples, context(pairs))(0)[0]) is Examples
+    made = source_of(Pairs, context())(0)[0]
+    assert made.chosen.shape[1] == 3  # a path of two steps
+
+
+def test_rollouts_are_made_by_the_weights_that_the_objective_names():
+    source = replace(context(), sampling_weights="old")
+    with torch.no_grad():
+        for parameter in source.policy.parameters("old"):
+            parameter.add_(0.1)
+    old, policy = (
+        judged_rollouts(replace(source, sampling_weights=name))(0)[0].x0
+        for name in ("old", "policy")
+    )
+    expected = collect(source.policy.at("old"), source.step_prompts(0), 2).x0
+    assert torch.equal(old, expected)
+    assert not torch.equal(old, policy)
+
+
+def test_ranked_pairs_are_the_brightest_and_the_darkest_of_a_prompt():
+    source = context()
+    rollout, metrics = judged_rollouts(source)(0)
+    pairs, same = ranked_pairs(source)(0)
+    assert metrics == same
+    reward = rollout.reward.view(2, 3)
+    torch.testing.assert_close(pairs.gap, reward.max(1).values - reward.min(1).values)
+
+
+def test_the_noise_of_a_pair_does_not_depend_on_what_other_prompts_there_are():
+    source = replace(context(), ranking=Ranking(top=1))
+    rollout, _ = judged_rollouts(source)(0)
+    second = rollout[list(range(3, 6))]
+    assert torch.equal(rank(rollout, source.ranking).keys[1:], rank(second, source.ranking).keys)
+
+
+@pytest.mark.parametrize("kind", [DPO, KTO, SFT, SOAR, RAFT])
+def test_what_is_imitated_or_preferred_is_the_velocity_without_guidance(kind, pairs, monkeypatch):
+    """However images are sampled; SOAR alone takes the step that errs under its own."""
+    objective = kind()
+    source = context(None if objective.learns_from is Rollout else pairs)
+    source.policy.sampler = replace(source.policy.sampler, guidance=3.0)
+    batch, _ = source_of(objective.learns_from, source)(0)
+    assert batch.cond.guidance == 3
+    asked, velocity = [], Policy.velocity
+
+    def asking(policy, x, t, cond):
+        asked.append(cond.guidance)
+        return velocity(policy, x, t, cond)
+
+    monkeypatch.setattr(Policy, "velocity", asking)
+    batch = objective.prepare(source.policy.at("policy"), batch)
+    objective.loss(source.policy, batch, next(iter(objective.draws(batch))))
+    assert set(asked) == ({1, objective.guidance} if isinstance(objective, SOAR) else {1})
+
+
+# groups that teach nothing
+
+
+def flat(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Equal for the first caption, and otherwise brightness."""
+    return images.mean((1, 2, 3)) * torch.tensor(
+        [float(prompt != CAPTIONS[0]) for prompt in prompts]
+    )
+
+
+@pytest.mark.parametrize(("drop", "taught"), [(False, 6), (True, 3)])
+def test_groups_of_equal_rewards_are_dropped_where_that_is_asked_for(drop, taught):
+    source = context(drop_equal_groups=drop)
+    source = replace(
+        source,
+        judge=replace(source.judge, rewards=[Reward("flat", flat)]),
+        prompts=[Prompt(c) for c in CAPTIONS[:2]],
+    )
+    rollout, metrics = judged_rollouts(source)(0)
+    assert metrics["reward/groups_without_spread"] == 0.5
+    assert len(rollout) == 6
+    assert len(rollout.trainable_rows()) == taught
+    assert drop == (set(rollout.trainable_rows().prompts) == {CAPTIONS[1]})
+
+
+def test_a_prompt_is_dropped_where_its_advantages_are_equal_whatever_its_sums_are():
+    """1 · a + 2 · b is 2 for every image; GDPO, which normalises a and b one by one, tells those of the first prompt apart."""
+
+    def looked_up(*scores: float) -> Any:
+        return lambda images, prompts, metadata: torch.tensor(scores)[
+            (images[:, 0, 0, 0] * 255).round().long()
+        ]
+
+    supplied = context(drop_equal_groups=True)
+    rollout = judged_rollouts(supplied)(0)[0]
+    number = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
+    rollout = replace(rollout, images=number.expand_as(rollout.images).clone())
+    rewards = [
+        Reward("a", looked_up(0, 1, 0, 0, 0, 0)),
+        Reward("b", looked_up(1, 0.5, 1, 1, 1, 1), weight=2.0),
+    ]
+    judge = replace(supplied.judge, rewards=rewards)
+    assert judge([rollout])[0].reward.eq(2).all()
+    assert len(judge([rollout])[0].trainable_rows()) == 0
+    taught = replace(judge, advantage=gdpo)([rollout])[0].trainable_rows()
+    assert taught.prompts == rollout.prompts[:3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "objective", [FlowGRPO(), PRDP(), KTO()], ids=lambda objective: type(objective).__name__
+)
+def test_an_update_in_which_nothing_is_taught_has_no_gradient(objective, dtype):
+    policy = make_policy(Sampler(steps=2, dynamics=flow_sde), dtype=dtype)
+    policy.images_per_pass = 2
+    rollout = collect(policy.at("policy"), two_groups(policy), 6)
+    batch = (
+        rank(rollout, Ranking())
+        if objective.learns_from is Pairs
+        else replace(rollout, weight=torch.zeros(6))
+    )
+    assert len(batch.trainable_rows()) == 0
+    compute_gradient(policy, objective, batch.trainable_rows(), 2, Meter())
+    assert all(parameter.grad.abs().max() == 0 for parameter in policy.parameters())
+
+
+# whole runs
+
+
+@pytest.fixture
+def few_prompts(tmp_path) -> str:
+    (tmp_path / "few.txt").write_text("\n".join(CAPTIONS[:2]))
+    return str(tmp_path / "few.txt")
+
+
+def run(folder: Path, objective: str, few_prompts: str, *overrides: str) -> dict[str, Any]:
+    changes = [
+        f"objective={objective}",
+        f"evaluation.prompts={few_prompts}",
+        f"output={folder}",
+        *overrides,
+    ]
+    return trainer.train(load_config(TINY, [*SMALL, *changes]))
+
+
+def test_updates_that_nothing_is_learned_from_move_nothing(few_prompts, tmp_path):
+    """Not even by weight decay; where such images are not left out, the anchor and the decay move them."""
+    (tmp_path / "dull.py").write_text(
+        "def dull(images, prompts, metadata):\n    return [0.5] * len(images)\n"
+    )
+    changes = [
+        f"rewards={{'{tmp_path}/dull.py:dull': 1}}",
+        "evaluation.rewards={scene_match: 1}",
+        "train.save_every=1",
+    ]
+    for drop in (True, False):
+        folder = tmp_path / f"run-{drop}"
+        run(
+            folder,
+            "{name: nft}",
+            few_prompts,
+            *changes,
+            "train.weight_decay=0.5",
+            f"train.drop_equal_groups={drop}",
+        )
+        first, last = (
+            read_tensors(saved / "pytorch_lora_weights.safetensors")
+            for saved in checkpoints(folder)
+        )
+        assert all(torch.equal(first[key], last[key]) for key in first) == drop
+        assert json.loads((checkpoints(folder)[-1] / "state.json").read_text())["updates"] == (
+            0 if drop else 2
+        )
+
+
+GIVEN = ["train.images_per_prompt=1", "train.images_per_pass=2", "train.learning_rate=1e-3"]
+
+
+@pytest.mark.parametrize("objective", ["nft", "crd", "dpo", "d3po", "prdp", "alignprop"])
+def test_an_objective_that_makes_its_images_runs(objective, few_prompts, tmp_path):
+    summary = run(
+        tmp_path / "run", f"{{name: {objective}}}", few_prompts, "rewards={brightness: 1}"
+    )
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert all(isinstance(line["loss"], float) for line in lines)
+    assert (lines[-1]["images"], summary["images"]) == (12, 12)
+    assert "reward/brightness" in lines[0]
+    assert set(summary["after"]) == {"brightness"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "rewards"),
+    [("dpo, beta: 1", "{}"), ("kto, beta: 1", "{brightness: 1}"), ("sft", "{}"), ("soar", "{}")],
+)
+def test_an_objective_that_learns_from_given_pictures_runs(
+    objective, rewards, pairs, few_prompts, tmp_path
+):
+    changes = [f"data.pairs={pairs}", f"rewards={rewards}", f"evaluation.pairs={pairs}", *GIVEN]
+    summary = run(tmp_path / "run", f"{{name: {objective}}}", few_prompts, *changes)
+    lines = read_metrics(tmp_path / "run")
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert all(line["loss"] > 0 for line in lines)
+    assert [line["images"] for line in lines] == [0, 0]
+    assert summary["images"] == 0
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    paired = "beta" in objective
+    figures = {
+        "reconstruction_error",
+        *(["chosen_preferred"] if paired else []),
+        *(["brightness"] if rewards != "{}" else []),
+    }
+    assert set(written["before"]) == set(written["after"]) == set(written["difference"]) == figures
+    assert written["before"]["reconstruction_error"] > 0
+    if paired:
+        assert written["before"]["chosen_preferred"] == 0.5
+        assert written["after"]["chosen_preferred"] != 0.5
+
+
+def test_given_pictures_need_no_prompts(pairs, tmp_path):
+    """Evaluation falls back on theirs."""
+    changes = [
+        f"data={{prompts: '', pairs: {pairs}}}",
+        "objective={name: sft}",
+        "evaluation.prompts=''",
+        "rewards={}",
+        *GIVEN,
+    ]
+    summary = trainer.train(load_config(TINY, [*SMALL, *changes, f"output={tmp_path / 'run'}"]))
+    assert summary["stopped"] == "finished"
+    assert CAPTIONS[0] in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("error:Attempting to set identical low and high xlims")
+def test_the_curves_of_a_run_that_makes_no_images_have_an_axis(pairs, few_prompts, tmp_path):
+    run(tmp_path / "run", "{name: sft}", few_prompts, f"data.pairs={pairs}", "rewards={}", *GIVEN)
+
+
+def test_imitating_pictures_brings_them_nearer(pairs, few_prompts, tmp_path):
+    changes = [
+        f"data.pairs={pairs}",
+        "rewards={}",
+        f"evaluation.pairs={pairs}",
+        *GIVEN,
+        "train.steps=10",
+        "train.learning_rate=5e-3",
+    ]
+    summary = run(tmp_path / "run", "{name: sft}", few_prompts, *changes)
+    assert (
+        summary["after"]["reconstruction_error"] < 0.9 * summary["before"]["reconstruction_error"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "images"), [("{name: crd}", True), ("{name: dpo, beta: 1}", False)]
+)
+def test_stopping_and_going_on_equals_never_stopping(
+    objective, images, pairs, few_prompts, tmp_path
+):
+    changes = [
+        "rewards={brightness: 1}",
+        "train.learning_rate=1e-2",
+        *([] if images else [f"data.pairs={pairs}", *GIVEN]),
+    ]
+    run(tmp_path / "whole", objective, few_prompts, *changes, "train.steps=3")
+    for steps in (2, 3):
+        run(tmp_path / "parts", objective, few_prompts, *changes, f"train.steps={steps}")
+    whole, parts = (checkpoints(tmp_path / name)[-1] for name in ("whole", "parts"))
+    files = sorted(
+        path.relative_to(whole) for path in whole.rglob("pytorch_lora_weights.safetensors")
+    )
+    assert {file.parent.name for file in files} == {
+        "",
+        "ema",
+        *(["old", "sampler"] if images else []),
+    }
+    for file in files:
+        one, other = read_tensors(whole / file), read_tensors(parts / file)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_reward_without_gradient_is_refused_before_training(few_prompts, tmp_path):
+    with pytest.raises(UserError, match=r"rewards\.jpeg_size carries no gradient"):
+        run(tmp_path / "run", "{name: alignprop}", few_prompts, "rewards={jpeg_size: 1}")
+
+
+# what an objective is given
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["objective={name: nft}", "data.pairs=p.jsonl"],
+            "the objective nft learns from images it makes itself; remove data.pairs",
+        ),
+        (
+            ["objective={name: d3po}", "data.pairs=p.jsonl"],
+            "the objective d3po learns from images it makes itself; remove",
+        ),
+        (
+            ["objective={name: alignprop}", "data.pairs=p.jsonl"],
+            "the objective alignprop learns from images it makes itself",
+        ),
+        (
+            ["objective={name: sft}"],
+            "data.pairs is missing: the objective sft learns from given pictures",
+        ),
+        (
+            ["objective={name: dpo}", "data.pairs=p.jsonl"],
+            "train.images_per_prompt is 3, but a step takes train.prompts_per_step",
+        ),
+        (["objective={name: nft}", "data.prompts=''"], "data.prompts is missing"),
+        (["objective={name: nft}", "rewards={}"], "rewards is empty; name at least one"),
+        (["objective={name: dpo}", "rewards={}"], "rewards is empty; name at least one"),
+        (
+            ["objective={name: dpo}", "train.images_per_prompt=1"],
+            "images of the same prompt are compared; use 2 or more",
+        ),
+        (
+            ["objective={name: prdp}", "sampler.dynamics={name: ode}"],
+            "the objective learns from stochastic steps, but sampler",
+        ),
+    ],
+)
+def test_an_objective_that_is_not_given_what_it_learns_from_is_answered(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load_config(TINY, [*SMALL, *overrides])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective={name: alignprop}", "train.images_per_prompt=1", "rewards={brightness: 1}"],
+        [
+            "objective={name: dpo}",
+            "data.pairs=p.jsonl",
+            "train.images_per_prompt=1",
+            "rewards={}",
+            "data.prompts=''",
+        ],
+        ["objective={name: nft}"],
+        [
+            "objective={name: nft}",
+            "sampler={steps: 8, dynamics: {name: ode}, window: {range: [0, 0]}}",
+        ],
+        ["objective={name: sft}", "data.pairs=p.jsonl", "train.images_per_prompt=1"],
+    ],
+)
+def test_an_objective_that_is_given_what_it_learns_from_is_not(overrides):
+    load_config(TINY, [*SMALL, *overrides])

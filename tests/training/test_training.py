@@ -1,0 +1,579 @@
+"""A run from start to end: its folder, its metrics, going on, and what it answers when it fails."""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from flowalign.cli import main
+from flowalign.config.load import load_config
+from flowalign.config.resolved import resolve
+from flowalign.diagnostics.check import check
+from flowalign.errors import RunError, UserError
+from flowalign.evaluation.results import EvaluationResult
+from flowalign.evaluation.statistics import paired_difference
+from flowalign.files import read_tensors, to_json
+from flowalign.policy import Policy, Sampler
+from flowalign.reporting.trackers import read_metrics
+from flowalign.rewards.registry import load_rewards
+from flowalign.runs.adapter import load_adapter
+from flowalign.runs.checkpoint import checkpoints
+from flowalign.training import trainer
+from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished small run with EMA and KL: its folder."""
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    overrides = [
+        "train.ema.decay=0.5",
+        "objective.kl_weight=0.1",
+        "train.evaluate_every=1",
+        "train.learning_rate=1e-2",
+    ]
+    trainer.train(small_config(folder, *overrides))
+    return folder
+
+
+def test_a_run_folder_holds_what_was_promised(run):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "tensorboard",
+    ):
+        assert (run / name).exists(), name
+    assert (run / "pictures" / "before-after.png").exists()
+    assert (run / "adapter" / "README.md").exists()
+    saved = checkpoints(run)[-1]
+    assert saved.name == "step-000002"
+    assert {
+        "state.json",
+        "optimizer.safetensors",
+        "snapshots",
+        "pytorch_lora_weights.safetensors",
+    } <= {p.name for p in saved.iterdir()}
+
+
+def test_metrics_and_summary_keep_the_contract(run):
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    wanted = {
+        "step",
+        "images",
+        "seconds",
+        "loss",
+        "grad_norm",
+        "ratio/mean",
+        "ratio/max_log_error",
+        "kl",
+    }
+    assert wanted | {"reward/scene_match", "reward/scene_match_graded"} <= set(lines[0])
+    assert "eval/scene_match" in lines[0]
+    assert lines[-1]["images"] == 12
+    assert lines[0]["ratio/max_log_error"] <= 1e-6
+    assert lines[0]["kl"] == 0
+    assert lines[1]["kl"] > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["before"]) == set(summary["after"]) == {"scene_match", "scene_match_graded"}
+    low, mean, high = summary["difference"]["scene_match_graded"]
+    assert low <= mean <= high
+    assert summary["images"] == 12
+    assert summary["stopped"] == "finished"
+    assert summary["peak_memory_bytes"] > 1e8
+
+
+def test_the_resolved_configuration_is_the_same_configuration(run, tmp_path):
+    again = load_config(run / "config.yaml")
+    assert resolve(again)["train"]["learning_rate"] == 1e-2
+    assert resolve(load_config(run / "config.yaml")) == resolve(again)
+
+
+def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
+    """Alpha is not the rank here, so a lost alpha would show."""
+    config = small_config(run, "train.ema.decay=0.5")
+    policy = make_policy(config.evaluation_sampler, lora=config.model.lora)
+    load_adapter(policy, run / "adapter")
+    snapshot = load_file(
+        checkpoints(run)[-1] / "snapshots" / "ema" / "pytorch_lora_weights.safetensors"
+    )
+    adapter = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(snapshot[key], adapter[key]) for key in adapter)
+    path = policy.at("policy").generate(two_groups(policy, 1))
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        ROOT / "assets" / "tiny-sd3", text_encoder_3=None, tokenizer_3=None
+    )
+    pipe.load_lora_weights(str(run / "adapter"))
+    settings = {
+        "num_inference_steps": config.evaluation_sampler.steps,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 0,
+        "output_type": "pt",
+    }
+    prompts = two_groups(policy, 1).prompts
+    theirs = pipe(prompts, latents=path.x[:, 0].clone(), height=64, width=64, **settings).images
+    bare = policy.decode(policy.at("reference").generate(two_groups(policy, 1)).x[:, -1])
+    assert_close(policy.decode(path.x[:, -1]), theirs, atol=1e-4, rtol=0)
+    assert (bare - theirs).abs().max() > 1e-3
+
+
+def test_stopping_and_going_on_equals_never_stopping(tmp_path):
+    overrides = [
+        "train.ema.decay=0.5",
+        "train.warmup=3",
+        "train.updates_per_step=2",
+        "train.images_per_pass=3",
+    ]
+    trainer.train(small_config(tmp_path / "whole", *overrides, "train.steps=3"))
+    trainer.train(small_config(tmp_path / "parts", *overrides, "train.steps=2"))
+    trainer.train(small_config(tmp_path / "parts", *overrides, "train.steps=3"))
+    whole, parts = (
+        read_tensors(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]
+
+
+def test_the_learning_rate_rises_at_the_start_and_falls_at_the_end(tmp_path):
+    overrides = [
+        "train.warmup=2",
+        "train.cooldown=3",
+        "train.learning_rate=8e-3",
+        "train.updates_per_step=2",
+    ]
+    run = trainer.prepare(
+        small_config(tmp_path / "run", *overrides, "train.images_per_pass=3", "train.steps=3")
+    )
+    (group,), rates, update = run.learned.optimizer.param_groups, [], run.learned.optimizer.step
+
+    def noting() -> None:
+        rates.append(group["lr"])
+        update()
+
+    run.learned.optimizer.step = noting
+    run.loop()
+    assert rates == pytest.approx([4e-3, 8e-3, 8e-3, 6e-3, 4e-3, 2e-3])
+
+
+def test_copies_follow_by_the_updates_so_far(tmp_path, monkeypatch):
+    followed, follow = [], Policy.update_copy
+
+    def following(policy, name, decay):
+        followed.extend([decay] if name == "old" else [])
+        follow(policy, name, decay)
+
+    monkeypatch.setattr(Policy, "follow", following)
+    objective = "objective={name: nft, old: {slope: 0.1, end: 0.5}}"
+    config = small_config(
+        tmp_path / "run",
+        objective,
+        "train.updates_per_step=2",
+        "train.images_per_pass=3",
+        "train.steps=4",
+    )
+    trainer.train(config)
+    assert followed == pytest.approx([0.0, 0.0, 0.2, 0.4, 0.5])  # the first as it begins
+
+
+def test_another_experiment_in_the_same_folder_is_refused(run):
+    with pytest.raises(UserError, match=r"another .*train\.prompts_per_step"):
+        trainer.train(small_config(run, "train.prompts_per_step=4"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
+    config = small_config(tmp_path / "run", "train.steps=50")
+    run = trainer.prepare(config)
+    source = run.assembly.source
+
+    def interrupted(step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return source(step)
+
+    run.assembly = replace(run.assembly, source=interrupted)
+    summary = run.go()
+    assert summary["stopped"] == "interrupted"
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
+    assert "the same command goes on from there" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step_trains_none(tmp_path):
+    run = trainer.prepare(small_config(tmp_path / "run"))
+    run.interrupted = True
+    assert run.go()["stopped"] == "interrupted"
+    assert not read_metrics(tmp_path / "run")
+
+
+def test_too_little_memory_ends_with_what_to_lower(tmp_path):
+    run = trainer.prepare(small_config(tmp_path / "run"))
+
+    def too_large(step):
+        raise torch.OutOfMemoryError("no room")
+
+    run.assembly = replace(run.assembly, source=too_large)
+    with (
+        pytest.raises(RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true"),
+        run.writing(),
+    ):
+        run.go()
+
+
+@pytest.mark.parametrize("command", [trainer.train, check])
+def test_too_little_memory_for_the_model_ends_with_what_to_lower(command, monkeypatch, tmp_path):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(sys.modules[command.__module__], "load_model", too_large)
+    with pytest.raises(
+        RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true; `flowalign plan`"
+    ):
+        command(small_config(tmp_path / "run"))
+
+
+def test_figures_that_are_not_finite_are_null_in_the_files():
+    assert json.loads(to_json({"a": [1.5, math.inf], "b": (math.nan, 2)})) == {
+        "a": [1.5, None],
+        "b": [None, 2],
+    }
+
+
+def test_a_group_of_equal_rewards_is_reported_and_teaches_nothing(tmp_path):
+    (tmp_path / "flat.py").write_text(
+        "def flat(images, prompts, metadata):\n    return [1.0] * len(images)\n"
+    )
+    overrides = [
+        f'rewards={{"{tmp_path}/flat.py:flat": 1.0}}',
+        "train.steps=1",
+        "evaluation.rewards={brightness: 1.0}",
+    ]
+    trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["reward/groups_without_spread"] == 1
+    assert line["grad_norm"] == 0
+
+
+def test_two_updates_a_step_are_off_policy_from_the_second_on(tmp_path):
+    overrides = [
+        "train.updates_per_step=2",
+        "train.images_per_pass=3",
+        "train.steps=1",
+        "train.learning_rate=1e-2",
+    ]
+    trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["ratio/max_log_error"] <= 1e-6
+    assert line["ratio/mean"] != 1
+
+
+USER_REWARDS = """
+calls = 0
+
+
+def library_fails(images, prompts, metadata):
+    from torch.nn import functional
+    return functional.interpolate(images, scale_factor="two")
+
+
+def wrong_shape(images, prompts, metadata):
+    return images.mean((2, 3))
+
+
+def raises(images, prompts, metadata):
+    return 1 / 0
+
+
+def fails_later(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls > 12:
+        raise ConnectionError("the scorer is gone")
+    return images.mean((1, 2, 3))
+
+
+def not_finite(images, prompts, metadata):
+    return [float("inf")] * len(images)
+
+
+def redness(images, prompts, metadata):
+    red, green, blue = images.unbind(1)
+    return (red - (green + blue) / 2).mean((1, 2))
+"""
+
+
+@pytest.fixture
+def user_rewards(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(USER_REWARDS)
+    return tmp_path / "my_rewards.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong_shape", r"returned shape \(4, 3\).*expected 4 numbers"),
+        ("raises", "ZeroDivisionError.*line 15"),
+        ("library_fails", r"my_rewards\.py, line 7"),
+        ("not_finite", "returned inf; expected numbers, finite"),
+    ],
+)
+def test_a_reward_that_is_wrong_is_refused_before_training(name, message, user_rewards, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer.train(small_config(tmp_path / "run", f'rewards={{"{user_rewards}:{name}": 1.0}}'))
+
+
+def test_a_reward_that_fails_while_running_leaves_the_steps_done(user_rewards, tmp_path):
+    overrides = [
+        f'rewards={{"{user_rewards}:fails_later": 1.0}}',
+        "train.steps=20",
+        "evaluation.rewards={brightness: 1.0}",
+    ]
+    with pytest.raises(
+        RunError, match=r"fails_later raised ConnectionError: the scorer is gone[\s\S]*step-00000"
+    ):
+        trainer.train(small_config(tmp_path / "run", *overrides))
+    assert checkpoints(tmp_path / "run")
+
+
+def test_a_users_file_imports_its_neighbours(tmp_path):
+    (tmp_path / "weights_of_mine.py").write_text("RED = 0.25")
+    (tmp_path / "neighbourly.py").write_text(
+        "import weights_of_mine\ndef red(i, p, m):\n    return i[:, 0, 0, 0] * weights_of_mine.RED\n"
+    )
+    (reward,) = load_rewards({f"{tmp_path}/neighbourly.py:red": 1.0})
+    assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [0.25, 0.25]
+
+
+def test_a_module_beside_the_user_is_found_where_an_installed_script_was_started(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "taste.py").write_text(
+        "def red(images, prompts, metadata):\n    return images[:, 0, 0, 0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.path", [folder for folder in sys.path if folder not in ("", str(tmp_path))]
+    )
+    (reward,) = load_rewards({"house.taste:red": 1.0})
+    assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [1, 1]
+
+
+def test_one_reward_twice_is_logged_by_the_names_it_was_given(user_rewards, tmp_path):
+    first, second = (
+        f'{{reward: "{user_rewards}:redness"}}',
+        f'{{reward: "{user_rewards}:redness", weight: -0.5}}',
+    )
+    overrides = [
+        f"rewards={{first: {first}, second: {second}}}",
+        "evaluation.rewards={}",
+        "train.steps=1",
+    ]
+    summary = trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert (
+        line["reward/first"]
+        == line["reward/second"]
+        == pytest.approx(2 * line["reward/combined"], abs=1e-6)
+    )
+    assert set(summary["after"]) == {"first", "second"}
+
+
+def test_a_users_reward_trains_and_is_logged_by_name(user_rewards, tmp_path):
+    overrides = [
+        f'rewards={{"{user_rewards}:redness": 1.0, "brightness": 0.5}}',
+        "evaluation.rewards={}",
+        "train.steps=1",
+    ]
+    summary = trainer.train(small_config(tmp_path / "run", *overrides))
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["reward/combined"] == pytest.approx(
+        line["reward/redness"] + 0.5 * line["reward/brightness"], abs=1e-6
+    )
+    assert set(summary["after"]) == {"redness", "brightness"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], "Did you mean 'steps'"),
+        (["trian.steps=3"], "Did you mean 'train'"),
+        (["rewards={scene_mach: 1.0}"], "Did you mean 'scene_match"),
+        (["train.images_per_prompt=1"], "use 2 or more"),
+        (["data.prompts=nowhere.txt"], "there is no file nowhere.txt"),
+        (["model.path=assets/prompts"], "no model_index.json"),
+        (["sampler.dynamics={name: ode}"], "stochastic steps"),
+        (["train.images_per_pass=4"], "nearest that divide: 3 or 6"),
+        (["train.prompts_per_step=3", "train.updates_per_step=2"], "nearest that can: 2 or 4"),
+        (['rewards={"nowhere.py:f": 1.0}'], "there is no file nowhere.py"),
+        (["nonsense"], "write section.key=value"),
+    ],
+)
+def test_what_users_get_wrong_ends_with_one_message_and_status_2(
+    overrides, message, tmp_path, capsys
+):
+    assert main(["train", str(TINY), *SMALL, f"output={tmp_path}/run", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_file_is_answered_with_the_nearest(capsys):
+    assert main(["train", "configs/tiny/flow_grp.yaml"]) == 2
+    assert "Did you mean 'flow_grpo.yaml'" in capsys.readouterr().err
+
+
+def test_a_failing_reward_ends_with_status_1(user_rewards, tmp_path, capsys):
+    overrides = [
+        f'rewards={{"{user_rewards}:fails_later": 1.0}}',
+        "train.steps=20",
+        "evaluation.rewards={brightness: 1.0}",
+    ]
+    assert main(["train", str(TINY), *SMALL, f"output={tmp_path}/run", *overrides]) == 1
+    assert "goes on from there" in capsys.readouterr().err
+
+
+def test_sampling_a_run_writes_the_grid_and_the_figures(run, capsys):
+    assert main(["sample", str(run), "a red circle", "two blue squares"]) == 0
+    assert "Pictures:" in capsys.readouterr().out
+    figures = json.loads((run / "samples" / "rewards.json").read_text())
+    assert set(figures) == {"before", "after", "difference", "adapter"}
+    assert (run / "samples" / "before-after.png").exists()
+
+
+def test_sampling_a_model_writes_pictures(tmp_path):
+    assert (
+        main(
+            [
+                "sample",
+                "assets/tiny-sd3",
+                "a red circle",
+                "--steps",
+                "2",
+                "--images",
+                "2",
+                "--output",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "pictures.png").exists()
+
+
+@pytest.mark.parametrize("source", ["assets/prompts", "nowhere/at/all"])
+def test_sampling_something_else_is_answered(source, capsys):
+    assert main(["sample", source, "a red circle"]) == 2
+    assert source in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path):
+    policy = make_policy(Sampler(), lora=small_config(run).model.lora)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(UserError, match="is damaged"):
+        load_adapter(policy, tmp_path)
+
+
+def test_an_adapter_of_another_rank_is_refused(run):
+    policy: Policy = make_policy(
+        lora=small_config(run, "model.lora.targets=[attn.to_q]").model.lora
+    )
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(policy, run / "adapter")
+
+
+def test_the_interval_is_student_s_over_prompts():
+    prompt = torch.tensor([0, 0, 1, 1, 2, 2])
+    before = EvaluationResult(prompt, {"r": torch.zeros(6)}, torch.zeros(0), torch.zeros(0))
+    after = EvaluationResult(
+        prompt, {"r": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])}, torch.zeros(0), torch.zeros(0)
+    )
+    low, mean, high = paired_difference(before, after)["r"]
+    assert mean == pytest.approx(0.5)
+    assert high - mean == pytest.approx(4.302653 * 0.5 / 3**0.5, rel=1e-5)
+    assert mean - low == pytest.approx(high - mean)
+
+
+def test_stirring_an_adapter_moves_the_pictures():
+    policy = make_policy()
+    stir(policy)
+    batch = two_groups(policy, 1)
+    assert not torch.equal(
+        policy.at("policy").generate(batch).x[:, -1],
+        policy.at("reference").generate(batch).x[:, -1],
+    )
+
+
+def test_the_readme_s_reward_trains_as_printed_there(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (code,) = [
+        block.split("```")[0]
+        for block in text.split("```python\n")[1:]
+        if block.startswith("def redness")
+    ]
+    (tmp_path / "my_rewards.py").write_text(code)
+    (command,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith("python train.py configs/tiny/flow_grpo.yaml rewards=")
+    ]
+    arguments = [
+        word.replace("my_rewards.py", str(tmp_path / "my_rewards.py"))
+        for word in shlex.split(command)[2:]
+    ]
+    assert arguments[-1] == "output=outputs/redness"
+    assert (
+        main(["train", *arguments[:-1], *SMALL, f"output={tmp_path / 'run'}", "train.steps=1"]) == 0
+    )
+    assert "reward/redness" in read_metrics(tmp_path / "run")[0]
+
+
+def test_the_page_s_objective_trains_as_printed_there(tmp_path):
+    text = (ROOT / "docs" / "your-own-objective.md").read_text()
+    (tmp_path / "mine.py").write_text(text.split("```python\n")[1].split("```")[0])
+    (command,) = [line for line in text.splitlines() if line.startswith("python train.py")]
+    arguments = [
+        word.replace("mine.py", str(tmp_path / "mine.py")) for word in shlex.split(command)[2:]
+    ]
+    small = [setting for setting in SMALL if "window" not in setting]
+    assert (
+        main(["train", *arguments[:-1], *small, f"output={tmp_path / 'run'}", "train.steps=1"]) == 0
+    )
+    assert "moved" in read_metrics(tmp_path / "run")[0]
+    assert len(text.splitlines()) < 80
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "docs/running.md",
+        "docs/rewards.md",
+        "docs/configuration.md",
+        "docs/your-own-objective.md",
+    ],
+)
+def test_every_file_that_the_pages_name_exists(name):
+    text = (ROOT / name).read_text()
+    for path in re.findall(
+        r"\b(?:configs|docs|assets|scripts|benchmarks|flowalign)/[\w/.-]*\w", text
+    ):
+        assert (ROOT / path).exists() or any(ROOT.glob(path + "*")), f"{name} names {path}"
