@@ -25,8 +25,9 @@ GRADIENT = """
 import sys
 import torch
 from safetensors.torch import save_file
-from flowalign import processes, trainer
-from flowalign.gradient import compute_gradient, Meter
+from flowalign import distributed
+from flowalign.training import trainer
+from flowalign.training.gradient import compute_gradient, Meter
 from flowalign.policy import Policy
 from tests.tiny import small_config, stir
 

@@ -255,7 +255,7 @@ def test_a_run_that_had_no_checkpoint_yet_starts_again_in_its_folder(run, finish
 
 
 def test_two_runs_do_not_work_in_one_folder(run, capsys):
-    hold = "import sys; from pathlib import Path; from flowalign.folder import claim; claim(Path(sys.argv[1])); print(); input()"
+    hold = "import sys; from pathlib import Path; from flowalign.runs.folder import claim; claim(Path(sys.argv[1])); print(); input()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
