@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 from torch.profiler import profile, ProfilerActivity, record_function
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
@@ -71,6 +75,27 @@ COLUMNS = {
 }
 
 
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Count the operations of attention from the shapes of its inputs."""
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """Count the operations of attention's gradient from the shapes of its inputs."""
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# Torch has formulas for the attention kernels of GPUs. Up to version 2.14 it has none for the
+# kernel of CPUs, and counts it as zero operations.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+"""Formulas for operators that some versions of torch do not count."""
+
+
 @dataclass
 class Figures:
     """Of a run's step, in bytes where nothing else is said."""
@@ -113,7 +138,8 @@ def measured(config: Config) -> Figures:
             for x in [*part.parameters(), *part.buffers()]
         ]
     )
-    runs, calls, operations = list[Assembly](), Counter[str](), FlopCounterMode(display=False)
+    runs, calls = list[Assembly](), Counter[str]()
+    operations = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
     def begin() -> None:
         runs.append(assemble(inputs, model))
