@@ -14,8 +14,8 @@ from flowalign.files import to_json
 from flowalign.models import load_model
 from flowalign.models.loading import describe
 from flowalign.policy import Policy, Sampler
-from flowalign.reporting.images import before_after, labelled
-from flowalign.reporting.trackers import print_differences
+from flowalign.reporting.console import print_differences
+from flowalign.reporting.images import save_before_after, save_sheet
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.rollouts.scoring import RolloutScorer
@@ -64,7 +64,7 @@ def sample_run(run: Path, options: Namespace) -> None:
     images, shown = evaluator.pictures(made)
     folder = Path(options.output or run / "samples")
     labels = [prompts[i].text for i in shown.tolist()]
-    before_after(images, evaluator.pictures(remade)[0], labels, folder / "before-after.png")
+    save_before_after(images, evaluator.pictures(remade)[0], labels, folder / "before-after.png")
     print(f"Pictures: {folder / 'before-after.png'}")
     before, after = evaluator.judged(made), evaluator.judged(remade)
     difference = paired_difference(before, after)
@@ -75,7 +75,7 @@ def sample_run(run: Path, options: Namespace) -> None:
         "adapter": str(adapter),
     }
     (folder / "rewards.json").write_text(to_json(figures, indent=2))
-    print_differences(before.means, after.means, difference)
+    print_differences(before.means, after.means, difference, len(prompts))
 
 
 def adapter_of(run: Path) -> Path:
@@ -116,7 +116,7 @@ def sample_model(options: Namespace) -> None:
     batch = make_prompts(policy, [prompts[p] for p, _ in members], keys)
     images = collect(policy.at("reference"), batch, AT_ONCE).images
     path = Path(options.output or Path("outputs") / "samples") / "pictures.png"
-    labelled({"": images}, batch.prompts, path)
+    save_sheet({"": images}, batch.prompts, path)
     print(f"Pictures: {path}")
 
 

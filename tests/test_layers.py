@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 ORDER = [
-    *("errors", "bundled", "files", "distributed", "flow", "settings"),
+    *("errors", "progress", "bundled", "files", "distributed", "flow", "settings"),
     *("dynamics", "advantages", "batch"),
     *("worlds", "models", "data", "rewards"),
     "policy",
     *("objectives", "rollouts", "search"),
     *("evaluation", "config", "reporting", "labelling", "runs"),
     *("training", "diagnostics", "sampling"),
-    "cli",
+    *("api", "cli"),
     *("train", "sample"),
 ]
 """Folders and top-level modules, lowest first. Nothing imports what stands to its right."""

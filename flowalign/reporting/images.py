@@ -1,58 +1,90 @@
-"""Sheets and grids of pictures."""
+"""Picture files: labelled sheets, grids, and single pictures. Pictures are bytes (B, 3, H, W)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+SHEET_COLUMNS = 6
+CAPTION_LINES = 4
+LINE_HEIGHT = 16
+LABEL_WIDTH = 56
+GAP = 8
+ROW_GAP = 4
+SMALLEST_SIDE = 128
+"""Pixels. A sheet enlarges smaller pictures by a whole number, so that pixels stay square."""
 
-def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path) -> None:
-    """A labelled grid of byte pictures (B, 3, H, W): for every prompt before above after."""
-    labelled({"before": before, "after": after}, prompts, path)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def labelled(rows: dict[str, Tensor], prompts: list[str], path: Path) -> None:
-    """A sheet of byte pictures (B, 3, H, W): under every prompt its picture of each row."""
+def save_before_after(before: Tensor, after: Tensor, prompts: Sequence[str], path: Path) -> None:
+    """Save a sheet that shows each prompt's picture before training above the one after it."""
+    save_sheet({"before": before, "after": after}, prompts, path)
+
+
+def save_sheet(rows: Mapping[str, Tensor], prompts: Sequence[str], path: Path) -> None:
+    """Save a sheet with one block per prompt: its text, then its picture of every row.
+
+    Args:
+        rows: Pictures (B, 3, H, W) in bytes by the label of their row. An empty label leaves out
+            the margin for labels.
+        prompts: One text per picture.
+        path: The PNG file. Missing folders are created.
+    """
     height, width = next(iter(rows.values())).shape[-2:]
-    scale = max(1, round(128 / width))
+    scale = max(1, round(SMALLEST_SIDE / width))
     size = width * scale, height * scale
     font = ImageFont.load_default(size=12)
-    titles = [_wrapped(prompt, size[0], font) for prompt in prompts]
-    margin, gap, text = 56 if any(rows) else 8, 8, 16 * max(map(len, titles)) + 4
-    columns = min(6, len(prompts))
-    block = text + len(rows) * (size[1] + 4) + 2 * gap
-    sheet = Image.new(
-        "RGB", (margin + columns * (size[0] + gap), -(-len(prompts) // columns) * block), "white"
-    )
+    captions = [_wrap(prompt, size[0], font) for prompt in prompts]
+    margin = LABEL_WIDTH if any(rows) else GAP
+    caption_height = LINE_HEIGHT * max(map(len, captions)) + 4
+    columns = min(SHEET_COLUMNS, len(prompts))
+    block = caption_height + len(rows) * (size[1] + ROW_GAP) + 2 * GAP
+    lines = -(-len(prompts) // columns)
+    sheet = Image.new("RGB", (margin + columns * (size[0] + GAP), lines * block), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(titles):
-        x, y = margin + i % columns * (size[0] + gap), i // columns * block
-        draw.multiline_text((x, y + 2), "\n".join(title), "black", font)
+    for i, caption in enumerate(captions):
+        x, y = margin + i % columns * (size[0] + GAP), i // columns * block
+        draw.multiline_text((x, y + 2), "\n".join(caption), "black", font)
         for row, (label, pictures) in enumerate(rows.items()):
-            top = y + text + row * (size[1] + 4)
-            picture = Image.fromarray(pictures[i].permute(1, 2, 0).numpy())
-            sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, top))
+            top = y + caption_height + row * (size[1] + ROW_GAP)
+            sheet.paste(to_pil(pictures[i]).resize(size, Image.Resampling.NEAREST), (x, top))
             if i % columns == 0:
                 draw.text((6, top + size[1] // 2 - 8), label, "black", font)
+    _save(sheet, path)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Save pictures as one grid without text."""
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=200)
+    _save(to_pil(grid), path)
+
+
+def save_picture(image: Tensor, path: Path) -> None:
+    """Save one picture (3, H, W) in bytes at its own size."""
+    _save(to_pil(image), path)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Convert a picture (3, H, W) in bytes."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _save(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    picture.save(path)
 
 
-def _wrapped(prompt: str, width: int, font: Any) -> list[str]:
+def _wrap(prompt: str, width: int, font: Font) -> list[str]:
+    """Break a prompt into lines that are at most `width` pixels wide; long prompts are cut."""
     lines = [""]
     for word in prompt.split():
         longer = f"{lines[-1]} {word}".strip()
+        # A word that is wider than the picture still gets a line of its own.
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
-    return lines[:4]
-
-
-def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Byte pictures (B, 3, H, W) as one PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=200)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    return lines[:CAPTION_LINES]

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from flowalign.evaluation.statistics import paired_difference
 from flowalign.files import to_json, write_file
 from flowalign.models import load_model
 from flowalign.policy import Policy
+from flowalign.reporting.console import print_differences
 from flowalign.reporting.html import write_report
-from flowalign.reporting.images import before_after, save_grid
-from flowalign.reporting.trackers import print_differences, Tracker
+from flowalign.reporting.images import save_before_after, save_grid
+from flowalign.reporting.trackers import open_trackers, Trackers
 from flowalign.rollouts.scoring import NotFinite
 from flowalign.runs.checkpoint import (
     checkpoints,
@@ -128,7 +129,7 @@ class Run:
             unit="step",
             disable=not main,
         )
-        with bar, Tracker(self.folder, self.state.step) if main else nullcontext() as tracker:
+        with bar, open_trackers(self.folder, self.state.step) if main else Trackers() as tracker:
             if self.evaluation_due:
                 self.record(self.progress, tracker)
             while not (stopped := self.stopped()):
@@ -155,15 +156,14 @@ class Run:
             self.save()
         return stopped
 
-    def record(self, metrics: dict[str, float], tracker: Tracker | None) -> None:
+    def record(self, metrics: dict[str, float], tracker: Trackers) -> None:
         """Log a step, with its evaluation where it owes one; the step is logged also where the evaluation fails."""
         try:
             if self.evaluation_due:
                 metrics |= self.evaluate()
                 self.state.evaluations.append(metrics)
         finally:
-            if tracker:
-                tracker.log(metrics)
+            tracker.log(self.state.step, metrics)
 
     def stopped(self) -> str:
         """Why no further step is made: "finished", "interrupted", the rule that stops the run, or nothing."""
@@ -301,14 +301,19 @@ class Run:
         if distributed.is_main():
             export_adapter(self.policy, self.folder / "adapter", self.best_weights, self.config)
             labels = [self.assembly.evaluator.prompts[i].text for i in after.shown.tolist()]
-            before_after(
+            save_before_after(
                 before.images, after.images, labels, self.folder / "pictures" / "before-after.png"
             )
             self._write_summary(summary)
             write_report(self.folder, summary)
             if stopped != "finished":
                 print(f"Stopped after step {self.state.step} by train.stop: {stopped}.")
-            print_differences(summary["before"], summary["after"], summary["difference"])
+            print_differences(
+                summary["before"],
+                summary["after"],
+                summary["difference"],
+                prompts=len(self.assembly.evaluator.prompts),
+            )
             for what, place in (
                 ("Pictures", "pictures/before-after.png"),
                 ("Report", "report.html"),

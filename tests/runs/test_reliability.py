@@ -25,7 +25,7 @@ from flowalign.errors import RunError, UserError
 from flowalign.evaluation.early_stopping import best_step, stop_reason, StopRule
 from flowalign.files import sha256, SUMS, verify
 from flowalign.reporting import html as report
-from flowalign.reporting.trackers import read_metrics, Tracker
+from flowalign.reporting.trackers import JsonLines, read_metrics
 from flowalign.runs import checkpoint
 from flowalign.runs.checkpoint import checkpoints, load_checkpoint, Progress, read_state
 from flowalign.training import setup as assembly
@@ -349,7 +349,7 @@ class Failing:
             (Path, "write_text", lambda file, *_: file),
             (Path, "write_bytes", lambda file, *_: file),
             (Image.Image, "save", lambda image, file: file),
-            (Tracker, "log", lambda tracker, metrics: tracker.file),
+            (JsonLines, "log", lambda tracker, step, metrics: tracker.file),
             (files, "flush", None),
             (Path, "rename", None),
             (Path, "replace", None),
@@ -387,7 +387,7 @@ def quick(run, steps):
 
 
 def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "_curves", lambda *_: b"")
+    monkeypatch.setattr(report, "draw_curves", lambda *_: [])
     monkeypatch.setattr(assembly, "look_at", lambda *_, **__: None)
     assert quick(tmp_path / "begun", 1) == quick(tmp_path / "whole", 2) == 0
     for first in itertools.count(1):

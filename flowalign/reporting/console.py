@@ -1,0 +1,202 @@
+"""Show a run on the console: a header, progress, messages, and a table of results.
+
+On a terminal, rich draws progress in place. Everywhere else (a pipe, a log file) it is
+printed as plain lines, at most one every few seconds, without colours or carriage returns.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from flowalign import progress
+
+SECONDS_BETWEEN_LINES = 5.0
+Interval = tuple[float, float, float]
+
+
+@contextmanager
+def shown(console: Console | None = None) -> Iterator[Console]:
+    """Show the progress of everything inside this context on the console.
+
+    Processes other than the first show nothing, so that a distributed run prints each line once.
+    """
+    console = console or make_console()
+    if console.is_terminal and not console.quiet:
+        # `transient` removes finished bars: what stays on the screen are messages and results.
+        with Progress(*_columns(), console=console, transient=True) as bars:
+            with progress.shown_on(TerminalDisplay(bars)):
+                yield console
+    else:
+        with progress.shown_on(PlainDisplay(console)):
+            yield console
+
+
+def make_console() -> Console:
+    """Make a console that writes to the present standard output, on the first process only."""
+    # torchrun and accelerate set RANK. Asking torch would cost seconds before the first line.
+    return Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
+
+
+def print_facts(console: Console, title: str, facts: Mapping[str, str]) -> None:
+    """Print what is about to run: a title and one line per fact."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(f"  {name}", value)
+    console.print(title, style="bold")
+    console.print(table)
+
+
+def print_differences(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    difference: Mapping[str, Interval],
+    prompts: int,
+    console: Console | None = None,
+) -> None:
+    """Print each reward before and after, and the 95 % interval of the difference.
+
+    Args:
+        before: Mean of each reward without the adapter.
+        after: Mean of each reward with the adapter.
+        difference: Low end, mean and high end of the paired difference.
+        prompts: Number of prompts that the intervals rest on.
+        console: Where to print; standard output by default.
+    """
+    table = Table(
+        Column("reward", overflow="fold"),
+        *(Column(name, justify="right") for name in ("before", "after", "difference")),
+        Column("95 % interval", justify="right", no_wrap=True),
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+    )
+    for name, (low, mean, high) in difference.items():
+        numbers = f"{before[name]:.3f}", f"{after[name]:.3f}", f"{mean:+.3f}"
+        table.add_row(name, *numbers, f"{low:+.3f} to {high:+.3f}")
+    console = console or make_console()
+    console.print(table)
+    console.print(interval_note(prompts), style="dim", soft_wrap=True)
+
+
+def interval_note(prompts: int) -> str:
+    """Say how many prompts an interval rests on, and warn if they are few."""
+    if prompts == 1:
+        return "The interval compares images of 1 prompt. Use several prompts to compare models."
+    few = " Use 20 or more prompts for a narrow interval." if prompts < 20 else ""
+    return f"The intervals rest on {prompts} prompts.{few}"
+
+
+class TerminalDisplay:
+    """Draw tasks as bars that update in place, and print messages above them."""
+
+    def __init__(self, bars: Progress):
+        self.bars = bars
+
+    @contextmanager
+    def task(self, description: str, total: int | None, done: int) -> Iterator["TerminalTask"]:
+        """Show a bar until the context ends."""
+        bar = self.bars.add_task(description, total=total, completed=done, count="", note="")
+        work = TerminalTask(self.bars, bar, total, done)
+        work.advance(0)
+        try:
+            yield work
+        finally:
+            self.bars.remove_task(bar)
+
+    def say(self, text: str) -> None:
+        """Print a message above the bars."""
+        self.bars.console.print(text, soft_wrap=True)
+
+
+class TerminalTask:
+    """One bar."""
+
+    def __init__(self, bars: Progress, bar: TaskID, total: int | None, done: int):
+        self.bars, self.bar, self.total, self.done = bars, bar, total, done
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Move the bar."""
+        self.done += count
+        text = "" if self.total is None else f"{self.done}/{self.total}"
+        self.bars.update(self.bar, completed=self.done, count=text, note=note)
+
+
+class PlainDisplay:
+    """Print tasks as lines, at most one every few seconds."""
+
+    def __init__(self, console: Console, seconds: float = SECONDS_BETWEEN_LINES):
+        self.console, self.seconds = console, seconds
+        self.open_tasks = 0
+        self.last_line = 0.0
+
+    @contextmanager
+    def task(self, description: str, total: int | None, done: int) -> Iterator["PlainTask"]:
+        """Print the start and the end of a task. A task inside another one prints no such lines."""
+        work = PlainTask(self, description, total, done)
+        outermost = self.open_tasks == 0
+        self.open_tasks += 1
+        try:
+            if outermost:
+                work.print_line()
+            yield work
+            if outermost and not work.is_printed:
+                work.print_line()
+        finally:
+            self.open_tasks -= 1
+
+    def say(self, text: str) -> None:
+        """Print a line. Lines are never wrapped, so that paths in a log file stay whole."""
+        self.console.print(text, soft_wrap=True)
+        self.console.file.flush()
+        self.last_line = time.monotonic()
+
+
+class PlainTask:
+    """A task whose count is printed now and then."""
+
+    def __init__(self, display: PlainDisplay, description: str, total: int | None, done: int):
+        self.display, self.description = display, description
+        self.total, self.done, self.note = total, done, ""
+        self.is_printed = False
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Print a line if the last one was long ago, or if this is the first item."""
+        first = self.note == "" != note
+        self.done, self.note, self.is_printed = self.done + count, note, False
+        if first or time.monotonic() - self.display.last_line >= self.display.seconds:
+            self.print_line()
+
+    def print_line(self) -> None:
+        """Print the description, the count and the note."""
+        count = "" if self.total is None else f": {self.done} of {self.total}"
+        note = f"  {self.note}" if self.note else ""
+        self.display.say(f"{self.description}{count}{note}")
+        self.is_printed = True
+
+
+def _columns() -> tuple[SpinnerColumn | TextColumn | BarColumn | TimeElapsedColumn, ...]:
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
