@@ -1,8 +1,12 @@
-"""Which process this is, of how many, and what they tell each other; accelerate starts them."""
+"""Processes of a run: which rank this is, and the collectives between ranks.
+
+accelerate starts and connects the processes. Every function here that exchanges something is a
+collective: all ranks must call it, in the same order, or the run hangs.
+"""
 
 import os
 from collections.abc import Callable
-from typing import Any, cast, TypeVar
+from typing import cast, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -14,83 +18,108 @@ from torch import Tensor
 
 from flowalign.errors import RunError, UserError
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 def state() -> PartialState:
+    """Return accelerate's state, which connects the processes when it is first asked for."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def device() -> torch.device:
-    """This process's. UserError when there are more processes than GPUs."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and here > torch.cuda.device_count():
+    """Return the device of this rank.
+
+    Raises:
+        UserError: More processes were started on this machine than it has GPUs.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UserError(
-            f"{here} processes were started, but there are {torch.cuda.device_count()} GPUs; start one for each."
+            f"{processes} processes were started, but this machine has "
+            f"{torch.cuda.device_count()} GPUs. Start one process for each GPU."
         )
     return cast(torch.device, state().device)
 
 
 def rank() -> int:
+    """Return the index of this process, from 0."""
     return state().process_index
 
 
 def count() -> int:
+    """Return the number of processes."""
     return state().num_processes
 
 
 def is_main() -> bool:
+    """Return True on rank 0, the only rank that prints and writes the run folder."""
     return state().is_main_process
 
 
 def barrier() -> None:
-    """Until every process is here."""
+    """Wait until every rank has reached this call."""
     state().wait_for_everyone()
 
 
 def gather(rows: Tensor) -> Tensor:
-    """All processes' rows (n, columns), in the order of ranks, on the CPU. Processes may hold different numbers of rows."""
-    present = torch.ones(len(rows), 1)
-    padded = pad_across_processes(torch.cat([present, rows.float()], 1).to(device()))
-    everyone = cast(Tensor, accelerate_gather(padded)).cpu()
-    return everyone[everyone[:, 0] == 1, 1:]
+    """Return the rows of all ranks, in the order of ranks, on the CPU.
+
+    Args:
+        rows: (n, columns). Ranks may hold different numbers of rows.
+    """
+    # The collective pads all ranks to the same length. The first column tells rows from padding.
+    real = torch.ones(len(rows), 1, device=rows.device)
+    padded = pad_across_processes(torch.cat([real, rows.float()], 1).to(device()))
+    table = cast(Tensor, accelerate_gather(padded)).cpu()
+    return table[table[:, 0] == 1, 1:]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """All processes' values, in the order of ranks."""
-    return cast(list[Any], accelerate_gather_object([value])) if count() > 1 else [value]
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, in the order of ranks."""
+    return cast(list[T], accelerate_gather_object([value])) if count() > 1 else [value]
 
 
 def mean(values: Tensor) -> Tensor:
-    """Element by element over processes."""
-    return (
-        cast(Tensor, accelerate_reduce(values.to(device()), "mean")).to(values.device)
-        if count() > 1
-        else values
-    )
-
-
-def raise_everywhere(make: Callable[[], Made]) -> Made:
-    """What `make` returns; a UserError of one process is raised on all, so that the first, which prints, can say it."""
-    made, message = [], ""
-    try:
-        made.append(make())
-    except UserError as error:
-        message = str(error)
-    if messages := [text for text in gather_objects(message) if text]:
-        raise UserError(messages[0])
-    return made[0]
-
-
-def raise_if_any_failed(error: RunError | None) -> None:
-    """Raise on every process when one failed, so that none waits for it."""
-    if maximum(torch.tensor(float(error is not None))).item():
-        raise error or RunError("another process failed; its message says why.")
+    """Return the mean over ranks, element by element, on the device of `values`."""
+    if count() == 1:
+        return values
+    return cast(Tensor, accelerate_reduce(values.to(device()), "mean")).to(values.device)
 
 
 def maximum(values: Tensor) -> Tensor:
-    """Element by element over processes."""
+    """Return the maximum over ranks, element by element, on the device of this rank."""
     largest = values.clone().to(device())
     if count() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return largest
+
+
+def any_rank(fact: bool) -> bool:
+    """Return True on every rank if the fact is true on one of them."""
+    return bool(maximum(torch.tensor(float(fact))).item())
+
+
+def raise_everywhere(make: Callable[[], T]) -> T:
+    """Return what `make` returns. If it raises a UserError on one rank, raise it on all.
+
+    Only rank 0 prints, so it must know the message; and no rank may wait for one that has failed.
+    """
+    results, message = [], ""
+    try:
+        results.append(make())
+    except UserError as error:
+        message = str(error)
+    messages = [text for text in gather_objects(message) if text]
+    if messages:
+        raise UserError(messages[0])
+    return results[0]
+
+
+def raise_if_any_failed(error: RunError | None) -> None:
+    """Raise a RunError on every rank if one rank has failed, so that none waits for it.
+
+    Args:
+        error: The failure of this rank, or None.
+    """
+    if any_rank(error is not None):
+        raise error or RunError("another process failed. Its message says why.")

@@ -1,11 +1,15 @@
-"""Atomic writes, checksums, JSON and safetensors files."""
+"""Atomic writes, checksums, JSON and safetensors files.
+
+Everything that a run leaves on disk goes through this module, so that a power cut or a full disk
+leaves either the old content or the new one, never half of it.
+"""
 
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,109 +18,149 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.errors import UserError
+from flowalign.errors import similar_file, UserError
 
-SUMS = "sha256.json"
-"""Of every file beside it, so that one changed bit is found."""
+CHECKSUMS = "sha256.json"
+"""Name of the file that lists the SHA-256 of every other file in its folder."""
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place, flush it, then put it there under its name; what stood there stays until then."""
-    beside, before = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "before"))
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder atomically: build it next to the target, flush it to disk, rename it.
+
+    Args:
+        folder: The target. If it exists, its old content stays until the new one is complete.
+        write: Fills the folder whose path it is given.
+    """
+    unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "before"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        write(beside)
-        for path in (*beside.rglob("*"), beside):
+        write(unfinished)
+        for path in (*unfinished.rglob("*"), unfinished):
             flush(path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    # A folder cannot be replaced in one call, so the old one is moved aside first.
     if folder.exists():
-        folder.rename(before)
-    beside.rename(folder)
+        folder.rename(old)
+    unfinished.rename(folder)
     flush(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """As `write_whole`, one file; where it holds this already, nothing is written."""
+    """Write a file atomically. If the file already has this content, nothing is written."""
     if file.exists() and file.read_bytes() == content:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_bytes(content)
-    flush(beside)
-    beside.replace(file)
+    unfinished = file.with_name(f".{file.name}.part")
+    unfinished.write_bytes(content)
+    flush(unfinished)
+    unfinished.replace(file)
     flush(file.parent)
 
 
 def flush(path: Path) -> None:
-    """Onto the disk, a file or a folder's list of names."""
-    opened = os.open(path, os.O_RDONLY)
+    """Force a file, or the list of names in a folder, onto the disk."""
+    if path.is_dir():
+        # Windows can neither open nor flush a folder; it writes renames through on its own.
+        if os.name != "nt":
+            _fsync(os.open(path, os.O_RDONLY))
+        return
+    # Windows flushes only what was opened for writing.
+    _fsync(os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0)))
+
+
+def _fsync(descriptor: int) -> None:
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def verify(folder: Path) -> None:
-    """UserError that names the file unless every file is as `save_checkpoint` left it, and no other is there."""
-    sums = read_json(folder / SUMS)
-    for name in sorted(set(sums) ^ set(files_in(folder))):
-        missing = f"{folder / name} is missing."
-        raise UserError(
-            missing if name in sums else f"{folder / SUMS} is damaged: it does not list {name}."
-        )
-    for name, expected in sums.items():
-        if sha256(folder / name) != expected:
-            raise UserError(f"{folder / name} is damaged: it is not what was written.")
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of all files in and below the folder into the folder."""
+    checksums = {name: sha256(folder / name) for name in _files_below(folder)}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
 
 
-def files_in(folder: Path) -> list[str]:
-    """The names of all files in and below it that have a sum."""
+def verify_checksums(folder: Path, required: list[str]) -> None:
+    """Compare the files of a folder with the checksums that `write_checksums` wrote there.
+
+    A file that is not listed is allowed: a user may keep notes beside the weights.
+
+    Args:
+        folder: The folder to verify.
+        required: Files that the checksums must list, relative to the folder.
+
+    Raises:
+        UserError: A file is missing or damaged. The message names it.
+    """
+    checksums = read_json(folder / CHECKSUMS)
+    # Without this, a shortened list of checksums would hide a damaged file.
+    for name in required:
+        if name not in checksums:
+            raise UserError(f"{folder / CHECKSUMS} is damaged: it does not list {name}.")
+    for name, checksum in sorted(checksums.items()):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing.")
+        if sha256(folder / name) != checksum:
+            raise UserError(f"{folder / name} is damaged: its SHA-256 differs from {CHECKSUMS}.")
+
+
+def _files_below(folder: Path) -> list[str]:
+    # Names use forward slashes, so that a checkpoint verifies on another operating system.
     return sorted(
-        str(file.relative_to(folder))
+        file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
-        if file.is_file() and file != folder / SUMS
+        if file.is_file() and file != folder / CHECKSUMS
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """An object. UserError when it is missing or damaged."""
+def read_text(file: Path, subject: str = "", expected: str = "a text file") -> str:
+    """Read a text file that a user named.
+
+    Args:
+        file: The file, in UTF-8, with or without a byte order mark.
+        subject: What the message begins with, such as a configuration key: "data.prompts: ".
+        expected: What the file should be, for the message: "a YAML file".
+
+    Raises:
+        UserError: The file does not exist or cannot be read.
+    """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{subject}there is no file {file}.{similar_file(file)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{subject}{file} cannot be read: {error}. Give {expected}, saved as UTF-8."
+        ) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object that this package wrote. Raises UserError if it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is damaged: it holds no object.")
-    return found
-
-
-def read_fitting(file: Path, expected: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of a file. UserError unless they have these names and shapes."""
-    found = read_tensors(file)
-    shapes = {key: value.shape for key, value in found.items()}
-    if differ := sorted(key for key in {*expected, *found} if shapes.get(key) != expected.get(key)):
-        one, other = (
-            str(tuple(table[differ[0]])) if differ[0] in table else "not there"
-            for table in (shapes, expected)
-        )
-        raise UserError(
-            f"{file} does not fit the model: {len(differ)} tensors differ; {differ[0]} is {one}, here {other}."
-        )
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: it does not hold a JSON object.")
+    return content
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises UserError if it is missing or damaged."""
     try:
         return load_file(file)
     except FileNotFoundError:
@@ -125,19 +169,62 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
+def read_matching_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Read a safetensors file whose names and shapes are known.
+
+    Raises:
+        UserError: The file is missing or damaged, or a name or a shape differs.
+    """
+    tensors = read_tensors(file)
+    shapes = {name: value.shape for name, value in tensors.items()}
+    different = sorted(
+        name for name in {*expected, *shapes} if shapes.get(name) != expected.get(name)
+    )
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{file} does not fit the model: {len(different)} tensors differ. For example, {name} "
+            f"is {_describe_shape(shapes, name)} in the file and "
+            f"{_describe_shape(expected, name)} in the model."
+        )
+    return tensors
+
+
+def _describe_shape(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return str(tuple(shapes[name])) if name in shapes else "missing"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimizer remembers, by names such as `0.exp_avg`: parameter and slot."""
+    return {
+        f"{index}.{slot}": value
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` returned. The optimizer must have the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, slot = name.split(".")
+        state.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes: a number that is not finite is null."""
+    """Return JSON that every reader accepts: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
-    def finite(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: finite(entry) for key, entry in part.items()}
-        if isinstance(part, list | tuple):
-            return [finite(entry) for entry in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes in MB or GB, for people."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

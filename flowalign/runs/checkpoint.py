@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, adapters in diffusers' LoRA format; safetensors and JSON, never pickle."""
+"""Checkpoints of a run: complete or absent, in safetensors and JSON, never pickle."""
 
 import json
 import re
@@ -10,165 +10,180 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import Tensor
 
 from flowalign.errors import UserError
 from flowalign.files import (
-    files_in,
-    read_fitting,
+    load_optimizer_tensors,
+    optimizer_tensors,
     read_json,
+    read_matching_tensors,
     read_tensors,
-    sha256,
-    SUMS,
-    verify,
-    write_whole,
+    verify_checksums,
+    write_checksums,
+    write_folder,
 )
 from flowalign.policy import Policy
 from flowalign.rollouts.scoring import RolloutScorer
-from flowalign.runs.adapter import load_adapter, save_adapter
+from flowalign.runs.adapter import ADAPTER_FILE, load_adapter, save_adapter
 from flowalign.settings.types import build, NonNegative
 
-Done = Annotated[int, Field(ge=0)]
+OPTIMIZER_FILE = "optimizer.safetensors"
+REWARDS_FILE = "rewards.safetensors"
+PROGRESS_FILE = "state.json"
+
+Counter = Annotated[int, Field(ge=0)]
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """How far a run has come. Its fields are the keys of a checkpoint's `state.json`."""
 
-    step: Done = 0
-    """Steps done."""
-    updates: Done = 0
-    images: Done = 0
+    step: Counter = 0
+    """Training steps that are complete."""
+    updates: Counter = 0
+    """Updates that the optimizer has applied."""
+    images: Counter = 0
+    """Images that were generated for training."""
     seconds: NonNegative = 0.0
-    bad_steps: Done = 0
-    """Updates in a row that were not applied."""
+    """Seconds spent in training steps, without evaluations."""
+    bad_steps: Counter = 0
+    """Updates in a row that were skipped because something was not finite."""
     evaluations: list[dict[str, int | Annotated[float, Field(allow_inf_nan=True)]]] = field(
         default_factory=list
     )
-    """Metrics of every step that was evaluated."""
+    """Metrics of every step that was evaluated, oldest first."""
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of what the run reads prompts and pairs from, by key."""
+    """SHA-256 of the prompt and preference files of the run, by configuration key."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run changes."""
+    """Everything that training changes, and a checkpoint therefore holds."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    judge: RolloutScorer
+    scorer: RolloutScorer
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has applied, counted by the optimizer itself."""
+        slots = self.optimizer.state.get(self.policy.parameters()[0], {})
+        return int(slots["step"].item()) if "step" in slots else 0
 
 
 def save_checkpoint(
-    learned: TrainState, state: Progress, run: Path, keep: int, best: int | None = None
+    state: TrainState, progress: Progress, run: Path, keep: int, best: int | None = None
 ) -> Path:
-    """checkpoints/step-000100 with adapter, snapshots, optimiser, rewards and state.
+    """Write `checkpoints/step-000100` unless it exists, and remove old checkpoints.
 
-    Older ones beyond `keep` are removed, but not that of step `best`.
+    Args:
+        state: The weights, the optimizer and the learned rewards.
+        progress: How far the run has come; its step names the folder.
+        run: The run folder.
+        keep: How many of the newest checkpoints stay.
+        best: The step of the best evaluation, whose checkpoint also stays.
+
+    Returns:
+        The folder of the checkpoint.
     """
-    folder = place_of(run, state.step)
+    folder = checkpoint_folder(run, progress.step)
     if not folder.exists():
-        write_whole(folder, lambda beside: write_train_state(learned, state, beside))
+        write_folder(folder, lambda unfinished: write_checkpoint(state, progress, unfinished))
     for old in checkpoints(run)[:-keep]:
-        if best is None or old != place_of(run, best):
-            old.rename(
-                gone := old.with_name(f".{old.name}.gone")
-            )  # never half removed under its name
-            shutil.rmtree(gone)
+        if best is None or old != checkpoint_folder(run, best):
+            # Renamed first, so that a run killed here leaves no half-removed checkpoint.
+            hidden = old.with_name(f".{old.name}.gone")
+            old.rename(hidden)
+            shutil.rmtree(hidden)
     return folder
 
 
-def write_train_state(learned: TrainState, state: Progress, folder: Path) -> None:
-    """What a checkpoint holds, into a folder that is there."""
-    policy = learned.policy
+def write_checkpoint(state: TrainState, progress: Progress, folder: Path) -> None:
+    """Write the files of a checkpoint, and their checksums, into an existing folder."""
+    policy = state.policy
     save_adapter(policy, folder)
     for name in policy.snapshots:
         save_adapter(policy, folder / "snapshots" / name, name)
-    save_file(_optimizer_tensors(learned.optimizer), folder / "optimizer.safetensors")
-    save_file(learned.judge.state(), folder / "rewards.safetensors")
-    (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
-    sums = {name: sha256(folder / name) for name in files_in(folder)}
-    (folder / SUMS).write_text(json.dumps(sums, indent=2))
+    save_file(optimizer_tensors(state.optimizer), folder / OPTIMIZER_FILE)
+    save_file(state.scorer.state(), folder / REWARDS_FILE)
+    text = json.dumps(asdict(progress), indent=2)
+    (folder / PROGRESS_FILE).write_text(text, encoding="utf-8")
+    write_checksums(folder)
 
 
-def load_checkpoint(learned: TrainState, folder: Path) -> Progress:
-    """Put everything back as `save_checkpoint` found it. UserError that names the file where it is damaged or another."""
-    verify(folder)
-    policy = learned.policy
+def load_checkpoint(state: TrainState, folder: Path) -> Progress:
+    """Restore what `save_checkpoint` wrote, bit for bit, and return the progress of that moment.
+
+    Raises:
+        UserError: A file is missing or damaged, or belongs to another model or other rewards.
+            The message names it.
+    """
+    policy = state.policy
+    snapshots = {name: f"snapshots/{name}" for name in policy.snapshots}
+    adapters = [ADAPTER_FILE, *(f"{path}/{ADAPTER_FILE}" for path in snapshots.values())]
+    verify_checksums(folder, [*adapters, OPTIMIZER_FILE, REWARDS_FILE, PROGRESS_FILE])
     load_adapter(policy, folder)
-    for name in policy.snapshots:
-        load_adapter(policy, folder / "snapshots" / name, name)
-    state = read_state(folder / "state.json")
-    expected = _optimizer_shapes(learned.optimizer) if state.updates else {}
-    _load_optimizer(learned.optimizer, read_fitting(folder / "optimizer.safetensors", expected))
-    _load_judge(learned.judge, folder / "rewards.safetensors")
-    return state
+    for name, path in snapshots.items():
+        load_adapter(policy, folder / path, name)
+    progress = read_progress(folder / PROGRESS_FILE)
+    # AdamW remembers nothing before its first update.
+    shapes = _moment_shapes(state.optimizer) if progress.updates else {}
+    tensors = read_matching_tensors(folder / OPTIMIZER_FILE, shapes)
+    load_optimizer_tensors(state.optimizer, tensors)
+    _load_rewards(state.scorer, folder / REWARDS_FILE)
+    return progress
 
 
-def read_state(file: Path) -> Progress:
-    """UserError when something is missing or of another type."""
-    found = read_json(file)
-    if missing := [f.name for f in fields(Progress) if f.name not in found]:
-        raise UserError(f"{file} is damaged: it has no {missing[0]}.")
-    return build(Progress, found, str(file))
+def read_progress(file: Path) -> Progress:
+    """Read `state.json`. Raises UserError if a key is missing, unknown or of another type."""
+    content = read_json(file)
+    missing = [f.name for f in fields(Progress) if f.name not in content]
+    if missing:
+        raise UserError(f"{file} is damaged: the key {missing[0]} is missing.")
+    return build(Progress, content, str(file))
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [
+    """Return the checkpoints of a run, oldest first. Copies under other names do not count."""
+    folders = [
         folder
         for folder in (run / "checkpoints").glob("step-*")
         if re.fullmatch(r"step-\d{6,}", folder.name)
     ]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def place_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder in which the checkpoint of a step stands, or would stand."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def clear_unfinished(run: Path) -> None:
-    """Remove what a run that was killed had not finished writing or removing."""
-    for left in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(left)
+def remove_unfinished(run: Path) -> None:
+    """Remove checkpoints that a killed run had not finished writing or removing."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}.{name}": value
-        for index, slots in optimizer.state_dict()["state"].items()
-        for name, value in slots.items()
-    }
-
-
-def _optimizer_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
-    """Of what AdamW remembers after an update."""
+def _moment_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
+    """Return the shapes that AdamW has after its first update, named as in the file."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = [{"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in parameters]
-    return {
-        f"{index}.{name}": shape
-        for index, slots in enumerate(shapes)
-        for name, shape in slots.items()
-    }
+    shapes: dict[str, torch.Size] = {}
+    for index, parameter in enumerate(parameters):
+        shapes[f"{index}.step"] = torch.Size()
+        shapes[f"{index}.exp_avg"] = shapes[f"{index}.exp_avg_sq"] = parameter.shape
+    return shapes
 
 
-def _load_judge(judge: RolloutScorer, file: Path) -> None:
-    """UserError where the file holds anything but what the rewards and their combination take from it."""
-    found = read_tensors(file)
+def _load_rewards(scorer: RolloutScorer, file: Path) -> None:
+    """Restore learned rewards. Raises UserError if the file holds anything else."""
+    tensors = read_tensors(file)
     try:
-        judge.load_state(found)
+        scorer.load_state(tensors)
     except (UserError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{file} does not fit the rewards: {error}") from error
-    taken = {key: value.shape for key, value in judge.state().items()}
-    if differ := sorted(
-        key for key in {*found, *taken} if key not in found or taken.get(key) != found[key].shape
-    ):
-        raise UserError(f"{file} does not fit the rewards: {differ[0]} for one.")
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".")
-        slots.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    # What the rewards hold now is what they took from the file; a stranger's extra tensor is not.
+    loaded = {name: value.shape for name, value in scorer.state().items()}
+    stored = {name: value.shape for name, value in tensors.items()}
+    different = sorted(name for name in {*stored, *loaded} if stored.get(name) != loaded.get(name))
+    if different:
+        raise UserError(f"{file} does not fit the rewards: for example, {different[0]} differs.")

@@ -5,7 +5,7 @@ from pathlib import Path
 from flowalign.config.sections import Config
 from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import read_prompts
-from flowalign.files import write_whole
+from flowalign.files import write_folder
 from flowalign.policy import Policy
 from flowalign.runs.adapter import save_adapter
 
@@ -44,7 +44,7 @@ pipe({first_prompt(config)!r}, {call}).images[0].save("picture.png")
         save_adapter(policy, beside, weights)
         (beside / "README.md").write_text(readme)
 
-    write_whole(folder, write)
+    write_folder(folder, write)
 
 
 def first_prompt(config: Config) -> str:

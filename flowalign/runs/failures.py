@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from flowalign import distributed
 from flowalign.batch import Batch
-from flowalign.files import to_json, write_whole
-from flowalign.runs.checkpoint import Progress, TrainState, write_train_state
+from flowalign.files import to_json, write_folder
+from flowalign.runs.checkpoint import Progress, TrainState, write_checkpoint
 
 FAILURES = "failures"
 
@@ -38,9 +38,9 @@ def write_failure(
         )
         about = {"prompts": batch.prompts, "metadata": batch.metadata, **facts}
         (beside / "failure.json").write_text(to_json(about, indent=2))
-        write_train_state(learned, state, beside)
+        write_checkpoint(learned, state, beside)
 
-    write_whole(folder, write)
+    write_folder(folder, write)
     for old in sorted(folder.parent.glob(f"step-*-process-{distributed.rank()}"))[:-keep]:
         shutil.rmtree(old)
     return folder

@@ -15,7 +15,7 @@ from flowalign.errors import UserError
 from flowalign.files import sha256, write_file
 from flowalign.runs.checkpoint import (
     checkpoints,
-    clear_unfinished,
+    remove_unfinished,
     load_checkpoint,
     Progress,
     TrainState,
@@ -103,7 +103,7 @@ def begin(folder: Path, resolved: dict[str, Any], anew: bool) -> None:
     """Write what a run is started with; environment.json comes first, by which the folder is known to be a run's."""
     if anew:
         (folder / BEFORE).unlink(missing_ok=True)
-    clear_unfinished(folder)
+    remove_unfinished(folder)
     about = environment(distributed.device(), distributed.count())
     write_file(folder / "environment.json", json.dumps(about, indent=2).encode())
     write_file(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())

@@ -32,7 +32,7 @@ from flowalign.rollouts.scoring import NotFinite
 from flowalign.runs.checkpoint import (
     checkpoints,
     load_checkpoint,
-    place_of,
+    checkpoint_folder,
     Progress,
     save_checkpoint,
     TrainState,
@@ -97,7 +97,7 @@ class Run:
             entry
             for entry in self.state.evaluations
             if entry["step"] == self.state.step
-            or place_of(self.folder, int(entry["step"])).is_dir()
+            or checkpoint_folder(self.folder, int(entry["step"])).is_dir()
         ]
         return best_step(*self.config.selection_metric, within(self.config.train.stop, there))
 
@@ -324,7 +324,7 @@ class Run:
 
     def load_weights_of_step(self, step: int) -> None:
         """Take up the weights of a checkpoint."""
-        load_checkpoint(self.learned, place_of(self.folder, step))
+        load_checkpoint(self.learned, checkpoint_folder(self.folder, step))
         self.scores = None
 
     def _summary(self, before: EvaluationResult, stopped: str) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from flowalign.config.load import load_config
 from flowalign.config.resolved import resolve
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation.early_stopping import best_step, stop_reason, StopRule
-from flowalign.files import sha256, SUMS, verify
+from flowalign.files import CHECKSUMS, sha256, verify_checksums
 from flowalign.reporting import html as report
 from flowalign.reporting.trackers import JsonLines, read_metrics
 from flowalign.runs import checkpoint
-from flowalign.runs.checkpoint import checkpoints, load_checkpoint, Progress, read_state
+from flowalign.runs.checkpoint import checkpoints, load_checkpoint, Progress, read_progress
 from flowalign.training import setup as assembly
 from flowalign.training import trainer
 from flowalign.training.gradient import compute_gradient, Meter
@@ -94,7 +94,7 @@ def pickled_with_its_sum(file):
 
 
 def sum_again(file):
-    sums = file.parents[[p.name.startswith("step-") for p in file.parents].index(True)] / SUMS
+    sums = file.parents[[p.name.startswith("step-") for p in file.parents].index(True)] / CHECKSUMS
     listed = json.loads(sums.read_text())
     listed[str(file.relative_to(sums.parent))] = sha256(file)
     sums.write_text(json.dumps(listed))
@@ -163,12 +163,12 @@ def values(**changed):
         (
             "optimizer.safetensors",
             tensors(lambda found: found.pop("0.exp_avg")),
-            "0.exp_avg is not there",
+            "0.exp_avg is missing in the file",
         ),
         (
             "optimizer.safetensors",
             tensors(lambda found: found.update({"a.b.c": torch.zeros(1)})),
-            "a.b.c is (1,), here not there",
+            "a.b.c is (1,) in the file and missing in the model",
         ),
         (
             "optimizer.safetensors",
@@ -178,14 +178,14 @@ def values(**changed):
         (
             ADAPTER.name,
             tensors(lambda found: found.update({min(found): torch.zeros(1)})),
-            "is (1,), here (",
+            "is (1,) in the file and (",
         ),
         (f"snapshots/ema/{ADAPTER.name}", tensors(dict.clear), "does not fit"),
         ("rewards.safetensors", tensors(lambda found: found.update(more=torch.zeros(1))), "more"),
         ("state.json", values(step="3"), "state.json.step is '3'; it must be a valid integer"),
         ("state.json", values(updates=-1), "state.json.updates is -1"),
         ("state.json", values(evaluations=[3]), "state.json.evaluations.0 is 3"),
-        ("state.json", values(images=None), "it has no images"),
+        ("state.json", values(images=None), "the key images is missing"),
         ("state.json", values(more=1), "state.json.more is not known"),
     ],
 )
@@ -206,10 +206,10 @@ def test_a_checkpoint_tampered_with_is_refused_though_its_sums_are_right(
 def test_a_file_without_a_sum_is_refused(run, capsys):
     saved = checkpoints(run)[-1]
     flip(saved / ADAPTER.name)
-    (saved / SUMS).write_text("{}")
+    (saved / CHECKSUMS).write_text("{}")
     assert again(run) == 2
     assert (
-        f"{saved / SUMS} is damaged: it does not list optimizer.safetensors."
+        f"{saved / CHECKSUMS} is damaged: it does not list {ADAPTER.name}."
         in capsys.readouterr().err
     )
 
@@ -217,7 +217,7 @@ def test_a_file_without_a_sum_is_refused(run, capsys):
 def test_a_state_with_a_figure_that_is_not_finite_is_read_again(tmp_path):
     state = Progress(evaluations=[{"step": 1, "loss": float("nan"), "kl": 1.0}])
     (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
-    (entry,) = read_state(tmp_path / "state.json").evaluations
+    (entry,) = read_progress(tmp_path / "state.json").evaluations
     assert math.isnan(entry["loss"])
     assert isinstance(entry["step"], int)
 
@@ -404,7 +404,7 @@ def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, cap
         assert "Traceback" not in error
         assert (run / "checkpoints" / "step-000001").is_dir()
         for saved in checkpoints(run):
-            verify(saved)
+            verify_checksums(saved, FILES[:-1])
         assert quick(run, 2) == 0, first
         assert same_adapter(run, tmp_path / "whole")
         assert [line["step"] for line in read_metrics(run)] == [1, 2]
