@@ -1,7 +1,9 @@
-"""Make assets/pairs, pictures of the bundled world in Pick-a-Pic's columns: python scripts/make_pairs.py
+"""Write assets/pairs/: pairs of pictures of the bundled world, in the columns of Pick-a-Pic.
 
-Of every caption a rendered scene that shows it, and one that differs in one fact. The captions are those of assets/prompts,
-so that the evaluation's pairs hold none that is trained on.
+    python scripts/make_pairs.py
+
+One picture of a pair shows its caption. The other differs in one fact. The captions are those of
+assets/prompts, so the evaluation's pairs hold no caption that is trained on.
 """
 
 import io
@@ -22,27 +24,25 @@ COUNTS = {"train": 800, "evaluation": 200}
 
 
 def main() -> None:
+    """Write train.parquet and evaluation.parquet."""
     for split, count in COUNTS.items():
         rng = np.random.default_rng([SEED, count])
-        captions = [
-            scenes.parse(prompt.text)
-            for prompt in read_prompts(ASSETS / "prompts" / f"{split}.jsonl")
-        ]
-        rows = [row(captions[i % len(captions)], rng) for i in range(count)]
+        prompts = read_prompts(ASSETS / "prompts" / f"{split}.jsonl")
+        captions = [scenes.parse(prompt.text) for prompt in prompts]
+        rows = [make_row(captions[i % len(captions)], rng) for i in range(count)]
         file = ASSETS / "pairs" / f"{split}.parquet"
         file.parent.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), file, compression="zstd")
         print(f"{file}: {count} pairs, {file.stat().st_size / 1e6:.2f} MB")
 
 
-def row(caption: scenes.Caption, rng: np.random.Generator) -> dict[str, object]:
-    """A pair in either order, with the label that says which is better."""
-    right, wrong = (
-        png(scenes.render([scenes.draw_scene(c, rng)])[0])
-        for c in (caption, scenes.misquote(caption, rng))
-    )
+def make_row(caption: scenes.Caption, rng: np.random.Generator) -> dict[str, object]:
+    """Draw a pair for a caption, in random order, with labels that mark the chosen picture."""
+    # The order of the draws makes the committed files: the caption first, then the two scenes.
+    wrong_caption = scenes.misquote(caption, rng)
+    chosen, rejected = draw_png(caption, rng), draw_png(wrong_caption, rng)
     first = bool(rng.integers(2))
-    pictures = (right, wrong) if first else (wrong, right)
+    pictures = (chosen, rejected) if first else (rejected, chosen)
     return {
         "caption": caption.text,
         "jpg_0": pictures[0],
@@ -52,11 +52,12 @@ def row(caption: scenes.Caption, rng: np.random.Generator) -> dict[str, object]:
     }
 
 
-def png(picture: Tensor) -> bytes:
+def draw_png(caption: scenes.Caption, rng: np.random.Generator) -> bytes:
+    """Draw a scene for a caption, and return its picture as a PNG file."""
+    picture: Tensor = scenes.render([scenes.draw_scene(caption, rng)])[0]
+    pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
     file = io.BytesIO()
-    Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).save(
-        file, "PNG", optimize=True
-    )
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

@@ -1,6 +1,8 @@
-"""Write assets/prompts/: captions to train on, and others, never trained on, to evaluate with.
+"""Write assets/prompts/: captions to train on, and others, never trained on, for the evaluation.
 
-An evaluation caption names a colour-shape pair of `scenes.UNSEEN_PAIRS`, or is every fourth of its kind.
+    python scripts/make_prompts.py
+
+An evaluation caption names a pair of `scenes.UNSEEN_PAIRS`, or is every fourth of its kind.
 """
 
 import hashlib
@@ -10,32 +12,37 @@ from pathlib import Path
 from flowalign.worlds import scenes
 
 FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
-TRAINED_PER_KIND, EVALUATED_PER_KIND = 36, 12
+TRAINING_PER_KIND, EVALUATION_PER_KIND = 36, 12
 
 
-def is_held_out(caption: scenes.Caption, place: int) -> bool:
-    """Whether the caption, at this place among its kind's, is kept for evaluation."""
+def is_held_out(caption: scenes.Caption, index: int) -> bool:
+    """True if the caption, at this index among those of its kind, is kept for the evaluation."""
     if any((phrase.colour, phrase.shape) in scenes.UNSEEN_PAIRS for phrase in caption.phrases):
         return True
-    return place % 4 == 0
+    return index % 4 == 0
 
 
-def order(caption: scenes.Caption) -> bytes:
+def sort_key(caption: scenes.Caption) -> bytes:
+    """Return a key that shuffles captions the same way on every machine."""
     return hashlib.sha256(caption.text.encode()).digest()
 
 
+def split(kind: scenes.Kind) -> tuple[list[scenes.Caption], list[scenes.Caption]]:
+    """Return the training captions and the evaluation captions of a kind."""
+    training, evaluation = [], []
+    for index, caption in enumerate(sorted(scenes.captions(kind), key=sort_key)):
+        (evaluation if is_held_out(caption, index) else training).append(caption)
+    return training[:TRAINING_PER_KIND], evaluation[:EVALUATION_PER_KIND]
+
+
 def main() -> None:
-    split: dict[str, list[scenes.Caption]] = {"train": [], "evaluation": []}
+    """Write train.jsonl and evaluation.jsonl."""
+    splits: dict[str, list[scenes.Caption]] = {"train": [], "evaluation": []}
     for kind in scenes.KINDS:
-        captions = sorted(scenes.captions(kind), key=order)
-        held = [is_held_out(caption, place) for place, caption in enumerate(captions)]
-        split["train"] += [c for c, h in zip(captions, held, strict=True) if not h][
-            :TRAINED_PER_KIND
-        ]
-        split["evaluation"] += [c for c, h in zip(captions, held, strict=True) if h][
-            :EVALUATED_PER_KIND
-        ]
-    for name, captions in split.items():
+        training, evaluation = split(kind)
+        splits["train"] += training
+        splits["evaluation"] += evaluation
+    for name, captions in splits.items():
         lines = [json.dumps({"prompt": c.text, "tag": c.kind}) for c in captions]
         (FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
         print(name, {kind: sum(c.kind == kind for c in captions) for kind in scenes.KINDS})

@@ -34,8 +34,9 @@ def name(path: Path) -> str:
 def docstrings(path: Path) -> list[tuple[int, str]]:
     """Line and text of every docstring of a module, class, function or field."""
     found = []
+    blocks = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        for statement in getattr(node, "body", []) if not isinstance(node, ast.Lambda) else []:
+        for statement in node.body if isinstance(node, blocks) else []:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 if isinstance(statement.value.value, str):
                     found.append((statement.lineno, statement.value.value))

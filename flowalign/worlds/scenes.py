@@ -1,14 +1,15 @@
-"""Coloured shapes on a plain ground: captions of GenEval's six kinds, a renderer, and a checker that reads a picture back.
+"""Scenes of coloured shapes: captions, a renderer, and a checker that reads a picture back.
 
-The kinds and their rules follow GenEval (arXiv 2310.11513). A caption is a list of facts; a picture satisfies it
-when every fact holds and nothing else is in the picture.
+The bundled models are trained on these pictures, and the `scene_match` rewards score them. The six
+kinds of captions follow GenEval (arXiv 2310.11513). A caption is a list of facts. A picture
+satisfies its caption when every fact holds and the picture shows nothing else.
 """
 
 import itertools
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast, get_args, Literal
+from typing import cast, get_args, Literal
 
 import numpy as np
 import torch
@@ -28,17 +29,25 @@ COLOURS: dict[Colour, tuple[int, int, int]] = {
     "yellow": (241, 190, 30),
 }
 GROUND = (240, 240, 236)
+"""Colour of the background."""
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 COUNTS = {"a": 1, "two": 2, "three": 3}
+"""Number words of captions."""
 SIZE = 64
-"""Pixels on a side; `read_picture` takes other sizes too."""
+"""Width and height of a picture in pixels. `read_picture` accepts other sizes too."""
+SMALLEST_REGION = 0.015
+"""Share of the picture below which a coloured region is ignored as a speck."""
+MIN_OVERLAP = 0.8
+"""Overlap with an ideal outline, as intersection over union, from which a shape is named."""
+MIN_GAP = 0.1
+"""Share of the picture by which two centres must differ for a relation to hold."""
 
 UNSEEN_PAIRS: frozenset[tuple[Colour, Shape]] = frozenset(
     {("blue", "circle"), ("yellow", "square"), ("green", "triangle")}
 )
-"""Kept out of the training prompts, to see what generalises."""
+"""Pairs that the training prompts leave out, so that evaluation shows what generalises."""
 
 OPPOSITE: dict[Relation, Relation] = {
     "left of": "right of",
@@ -50,7 +59,7 @@ OPPOSITE: dict[Relation, Relation] = {
 
 @dataclass(frozen=True)
 class Phrase:
-    """`count` objects of one shape, of one colour where one is named."""
+    """A part of a caption: `count` objects of one shape, and of one colour if it is named."""
 
     shape: Shape
     colour: Colour | None = None
@@ -58,32 +67,43 @@ class Phrase:
 
     @property
     def text(self) -> str:
+        """The words of the phrase, such as "two red circles"."""
         number = next(word for word, count in COUNTS.items() if count == self.count)
         return " ".join(filter(None, (number, self.colour, self.shape + "s" * (self.count > 1))))
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One phrase, or two of different shapes, the first perhaps standing in a `relation` to the second."""
+    """One phrase, or two phrases of different shapes that may stand in a `relation`."""
 
     phrases: tuple[Phrase, ...]
     relation: Relation | None = None
 
     @property
     def text(self) -> str:
+        """The caption as a prompt."""
         return f" {self.relation or 'and'} ".join(phrase.text for phrase in self.phrases)
 
     @property
     def kind(self) -> Kind:
+        """The GenEval task that the caption belongs to."""
         first = self.phrases[0]
+        if self.relation:
+            return "position"
         if len(self.phrases) == 2:
-            return "position" if self.relation else "color_attr" if first.colour else "two_object"
-        return "counting" if first.count > 1 else "colors" if first.colour else "single_object"
+            return "color_attr" if first.colour else "two_object"
+        if first.count > 1:
+            return "counting"
+        return "colors" if first.colour else "single_object"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in a picture: centre and half-size as shares of the picture; `shape` is None for a blot."""
+    """An object in a picture.
+
+    `x`, `y` (the centre) and `size` (half the longer side) are shares of the picture.
+    `shape` is None for a region whose outline is not one of the known shapes.
+    """
 
     colour: Colour
     shape: Shape | None
@@ -94,7 +114,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Match:
-    """How many of a caption's facts hold in a picture, and how many objects nobody asked for are in it."""
+    """A comparison of a picture with a caption.
+
+    `held` of the caption's `facts` hold. The picture shows `extra` objects too many.
+    """
 
     held: int
     facts: int
@@ -102,53 +125,59 @@ class Match:
 
     @property
     def strict(self) -> float:
+        """1.0 if every fact holds and no object is extra, else 0.0."""
         return float(self.held == self.facts and not self.extra)
 
     @property
     def graded(self) -> float:
-        """The share of facts that hold; every extra object takes one away."""
+        """The share of facts that hold, where every extra object cancels one of them."""
         return max(0, self.held - self.extra) / self.facts
 
 
 @cache
 def captions(kind: Kind) -> list[Caption]:
-    """Every caption of a kind, in a fixed order."""
+    """Return every caption of a kind, in a fixed order."""
+    # `draw_caption` picks by index: another order would change every prompt file and model.
     colours = list(COLOURS)
-    shape_pairs = list(itertools.permutations(SHAPES, 2))
     if kind == "single_object":
         return [Caption((Phrase(shape),)) for shape in SHAPES]
     if kind == "colors":
-        return [Caption((Phrase(shape, colour),)) for shape in SHAPES for colour in colours]
+        return [Caption((Phrase(*pair),)) for pair in itertools.product(SHAPES, colours)]
     if kind == "counting":
-        return [
-            Caption((Phrase(s, c, n),)) for s in SHAPES for c in (None, *colours) for n in (2, 3)
-        ]
-    pairs = [(Phrase(a), Phrase(b)) for a, b in shape_pairs]
-    coloured = [
-        (Phrase(a, c), Phrase(b, d))
-        for a, b in shape_pairs
-        for c, d in itertools.permutations(colours, 2)
-    ]
+        counted = itertools.product(SHAPES, (None, *colours), (2, 3))
+        return [Caption((Phrase(shape, colour, count),)) for shape, colour, count in counted]
+    shape_pairs = list(itertools.permutations(SHAPES, 2))
+    plain = [(Phrase(a), Phrase(b)) for a, b in shape_pairs]
     if kind == "two_object":
-        return [Caption(pair) for pair in pairs]
+        return [Caption(pair) for pair in plain]
+    choices = itertools.product(shape_pairs, itertools.permutations(colours, 2))
+    coloured = [(Phrase(a, c), Phrase(b, d)) for (a, b), (c, d) in choices]
     if kind == "color_attr":
         return [Caption(pair) for pair in coloured]
-    return [Caption(pair, relation) for pair in pairs + coloured for relation in RELATIONS]
+    related = itertools.product(plain + coloured, RELATIONS)
+    return [Caption(pair, relation) for pair, relation in related]
 
 
 @cache
 def parse(text: str) -> Caption:
-    """The caption behind a prompt such as "a red circle left of a square". Raises ValueError for any other text."""
+    """Return the caption that a prompt such as "a red circle left of a square" stands for.
+
+    Capitals, outer spaces and a final full stop do not matter.
+
+    Raises:
+        ValueError: The text is not a caption of the bundled world.
+    """
     colour, shape = "|".join(COLOURS), "|".join(SHAPES)
     phrase = rf"({'|'.join(COUNTS)})(?: ({colour}))? ({shape})s?"
     text = text.strip().lower().rstrip(".")
-    found = re.fullmatch(rf"{phrase}(?: (and|{'|'.join(RELATIONS)}) {phrase})?", text)
-    if not found or found[3] == found[7]:
+    groups = re.fullmatch(rf"{phrase}(?: (and|{'|'.join(RELATIONS)}) {phrase})?", text)
+    # Groups 3 and 7 are the two shapes. A checker could not tell "a circle and a circle" from two.
+    if not groups or groups[3] == groups[7]:
         raise ValueError(
-            f"{text!r} is not a caption of the bundled world; write for example 'two red circles', "
-            "'a circle and a square', or 'a red circle left of a blue square'."
+            f"{text!r} is not a caption of the bundled world. Write for example "
+            "'two red circles', 'a circle and a square', or 'a red circle left of a blue square'."
         )
-    count, colour, shape, joint, count2, colour2, shape2 = found.groups()
+    count, colour, shape, joint, count2, colour2, shape2 = groups.groups()
     phrases = [Phrase(cast(Shape, shape), cast(Colour | None, colour), COUNTS[count])]
     if shape2:
         phrases.append(Phrase(cast(Shape, shape2), cast(Colour | None, colour2), COUNTS[count2]))
@@ -156,32 +185,21 @@ def parse(text: str) -> Caption:
 
 
 def draw_caption(rng: Generator, kind: Kind | None = None) -> Caption:
-    """A caption at random: every kind equally often, and within a kind every caption."""
+    """Draw a caption. Every kind is equally likely, and within a kind every caption."""
     choices = captions(kind or KINDS[rng.integers(len(KINDS))])
     return choices[rng.integers(len(choices))]
 
 
 def misquote(caption: Caption, rng: Generator) -> Caption:
-    """A caption of the same kind that is wrong in one fact: another shape, colour, number or place."""
-    wrong = []
-    for i, phrase in enumerate(caption.phrases):
-        taken = {p.shape for p in caption.phrases}
-        changed = [replace(phrase, shape=shape) for shape in SHAPES if shape not in taken]
-        if phrase.colour:
-            used = {p.colour for p in caption.phrases}
-            changed += [replace(phrase, colour=colour) for colour in COLOURS if colour not in used]
-        if phrase.count > 1:
-            changed.append(replace(phrase, count=5 - phrase.count))
-        wrong += [
-            replace(caption, phrases=(*caption.phrases[:i], p, *caption.phrases[i + 1 :]))
-            for p in changed
-        ]
+    """Draw a caption of the same kind that is wrong in one fact."""
+    wrong: list[Caption] = []
+    for index, phrase in enumerate(caption.phrases):
+        before, after = caption.phrases[:index], caption.phrases[index + 1 :]
+        changed = _other_phrases(phrase, caption)
+        wrong += [replace(caption, phrases=(*before, other, *after)) for other in changed]
     if caption.relation:
-        wrong += [
-            replace(caption, relation=relation)
-            for relation in RELATIONS
-            if relation != caption.relation
-        ]
+        others = [relation for relation in RELATIONS if relation != caption.relation]
+        wrong += [replace(caption, relation=relation) for relation in others]
     if caption.kind == "color_attr":
         first, second = caption.phrases
         swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
@@ -189,63 +207,79 @@ def misquote(caption: Caption, rng: Generator) -> Caption:
     return wrong[rng.integers(len(wrong))]
 
 
+def _other_phrases(phrase: Phrase, caption: Caption) -> list[Phrase]:
+    """Return the phrases that differ from a phrase of the caption in shape, colour or count."""
+    # A shape or colour that the caption names elsewhere would make another fact wrong too.
+    shapes = {other.shape for other in caption.phrases}
+    changed = [replace(phrase, shape=shape) for shape in SHAPES if shape not in shapes]
+    if phrase.colour:
+        colours = {other.colour for other in caption.phrases}
+        changed += [replace(phrase, colour=colour) for colour in COLOURS if colour not in colours]
+    if phrase.count > 1:
+        changed.append(replace(phrase, count=5 - phrase.count))
+    return changed
+
+
 def draw_scene(caption: Caption, rng: Generator) -> list[Thing]:
-    """A scene in which the caption holds: whatever it leaves open is drawn at random."""
+    """Draw a scene in which the caption holds. What the caption leaves open is random."""
     colours: list[Colour] = list(COLOURS)
-    things: list[tuple[Colour, Shape]] = []
+    objects: list[tuple[Colour, Shape]] = []
     for phrase in caption.phrases:
-        chosen = colours[rng.integers(len(colours))]
-        colour: Colour = phrase.colour or chosen
-        things += itertools.repeat((colour, phrase.shape), phrase.count)
-    places = _places(len(things), caption.relation, rng)
-    jitter = rng.uniform(-0.025, 0.025, (len(things), 2))
-    sizes = rng.uniform(0.175, 0.2, len(things))
+        # Drawn even if the phrase names a colour, so that later draws do not depend on the caption.
+        random_colour = colours[rng.integers(len(colours))]
+        objects += itertools.repeat((phrase.colour or random_colour, phrase.shape), phrase.count)
+    places = _places(len(objects), caption.relation, rng)
+    jitter = rng.uniform(-0.025, 0.025, (len(objects), 2))
+    sizes = rng.uniform(0.175, 0.2, len(objects))
+    rows = zip(objects, places, jitter, sizes, strict=True)
     return [
-        Thing(colour, shape, x + dx, y + dy, size)
-        for (colour, shape), (x, y), (dx, dy), size in zip(
-            things, places, jitter, sizes, strict=True
-        )
+        Thing(colour, shape, x=x + dx, y=y + dy, size=size)
+        for (colour, shape), (x, y), (dx, dy), size in rows
     ]
 
 
 def _places(count: int, relation: Relation | None, rng: Generator) -> list[tuple[float, float]]:
-    """Centres in different quarters of the picture, the first two standing in the relation."""
-    near, far = 0.26, 0.74
+    """Draw centres in different quarters of the picture. A relation orders the first two."""
+    # One object per quarter: two of one colour that touch would be read as one object.
+    low, high = 0.26, 0.74
     if relation is None:
-        quarters = [(near, near), (far, near), (near, far), (far, far)]
+        quarters = [(low, low), (high, low), (low, high), (high, high)]
         return [quarters[i] for i in rng.permutation(4)[:count]]
-    across = (near, far)[rng.integers(2)]
+    across = (low, high)[rng.integers(2)]
     if relation in ("left of", "right of"):
-        places = [(near, across), (far, across)]
+        places = [(low, across), (high, across)]
     else:
-        places = [(across, near), (across, far)]
+        places = [(across, low), (across, high)]
     return places if relation in ("left of", "above") else places[::-1]
 
 
 def render(scenes: list[list[Thing]], size: int = SIZE) -> Tensor:
-    """Pictures of the scenes, with smooth edges. Returns (B, 3, size, size) in [0, 1]."""
-    picture = torch.tensor(GROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, size, size) / 255
-    centres = (torch.arange(size) + 0.5) / size
+    """Draw the scenes with smooth edges, and return (B, 3, size, size) in [0, 1]."""
+    pictures = torch.tensor(GROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, size, size) / 255
+    # The first object of every scene is drawn at once, then the second: few large operations.
     for layer in itertools.zip_longest(*scenes):
-        index = [i for i, thing in enumerate(layer) if thing is not None]
-        things = [layer[i] for i in index]
-        if not things:
-            continue
-        x, y, half = torch.tensor([(t.x, t.y, t.size) for t in things], dtype=torch.float32).T[
-            ..., None, None
-        ]
-        dx, dy = (centres.view(1, 1, -1) - x) / half, (centres.view(1, -1, 1) - y) / half
-        distance = torch.stack(
-            [_outside(thing.shape, dx[i], dy[i]) for i, thing in enumerate(things)]
-        )
-        cover = (0.5 - distance * half * size).clamp(0, 1).unsqueeze(1)
-        colour = torch.tensor([COLOURS[thing.colour] for thing in things]).view(-1, 3, 1, 1) / 255
-        picture[index] = picture[index] * (1 - cover) + colour * cover
-    return picture
+        rows = [row for row, thing in enumerate(layer) if thing is not None]
+        if rows:
+            pictures[rows] = _draw_objects([layer[row] for row in rows], pictures[rows])
+    return pictures
 
 
-def _outside(shape: Shape | None, dx: Tensor, dy: Tensor) -> Tensor:
-    """Signed distance to the outline, negative inside; the bounding box is about [-1, 1] (y points down)."""
+def _draw_objects(things: list[Thing], pictures: Tensor) -> Tensor:
+    """Return the pictures (B, 3, size, size) with one object drawn on each."""
+    size = pictures.shape[-1]
+    centres = (torch.arange(size) + 0.5) / size
+    numbers = torch.tensor([(t.x, t.y, t.size) for t in things], dtype=torch.float32)
+    x, y, half = numbers.T[..., None, None]
+    dx, dy = (centres.view(1, 1, -1) - x) / half, (centres.view(1, -1, 1) - y) / half
+    rows = zip(things, dx, dy, strict=True)
+    distance = torch.stack([_signed_distance(thing.shape, u, v) for thing, u, v in rows])
+    cover = (0.5 - distance * half * size).clamp(0, 1).unsqueeze(1)
+    colours = torch.tensor([COLOURS[thing.colour] for thing in things]).view(-1, 3, 1, 1) / 255
+    return pictures * (1 - cover) + colours * cover
+
+
+def _signed_distance(shape: Shape | None, dx: Tensor, dy: Tensor) -> Tensor:
+    """Return the distance to the outline, negative inside, in a box of [-1, 1]. y points down."""
     if shape == "circle":
         return (dx**2 + dy**2).sqrt() - 1
     if shape == "square":
@@ -255,44 +289,57 @@ def _outside(shape: Shape | None, dx: Tensor, dy: Tensor) -> Tensor:
 
 
 def read_picture(image: Tensor) -> list[Thing]:
-    """What is in a picture (3, H, W) in [0, 1]: connected regions of the nearest colour, named by their outline."""
+    """Return the objects in a picture (3, H, W) in [0, 1].
+
+    An object is a connected region of pixels that are nearest to one colour. Its shape is the
+    one whose outline fits best.
+    """
     pixels = image.detach().float().permute(1, 2, 0).cpu().numpy() * 255
     palette = np.array([GROUND, *COLOURS.values()], dtype=np.float32)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     things = []
     for index, colour in enumerate(COLOURS, start=1):
-        regions: Any = ndimage.label(nearest == index)
-        for number, box in enumerate(ndimage.find_objects(regions[0]), start=1):
-            region = regions[0][box] == number
-            if region.sum() < 0.015 * nearest.size:
-                continue
-            y, x = (
-                (side.start + side.stop) / 2 / n for side, n in zip(box, nearest.shape, strict=True)
-            )
-            size = max(region.shape) / 2 / nearest.shape[1]
-            things.append(Thing(colour, _shape(region) if size > 0.1 else None, x, y, size))
+        labels, _ = cast(tuple[np.ndarray, int], ndimage.label(nearest == index))
+        for number, box in enumerate(ndimage.find_objects(labels), start=1):
+            region = labels[box] == number
+            if region.sum() >= SMALLEST_REGION * nearest.size:
+                things.append(_thing(colour, region, box, nearest.shape))
     return things
 
 
-def _shape(region: np.ndarray) -> Shape | None:
-    """The shape whose outline in the same box overlaps the region best; None where that is under 80 %."""
+def _thing(
+    colour: Colour, region: np.ndarray, box: tuple[slice, slice], shape: tuple[int, ...]
+) -> Thing:
+    """Describe a region, given as a mask inside its box, of a picture of `shape` (H, W)."""
+    sides = zip(box, shape, strict=True)
+    y, x = ((side.start + side.stop) / 2 / length for side, length in sides)
+    size = max(region.shape) / 2 / shape[1]
+    return Thing(colour, _best_shape(region) if size > 0.1 else None, x=x, y=y, size=size)
+
+
+def _best_shape(region: np.ndarray) -> Shape | None:
+    """Return the shape whose outline overlaps the region best, or None if none fits well."""
     height, width = region.shape
+    # Far from square: objects that touch, or a smear.
     if not 0.7 < height / width < 1.4:
         return None
-    filled: Any = ndimage.binary_fill_holes(region)
+    # Samplers leave single wrong pixels inside an object; they say nothing about its outline.
+    filled = cast(np.ndarray, ndimage.binary_fill_holes(region))
     overlaps: dict[Shape, float] = {
         shape: _overlap(filled, _outline(shape, height, width)) for shape in SHAPES
     }
     best = max(SHAPES, key=overlaps.__getitem__)
-    return best if overlaps[best] >= 0.8 else None
+    return best if overlaps[best] >= MIN_OVERLAP else None
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Return intersection over union of two masks."""
     return (a & b).sum() / (a | b).sum()
 
 
 @cache
 def _outline(shape: Shape, height: int, width: int) -> np.ndarray:
+    """Return the mask of a shape that fills a box of (height, width) pixels."""
     v, u = np.mgrid[:height, :width] + 0.5
     u, v = 2 * u / width - 1, 2 * v / height - 1
     return {
@@ -303,29 +350,33 @@ def _outline(shape: Shape, height: int, width: int) -> np.ndarray:
 
 
 def match(caption: Caption, things: list[Thing]) -> Match:
-    """Which facts of the caption hold: every object asked for is one, its colour another, the relation a last one."""
+    """Count the facts of a caption that hold in a picture.
+
+    Every object of the caption is one fact, a named colour of it another, and the relation a last.
+    """
     held = facts = 0
     for phrase in caption.phrases:
-        found = [thing for thing in things if thing.shape == phrase.shape]
+        of_shape = [thing for thing in things if thing.shape == phrase.shape]
         facts += phrase.count
-        held += min(phrase.count, len(found))
+        held += min(phrase.count, len(of_shape))
         if phrase.colour:
             facts += phrase.count
-            held += min(phrase.count, sum(thing.colour == phrase.colour for thing in found))
+            held += min(phrase.count, sum(thing.colour == phrase.colour for thing in of_shape))
     if caption.relation:
         facts += 1
-        held += _related(caption, things)
+        held += _relation_holds(caption, things)
     extra = max(0, len(things) - sum(phrase.count for phrase in caption.phrases))
     return Match(held, facts, extra)
 
 
-def _related(caption: Caption, things: list[Thing]) -> bool:
-    """Whether an object of the first shape stands in the relation to one of the second, by a tenth of the picture."""
+def _relation_holds(caption: Caption, things: list[Thing]) -> bool:
+    """True if an object of the first shape stands in the relation to one of the second."""
     first, second = (
         [thing for thing in things if thing.shape == phrase.shape] for phrase in caption.phrases
     )
     relation = caption.relation
     if relation in ("right of", "below"):
         first, second, relation = second, first, OPPOSITE[relation]
-    gaps = [b.x - a.x if relation == "left of" else b.y - a.y for a in first for b in second]
-    return any(gap > 0.1 for gap in gaps)
+    axis = "x" if relation == "left of" else "y"
+    pairs = itertools.product(first, second)
+    return any(getattr(b, axis) - getattr(a, axis) > MIN_GAP for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The bundled world: captions parse back, the checker agrees with how a picture was made, and facts are counted as stated."""
+"""The bundled world: captions, the renderer, and the checker that reads a picture back."""
 
 import numpy as np
 import pytest
@@ -43,12 +43,8 @@ def test_the_checker_agrees_with_how_a_picture_was_made(kind):
     drawn = [draw_caption(rng, kind) for _ in range(100)]
     scenes = [draw_scene(caption, rng) for caption in drawn]
     read = [read_picture(picture) for picture in render(scenes)]
-    assert (
-        np.mean(
-            [match(caption, things).strict for caption, things in zip(drawn, read, strict=True)]
-        )
-        >= 0.98
-    )
+    pairs = zip(drawn, read, strict=True)
+    assert np.mean([match(caption, things).strict for caption, things in pairs]) >= 0.98
     known = [sorted((t.colour, t.shape) for t in scene) for scene in scenes]
     seen = [sorted((t.colour, t.shape or "") for t in things) for things in read]
     assert np.mean([a == b for a, b in zip(known, seen, strict=True)]) >= 0.98
@@ -81,22 +77,18 @@ def test_pictures_of_other_sizes_are_read_too(size):
     }
 
 
-def test_a_thing_is_read_where_it_stands():
+def test_an_object_is_read_at_its_place_and_size():
     (read,) = read_picture(render([[Thing("yellow", "circle", 0.3, 0.7, 0.2)]])[0])
-    assert (read.x, read.y, read.size) == (
-        pytest.approx(0.3, abs=0.02),
-        pytest.approx(0.7, abs=0.02),
-        pytest.approx(0.2, abs=0.02),
-    )
+    assert (read.x, read.y, read.size) == pytest.approx((0.3, 0.7, 0.2), abs=0.02)
 
 
-def test_a_blot_is_no_shape():
+def test_a_long_region_has_no_shape():
     picture = torch.full((3, 64, 64), 240 / 255)
     picture[:, 30:34, 8:56] = torch.tensor([214, 48, 49]).view(3, 1, 1) / 255
     assert [(t.colour, t.shape) for t in read_picture(picture)] == [("red", None)]
 
 
-def test_specks_are_not_things():
+def test_specks_are_ignored():
     picture = torch.full((3, 64, 64), 240 / 255)
     picture[:, 10:14, 10:14] = torch.tensor([214, 48, 49]).view(3, 1, 1) / 255
     assert read_picture(picture) == []
@@ -126,11 +118,11 @@ RED_CIRCLE, BLUE_SQUARE = thing("red", "circle"), thing("blue", "square", RIGHT)
         ("a red circle left of a blue square", [BLUE_SQUARE], 2, 5),
     ],
 )
-def test_the_facts_that_hold_are_counted(prompt, things, held, facts):
-    found = match(parse(prompt), things)
-    assert (found.held, found.facts, found.extra) == (held, facts, 0)
-    assert found.strict == float(held == facts)
-    assert found.graded == held / facts
+def test_facts_that_hold_are_counted(prompt, things, held, facts):
+    result = match(parse(prompt), things)
+    assert (result.held, result.facts, result.extra) == (held, facts, 0)
+    assert result.strict == float(held == facts)
+    assert result.graded == held / facts
 
 
 @pytest.mark.parametrize(
@@ -146,9 +138,9 @@ def test_the_facts_that_hold_are_counted(prompt, things, held, facts):
         ("a square", [RED_CIRCLE, thing("red", "circle", RIGHT)], 0),
     ],
 )
-def test_an_extra_object_takes_a_fact_away(prompt, things, graded):
-    found = match(parse(prompt), things)
-    assert (found.strict, found.graded) == (0, graded)
+def test_an_extra_object_cancels_a_fact(prompt, things, graded):
+    result = match(parse(prompt), things)
+    assert (result.strict, result.graded) == (0, graded)
 
 
 def test_the_rewards_are_the_strict_and_the_graded_share():
@@ -167,9 +159,9 @@ def test_capitals_spaces_and_a_full_stop_do_not_matter(text):
     "text",
     ["", "a cat", "a purple circle", "four circles", "a circle near a square", "a circle and"],
 )
-def test_a_prompt_of_another_world_is_answered_with_what_to_write(text):
+def test_other_prompts_are_refused_with_examples(text):
     with pytest.raises(
         ValueError,
-        match="is not a caption of the bundled world; write for example 'two red circles'",
+        match="is not a caption of the bundled world. Write for example 'two red circles'",
     ):
         parse(text)
