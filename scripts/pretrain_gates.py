@@ -26,32 +26,32 @@ COUNT = 600
 TEXT = """# The bundled models
 
 `assets/tiny-sd3`, `assets/tiny-flux` and `assets/tiny-clip` are small models of the real classes of diffusers and
-transformers, trained from nothing on pictures of coloured shapes (`flowalign/scenes.py`): four colours, three shapes, up to
-three objects, captions of GenEval's six kinds. `python scripts/pretrain_tiny.py` makes them again, in two and a half hours on
-one core; `python scripts/pretrain_gates.py` made this page.
+transformers. They were trained from scratch on pictures of coloured shapes (`flowalign/worlds/scenes.py`): four colours, three shapes, up to
+three objects, captions of GenEval's six kinds. `python scripts/pretrain_tiny.py` trains them again, in two and a half hours on
+one core. `python scripts/pretrain_gates.py` wrote this page.
 
-- The autoencoder was trained with noise on its latents so that a sampler's last errors do not show in the pictures.
+- The autoencoder was trained with noise on its latents, so that a sampler's last errors do not show in the pictures.
 - {misquoted:.0%} of the captions in pretraining were wrong in one fact, as captions on the web are. So the models can draw
-  what is asked, and do not always prefer to: that is what alignment repairs.
-- A tenth of the prompts were empty, so guidance works; the saved weights are exponential averages.
-- tiny-flux is like Flux-schnell: no embedded guidance. It shares tiny-sd3's autoencoder. Which colour and which place
-  belong to which shape it has hardly learned.
+  what a prompt says, and do not always do it. Alignment repairs this.
+- A tenth of the prompts were empty, so guidance works. The saved weights are exponential averages.
+- tiny-flux is like Flux-schnell: it has no embedded guidance. It shares tiny-sd3's autoencoder. It has hardly learned which
+  colour and which place belong to which shape.
 
-## Gates
+## Measured properties
 
 {gates}
 
-## Strict score by kind, of {count} pictures each, ten steps
+## Strict score by kind, {count} pictures each, ten steps
 
 {scores}
 
 ## Pictures
 
-Rendered scenes, and what the autoencoder makes of them, without and with noise (0.3) on the latents:
+Rendered scenes, and their reconstructions by the autoencoder, without and with noise (0.3) on the latents:
 
 ![rendered, reconstructed, reconstructed from noisy latents](pictures/autoencoder.png)
 
-tiny-sd3, ten steps, without guidance; a row a kind ({kinds}):
+tiny-sd3, ten steps, without guidance, one row per kind ({kinds}):
 
 ![pictures of tiny-sd3](pictures/tiny-sd3.png)
 

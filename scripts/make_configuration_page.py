@@ -1,0 +1,278 @@
+"""Write docs/configuration.md and the settings tables of docs/objectives/: python scripts/make_configuration_page.py
+
+Everything comes from the dataclasses that check a YAML file: keys, types, ranges, defaults, and the docstring under each field.
+A test compares the pages with what this script would write, so run it after a change of a setting.
+"""
+
+import ast
+import dataclasses
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints, Literal, Union
+
+from pydantic.fields import FieldInfo
+
+from flowalign.advantages import ADVANTAGES
+from flowalign.config.sections import Data, Evaluation, Train
+from flowalign.dynamics import DYNAMICS
+from flowalign.models.config import ModelConfig
+from flowalign.objectives import OBJECTIVES
+from flowalign.policy import Sampler
+from flowalign.rewards.combine import COMBINE
+from flowalign.settings.by_name import imported
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+UNBOUNDED = 1e5
+"""Upper limits from here on only stop typing errors; the page leaves them out."""
+SIMPLE_TYPES = {
+    bool: "true or false",
+    int: "integer",
+    float: "number",
+    str: "text",
+    type(None): "none",
+}
+TABLE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end of settings -->\n)", re.DOTALL)
+
+HEAD = """# Configuration
+
+<!-- This page is written by scripts/make_configuration_page.py from the dataclasses. Edit their docstrings instead. -->
+
+A run is one YAML file. It says only what differs from the defaults on this page.
+
+```yaml
+extends: base/tiny-sd3.yaml
+objective: {name: flow_grpo, clip_range: 2e-3}
+rewards: {scene_match_graded: 1.0}
+```
+
+`model` and `data` are required, and `rewards` when images are scored. All other sections have defaults.
+[Writing a YAML file](writing-yaml.md) explains `extends`, overrides on the command line, interpolation, and where files are found.
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a section, as a reader sees it."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def main() -> None:
+    for path, text in pages().items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"Wrote {path.relative_to(ROOT)}")
+
+
+def pages() -> dict[Path, str]:
+    """Every page that holds generated text, as it should be."""
+    texts = {DOCS / "configuration.md": configuration_page()}
+    for name in OBJECTIVES:
+        path = DOCS / "objectives" / f"{name}.md"
+        texts[path] = with_settings_table(path.read_text(encoding="utf-8"))
+    return texts
+
+
+def configuration_page() -> str:
+    objectives = ", ".join(f"[`{name}`](objectives/{name}.md)" for name in OBJECTIVES)
+    sections = [
+        section("model", ModelConfig),
+        section("sampler", Sampler, skip=("dynamics",)),
+        alternatives("sampler.dynamics", DYNAMICS, skip=("x", "v", "t", "s")),
+        f"## objective\n\nThe rule that the model learns by. Default: `{{name: flow_grpo}}`. "
+        f"Each objective has a page with its settings: {objectives}. "
+        "[Your own](your-own-objective.md) is named by its path: `my_file.py:MyObjective`.\n",
+        alternatives("advantage", ADVANTAGES, skip=("rewards", "group")),
+        "## rewards\n\nA mapping of names to weights, or to `{weight: 1.0, ...}` with the reward's own settings: "
+        "see [rewards](rewards.md). Under a name of your choice, `{reward: NAME, ...}` says which reward it is.\n",
+        alternatives("combine", COMBINE),
+        section("data", Data),
+        section("train", Train),
+        section("evaluation", Evaluation),
+        "## output\n\nThe run folder. Default: `outputs/` and the name of the YAML file without its ending. "
+        "[Running](running.md) lists its files.\n",
+    ]
+    return "\n".join([HEAD, *sections])
+
+
+def section(name: str, cls: type, skip: tuple[str, ...] = ()) -> str:
+    """A heading, the dataclass's own docstring, and a list of its settings."""
+    rows = [row for row in settings(cls) if row.name.partition(".")[0] not in skip]
+    entries = [
+        f"- `{row.name}`: {row.kind}, default {row.default}. {row.meaning}".rstrip()
+        if row.default
+        else f"- `{row.name}`: {row.kind}, required. {row.meaning}".rstrip()
+        for row in rows
+    ]
+    return f"## {name}\n\n{summary(cls)}\n\n" + "\n".join(entries) + "\n"
+
+
+def alternatives(key: str, table: dict[str, Callable[..., Any]], skip: tuple[str, ...] = ()) -> str:
+    """A heading, and for every built-in name what it is and its settings."""
+    entries = []
+    for name, entry in table.items():
+        entries.append(f"- `{{name: {name}}}`: {summary(entry)}")
+        rows = settings(entry) if inspect.isclass(entry) else arguments(entry)
+        entries += [
+            f"    - `{row.name}`: {row.kind}, default {row.default}. {row.meaning}".rstrip()
+            for row in rows
+            if row.name not in skip
+        ]
+    return f"## {key}\n\n" + "\n".join(entries) + "\n"
+
+
+def with_settings_table(page: str) -> str:
+    """The page of an objective with the table between its two markers written anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        head, name, end = match.groups()
+        objective = imported(OBJECTIVES[name], "objective.name", OBJECTIVES)
+        # The objective's own settings first, then the groups that it shares with others.
+        by_group = sorted(settings(objective), key=lambda row: "." in row.name)
+        rows = [f"| `{row.name}` | {row.default} | {table_cell(row)} |" for row in by_group]
+        lines = ["| setting | default | meaning |", "|---|---|---|", *rows]
+        return head + "\n".join(lines) + "\n" + end
+
+    return TABLE.sub(replace, page)
+
+
+def table_cell(row: Setting) -> str:
+    """The meaning; for a choice, the choices too."""
+    choices = f"One of {row.kind}." if row.kind.startswith("`") else ""
+    return " ".join(filter(None, [row.meaning, choices])).replace("|", "\\|")
+
+
+def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
+    """The settings of a dataclass, those of nested dataclasses with dotted names."""
+    yield from _settings(cls, prefix, {})
+
+
+def _settings(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[Setting]:
+    hints, meanings = get_type_hints(cls, include_extras=True), field_docstrings(cls)
+    for f in dataclasses.fields(cls):
+        if not f.init:
+            continue
+        default = values.get(f.name, default_of(f))
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            # Nested sections show the defaults that this section gives them, not their own.
+            yield from _settings(type(default), f"{prefix}{f.name}.", vars(default))
+        else:
+            yield Setting(
+                name=f"{prefix}{f.name}",
+                kind=kind_words(hints[f.name]),
+                default="" if default is dataclasses.MISSING else yaml_words(default),
+                meaning=meanings.get(f.name, ""),
+            )
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
+def arguments(function: Callable[..., Any]) -> Iterator[Setting]:
+    """The arguments of a function that have defaults, as settings."""
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.default is not parameter.empty:
+            yield Setting(
+                name=parameter.name,
+                kind=kind_words(hints[parameter.name]),
+                default=yaml_words(parameter.default),
+                meaning="",
+            )
+
+
+def kind_words(kind: Any) -> str:
+    """A type in plain words: `integer, 1 or more`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        base, *metadata = inner
+        return f"{kind_words(base)}{range_words(metadata)}"
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if origin is Union or type(kind).__name__ == "UnionType":
+        return " or ".join(kind_words(part) for part in inner)
+    if origin is list:
+        return f"list of {kind_words(inner[0])}"
+    if origin is tuple:
+        return f"list of {len(inner)} {kind_words(inner[0])}s"
+    if origin is dict:
+        return "mapping"
+    return SIMPLE_TYPES.get(kind, "text")
+
+
+def range_words(metadata: list[Any]) -> str:
+    """The limits of a number, with a leading space or comma."""
+    limits: dict[str, float] = {}
+    for entry in metadata:
+        for part in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
+            for name in ("gt", "ge", "lt", "le"):
+                if hasattr(part, name):
+                    limits[name] = getattr(part, name)
+    # An upper limit of a million is there to catch typing errors; readers do not need it.
+    limits = {name: limit for name, limit in limits.items() if abs(limit) < UNBOUNDED}
+    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
+    if set(limits) == {"ge", "le"}:
+        return f" from {limits['ge']} to {limits['le']}"
+    parts = [words[name].format(limit) for name, limit in limits.items()]
+    return "".join(f", {part}" for part in parts)
+
+
+def yaml_words(value: Any) -> str:
+    """A default as it would be written in YAML."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float) and math.isinf(value):
+        return "`.inf`" if value > 0 else "`-.inf`"
+    if isinstance(value, tuple | list):
+        return f"`{list(value)}`" if value else "empty"
+    return f"`{value}`" if value or value == 0 else "empty"
+
+
+def summary(entry: Any) -> str:
+    """The docstring without line breaks and without references to the code's own types."""
+    text = inspect.getdoc(entry) or ""
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    text = " ".join(textwrap.dedent(text).split())
+    return text if not text or text.endswith((".", "?", "!")) else f"{text}."
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """Docstrings under the fields of a dataclass and of the dataclasses it extends."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            texts |= own_field_docstrings(base)
+    return texts
+
+
+def own_field_docstrings(cls: type) -> dict[str, str]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    texts = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            texts[statement.target.id] = one_line(str(following.value.value))
+    return texts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The documentation agrees with the code: its links, its tables, the layers that it draws, and the figures that it repeats."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowalign.objectives import OBJECTIVES
+from tests.test_layers import ORDER
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+OBJECTIVE_PAGES = [DOCS / "objectives" / f"{name}.md" for name in OBJECTIVES]
+HEADINGS = (
+    "Formula",
+    "When to choose it",
+    "Settings",
+    "Metrics to watch",
+    "Expected curve",
+    "Configurations",
+    "Differences from the paper",
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_PATH = re.compile(
+    r"(?<![\w/.-])((?:configs|docs|assets|scripts|benchmarks|flowalign|tests)/[\w/.-]*\w)"
+)
+LOGGED_BY_THE_LOOP = ("reward/", "eval/")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text).strip().lower().replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT_PAGES], ids=name)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name(page)} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{name(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT_PAGES], ids=name)
+def test_every_file_that_a_page_names_exists(page):
+    for path in NAMED_PATH.findall(page.read_text(encoding="utf-8")):
+        if "NAME" in path:
+            continue  # It stands for any name.
+        assert (ROOT / path).exists() or any(ROOT.glob(f"{path}*")), f"{name(page)} names {path}"
+
+
+def test_the_site_lists_every_page_once():
+    navigation = json.dumps(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    listed = re.findall(r'"([\w/-]+\.md)"', navigation)
+    assert sorted(listed) == [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+def test_the_site_takes_nothing_from_the_network():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["theme"]["font"] is False
+    assert not {"extra_javascript", "extra_css"} & set(settings)
+
+
+@pytest.mark.parametrize("page", OBJECTIVE_PAGES, ids=lambda page: page.stem)
+def test_the_page_of_an_objective_has_all_parts_and_every_tiny_configuration(page):
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(HEADINGS)
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        objective = yaml.safe_load(file.read_text()).get("objective", {})
+        if objective.get("name") == page.stem and file.parent.name != "base":
+            assert name(file) in text, f"{name(page)} leaves out {name(file)}"
+
+
+@pytest.mark.parametrize("page", OBJECTIVE_PAGES, ids=lambda page: page.stem)
+def test_the_metrics_on_the_page_of_an_objective_are_those_it_logs(page):
+    section = page.read_text(encoding="utf-8").split("## Metrics to watch")[1].split("\n## ")[0]
+    folder = ROOT / "flowalign" / "objectives"
+    code = (folder / f"{page.stem}.py").read_text() + (folder / "terms.py").read_text()
+    metrics = [
+        metric
+        for row in section.splitlines()
+        if row.startswith("| `")
+        for metric in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+    assert metrics
+    for metric in metrics:
+        assert metric.startswith(LOGGED_BY_THE_LOOP) or f'"{metric}"' in code, metric
+
+
+def test_measured_curves_are_those_of_the_benchmark():
+    results = json.loads((ROOT / "benchmarks" / "objectives.json").read_text())["results"]
+    shown = set()
+    for page in OBJECTIVE_PAGES:
+        blocks = re.findall(
+            r"<!-- curve: (\w+) -->\n(.*?)<!-- end of curve -->",
+            page.read_text(encoding="utf-8"),
+            re.DOTALL,
+        )
+        for objective, table in blocks:
+            assert table.splitlines()[2:] == curve_rows(results[objective])
+            shown.add(objective)
+    assert shown == set(results)
+
+
+def curve_rows(runs: list[dict]) -> list[str]:
+    """Rows of images, and the median, lowest and highest strict score of the runs' evaluations."""
+    rows = []
+    # The last point repeats the evaluation of the last step.
+    for number, point in enumerate(runs[0]["points"][:-1]):
+        scores = [run["points"][number]["scene_match"] for run in runs]
+        spread = f"{min(scores):.3f} to {max(scores):.3f}"
+        rows.append(f"| {point['images']:,} | {statistics.median(scores):.3f} | {spread} |")
+    return rows
+
+
+def test_the_drawn_layers_are_those_that_the_imports_are_held_to():
+    text = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+    lines = text.split("## Layers")[1].split("```text\n")[1].split("```")[0].splitlines()
+    drawn = [folder for line in reversed(lines) for folder in line.split()]
+    assert drawn == [folder for folder in ORDER if folder in drawn]
+    folders = {path.parent.name for path in (ROOT / "flowalign").glob("*/__init__.py")}
+    assert folders <= set(drawn)
