@@ -1,12 +1,16 @@
-"""Write docs/configuration.md and the settings tables of docs/objectives/: python scripts/make_configuration_page.py
+"""Write docs/configuration.md and the settings tables of docs/objectives/.
 
-Everything comes from the dataclasses that check a YAML file: keys, types, ranges, defaults, and the docstring under each field.
-A test compares the pages with what this script would write, so run it after a change of a setting.
+    python scripts/make_configuration_page.py
+
+Everything comes from the dataclasses that check a YAML file: keys, types, ranges, defaults, and
+the docstring under each field. A test compares the pages with what this script would write, so
+run it after a change of a setting.
 """
 
 import ast
 import dataclasses
 import inspect
+import itertools
 import math
 import re
 import textwrap
@@ -41,7 +45,7 @@ TABLE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end of settings -->\n)
 
 HEAD = """# Configuration
 
-<!-- This page is written by scripts/make_configuration_page.py from the dataclasses. Edit their docstrings instead. -->
+<!-- Written by scripts/make_configuration_page.py. Edit the docstrings of the settings instead. -->
 
 A run is one YAML file. It says only what differs from the defaults on this page.
 
@@ -51,8 +55,27 @@ objective: {name: flow_grpo, clip_range: 2e-3}
 rewards: {scene_match_graded: 1.0}
 ```
 
-`model` and `data` are required, and `rewards` when images are scored. All other sections have defaults.
-[Writing a YAML file](writing-yaml.md) explains `extends`, overrides on the command line, interpolation, and where files are found.
+`model` and `data` are required, and `rewards` when images are scored. All other sections have
+defaults. [Writing a YAML file](writing-yaml.md) explains `extends`, overrides and names.
+"""
+
+OBJECTIVE = """## objective
+
+The rule by which the model learns. Default: `{name: flow_grpo}`. [Your own](your-own-objective.md)
+is named by its path: `my_file.py:MyObjective`. Each built-in one has a page with its settings:
+
+"""
+
+REWARDS = """## rewards
+
+A mapping of names to weights, or to `{weight: 1.0, ...}` with the reward's own settings: see
+[rewards](rewards.md). Under a name of your choice, `{reward: NAME, ...}` says which reward it is.
+"""
+
+OUTPUT = """## output
+
+The run folder. Default: `outputs/` and the name of the YAML file without its ending.
+[Running](running.md) lists its files.
 """
 
 
@@ -67,8 +90,9 @@ class Setting:
 
 
 def main() -> None:
+    """Write every page whose text has changed."""
     for path, text in pages().items():
-        if path.read_text(encoding="utf-8") != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(f"Wrote {path.relative_to(ROOT)}")
 
@@ -83,51 +107,44 @@ def pages() -> dict[Path, str]:
 
 
 def configuration_page() -> str:
-    objectives = ", ".join(f"[`{name}`](objectives/{name}.md)" for name in OBJECTIVES)
+    """The whole of docs/configuration.md."""
+    objectives = [f"- [`{name}`](objectives/{name}.md)" for name in OBJECTIVES]
     sections = [
         section("model", ModelConfig),
         section("sampler", Sampler, skip=("dynamics",)),
-        alternatives("sampler.dynamics", DYNAMICS, skip=("x", "v", "t", "s")),
-        f"## objective\n\nThe rule that the model learns by. Default: `{{name: flow_grpo}}`. "
-        f"Each objective has a page with its settings: {objectives}. "
-        "[Your own](your-own-objective.md) is named by its path: `my_file.py:MyObjective`.\n",
-        alternatives("advantage", ADVANTAGES, skip=("rewards", "group")),
-        "## rewards\n\nA mapping of names to weights, or to `{weight: 1.0, ...}` with the reward's own settings: "
-        "see [rewards](rewards.md). Under a name of your choice, `{reward: NAME, ...}` says which reward it is.\n",
+        alternatives("sampler.dynamics", DYNAMICS),
+        OBJECTIVE + "\n".join(objectives) + "\n",
+        alternatives("advantage", ADVANTAGES),
+        REWARDS,
         alternatives("combine", COMBINE),
         section("data", Data),
         section("train", Train),
         section("evaluation", Evaluation),
-        "## output\n\nThe run folder. Default: `outputs/` and the name of the YAML file without its ending. "
-        "[Running](running.md) lists its files.\n",
+        OUTPUT,
     ]
     return "\n".join([HEAD, *sections])
 
 
 def section(name: str, cls: type, skip: tuple[str, ...] = ()) -> str:
     """A heading, the dataclass's own docstring, and a list of its settings."""
-    rows = [row for row in settings(cls) if row.name.partition(".")[0] not in skip]
-    entries = [
-        f"- `{row.name}`: {row.kind}, default {row.default}. {row.meaning}".rstrip()
-        if row.default
-        else f"- `{row.name}`: {row.kind}, required. {row.meaning}".rstrip()
-        for row in rows
-    ]
-    return f"## {name}\n\n{summary(cls)}\n\n" + "\n".join(entries) + "\n"
+    rows = [entry(row) for row in settings(cls) if row.name.partition(".")[0] not in skip]
+    return f"## {name}\n\n{summary(cls)}\n\n" + "\n".join(rows) + "\n"
 
 
-def alternatives(key: str, table: dict[str, Callable[..., Any]], skip: tuple[str, ...] = ()) -> str:
+def alternatives(key: str, table: dict[str, Callable[..., Any]]) -> str:
     """A heading, and for every built-in name what it is and its settings."""
-    entries = []
-    for name, entry in table.items():
-        entries.append(f"- `{{name: {name}}}`: {summary(entry)}")
-        rows = settings(entry) if inspect.isclass(entry) else arguments(entry)
-        entries += [
-            f"    - `{row.name}`: {row.kind}, default {row.default}. {row.meaning}".rstrip()
-            for row in rows
-            if row.name not in skip
-        ]
-    return f"## {key}\n\n" + "\n".join(entries) + "\n"
+    lines = []
+    for name, value in table.items():
+        lines.append(f"- `{{name: {name}}}`: {summary(value)}")
+        rows = settings(value) if inspect.isclass(value) else arguments(value)
+        lines += [f"    {entry(row)}" for row in rows]
+    return f"## {key}\n\n" + "\n".join(lines) + "\n"
+
+
+def entry(row: Setting) -> str:
+    """A setting as an item of a list."""
+    need = f"default {row.default}" if row.default else "required"
+    return f"- `{row.name}`: {row.kind}, {need}. {row.meaning}".rstrip()
 
 
 def with_settings_table(page: str) -> str:
@@ -175,6 +192,7 @@ def _settings(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[Settin
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default of a field, or `dataclasses.MISSING` for a required one."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default
@@ -242,13 +260,14 @@ def yaml_words(value: Any) -> str:
     return f"`{value}`" if value or value == 0 else "empty"
 
 
-def summary(entry: Any) -> str:
-    """The docstring without line breaks and without references to the code's own types."""
-    text = inspect.getdoc(entry) or ""
-    return one_line(text)
+def summary(value: Any) -> str:
+    """The docstring of a class or a function up to its list of arguments, in one line."""
+    text = (inspect.getdoc(value) or "").partition("\n\nArgs:")[0]
+    return one_line(text.partition("\n\nRaises:")[0])
 
 
 def one_line(text: str) -> str:
+    """The text without line breaks, ending with a full stop."""
     text = " ".join(textwrap.dedent(text).split())
     return text if not text or text.endswith((".", "?", "!")) else f"{text}."
 
@@ -263,10 +282,12 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def own_field_docstrings(cls: type) -> dict[str, str]:
+    """Docstrings under the fields that a class declares in its own body."""
+    # Docstrings of fields are not kept at run time, so they are read from the source.
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     texts = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
