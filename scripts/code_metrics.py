@@ -1,9 +1,10 @@
 """Print how readable the code is: sizes, density, comments, types and imports, as one table.
 
-    python scripts/code_metrics.py                      # the package
-    python scripts/code_metrics.py flowalign/rewards    # one folder
+    python scripts/code_metrics.py                           # the package
+    python scripts/code_metrics.py flowalign/rewards tests   # some folders
 
-The targets in the right column are those of the style guide. With --where, the places that miss a target are listed.
+The last column is the target of the style guide. With --where, the places that miss a target are
+listed.
 """
 
 import argparse
@@ -11,7 +12,10 @@ import ast
 import re
 import statistics
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +23,49 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = 100
 LONGEST_FUNCTION = 45
 PREPOSITIONS = {"Of", "To", "As", "Where", "By", "With", "What", "Whether"}
+COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file."""
+
+    path: Path
+
+    @cached_property
+    def text(self) -> str:
+        """The text of the file."""
+        return self.path.read_text(encoding="utf-8")
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines of the file."""
+        return self.text.splitlines()
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """The syntax tree."""
+        return ast.parse(self.text)
+
+    @property
+    def module(self) -> str:
+        """The dotted name."""
+        relative = self.path.resolve().relative_to(ROOT)
+        return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+
+    def place(self, line: int, name: str = "") -> str:
+        """Return a line of the file as a reader looks it up."""
+        return f"{self.path}:{line} {name}".rstrip()
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """A line of the table."""
 
     name: str
     value: str
-    target: str
-    places: list[str]
+    target: str = ""
+    places: Iterable[str] = ()
 
 
 def main() -> None:
@@ -36,105 +74,116 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", default=["flowalign"])
     parser.add_argument("--where", action="store_true", help="list the places that miss a target")
     options = parser.parse_args()
-    files = sorted(file for folder in options.folders for file in Path(folder).rglob("*.py"))
-    for row in table(files):
-        print(f"{row.name:44}{row.value:>16}  {row.target}")
+    files = chain.from_iterable(Path(folder).rglob("*.py") for folder in options.folders)
+    sources = [Source(file) for file in sorted(files)]
+    for row in chain(sizes(sources), density(sources), imports(sources)):
+        print(f"{row.name:44}{row.value:>16}  {row.target}".rstrip())
         if options.where:
             print("".join(f"    {place}\n" for place in row.places), end="")
 
 
-def table(files: list[Path]) -> Iterator[Row]:
-    """Measure the files."""
-    texts = {file: file.read_text(encoding="utf-8") for file in files}
-    trees = {file: ast.parse(text) for file, text in texts.items()}
-    lines = sum(len(text.splitlines()) for text in texts.values())
-    thousands = lines / 1000
-    lengths = {place: length for file in files for place, length in functions(file, trees[file])}
-    middle, most = statistics.median(lengths.values()), max(lengths.values())
-    tenth = sorted(lengths.values())[round(0.9 * (len(lengths) - 1))]
-    too_long = [f"{p} {n} lines" for p, n in lengths.items() if n > LONGEST_FUNCTION]
-    wide = [
-        f"{file}:{number}"
-        for file, text in texts.items()
-        for number, line in enumerate(text.splitlines(), 1)
-        if len(line) > COLUMNS
-    ]
-    anys = [place for file, text in texts.items() for place in found(file, text, r"\bAny\b")]
-    double = [p for file in files for p in comprehensions_with_two_loops(file, trees[file])]
-    nested = [p for file in files for p in nested_conditionals(file, trees[file])]
-    odd = [p for file in files for p in docstrings_with_odd_starts(file, trees[file])]
-    comments = sum(whole_line_comments(file) for file in files)
-    circles = import_circles({module(file): own_imports(trees[file]) for file in files})
-    arrows = {
-        (room(module(file)), room(name))
-        for file in files
-        for name in own_imports(trees[file])
-        if room(module(file)) != room(name)
-    }
-    yield Row("files, folders", f"{len(files)}, {len({file.parent for file in files})}", "", [])
-    yield Row("lines", f"{lines:,}", "", [])
-    yield Row("longest file, lines", str(max(len(t.splitlines()) for t in texts.values())), "", [])
-    yield Row("function lines: median, p90, max", f"{middle:g}, {tenth}, {most}", "max 45", too_long)
-    yield Row("lines over 100 columns", str(len(wide)), "0", wide)
-    yield Row("`Any` per 1,000 lines", f"{len(anys) / thousands:.1f}", "6 or less", anys)
-    yield Row("two-loop comprehensions per 1,000", f"{len(double) / thousands:.1f}", "1", double)
+def sizes(sources: list[Source]) -> Iterator[Row]:
+    """Measure files and functions."""
+    folders, longest = {s.path.parent for s in sources}, max(len(s.lines) for s in sources)
+    lengths = dict(chain.from_iterable(map(function_lengths, sources)))
+    ordered = sorted(lengths.values())
+    middle, tenth = statistics.median(ordered), ordered[round(0.9 * (len(ordered) - 1))]
+    too_long = [f"{place}, {n} lines" for place, n in lengths.items() if n > LONGEST_FUNCTION]
+    wide = collect(wide_lines, sources)
+    yield Row("files, folders", f"{len(sources)}, {len(folders)}")
+    yield Row("lines", f"{count_lines(sources):,}")
+    yield Row("longest file, lines", str(longest))
+    value = f"{middle:g}, {tenth}, {ordered[-1]}"
+    yield Row("function lines: median, p90, max", value, f"max {LONGEST_FUNCTION}", too_long)
+    yield Row(f"lines over {COLUMNS} columns", str(len(wide)), "0", wide)
+
+
+def density(sources: list[Source]) -> Iterator[Row]:
+    """Count what makes code hard to read, and the comments that help."""
+    lines = count_lines(sources)
+    anys, loops = collect(uses_of_any, sources), collect(two_loops, sources)
+    nested, odd = collect(nested_conditionals, sources), collect(odd_docstrings, sources)
+    comments = sum(whole_line_comments(source) for source in sources)
+    per_thousand = f"{1000 * len(anys) / lines:.1f}", f"{1000 * len(loops) / lines:.1f}"
+    yield Row("`Any` per 1,000 lines", per_thousand[0], "6 or less", anys)
+    yield Row("two-loop comprehensions per 1,000 lines", per_thousand[1], "1 or less", loops)
     yield Row("conditional expressions inside another", str(len(nested)), "0", nested)
-    yield Row("whole-line comments, share of lines", f"{comments / lines:.1%}", "2 % or more", [])
+    yield Row("whole-line comments, share of lines", f"{comments / lines:.1%}", "2 % or more")
     yield Row("docstrings that begin with a preposition", str(len(odd)), "0", odd)
+
+
+def imports(sources: list[Source]) -> Iterator[Row]:
+    """Count the imports between folders, and those that form a circle."""
+    graph = {source.module: own_imports(source.tree) for source in sources}
+    edges = chain.from_iterable(((a, b) for b in targets) for a, targets in graph.items())
+    rooms = {(room(a), room(b)) for a, b in edges}
+    arrows = sorted(f"{a} -> {b}" for a, b in rooms if a != b)
+    circles = import_circles(graph)
     yield Row("import circles", str(len(circles)), "0", circles)
-    yield Row("arrows between folders", str(len(arrows)), "", [f"{a} -> {b}" for a, b in sorted(arrows)])
+    yield Row("arrows between folders", str(len(arrows)), "", arrows)
 
 
-def functions(file: Path, tree: ast.Module) -> Iterator[tuple[str, int]]:
+def collect(places: Callable[[Source], Iterator[str]], sources: list[Source]) -> list[str]:
+    """Return the places that a measure yields in all files."""
+    return list(chain.from_iterable(map(places, sources)))
+
+
+def count_lines(sources: list[Source]) -> int:
+    """Return the number of lines of all files."""
+    return sum(len(source.lines) for source in sources)
+
+
+def function_lengths(source: Source) -> Iterator[tuple[str, int]]:
     """Yield the place and the number of lines of every function."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield f"{file}:{node.lineno} {node.name}", (node.end_lineno or 0) - node.lineno + 1
+    for node in ast.walk(source.tree):
+        if isinstance(node, FUNCTIONS):
+            yield source.place(node.lineno, node.name), (node.end_lineno or 0) - node.lineno + 1
 
 
-def found(file: Path, text: str, pattern: str) -> Iterator[str]:
-    """Yield the place of every match."""
-    for match in re.finditer(pattern, text):
-        yield f"{file}:{text.count(chr(10), 0, match.start()) + 1}"
+def wide_lines(source: Source) -> Iterator[str]:
+    """Yield the place of every line that is too wide."""
+    for number, line in enumerate(source.lines, 1):
+        if len(line) > COLUMNS:
+            yield source.place(number)
 
 
-def comprehensions_with_two_loops(file: Path, tree: ast.Module) -> Iterator[str]:
+def uses_of_any(source: Source) -> Iterator[str]:
+    """Yield the place of every `Any`."""
+    for number, line in enumerate(source.lines, 1):
+        yield from [source.place(number)] * len(re.findall(r"\bAny\b", line))
+
+
+def two_loops(source: Source) -> Iterator[str]:
     """Yield the place of every comprehension with more than one `for`."""
-    kinds = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and len(node.generators) > 1:
-            yield f"{file}:{node.lineno}"
+    for node in ast.walk(source.tree):
+        if isinstance(node, COMPREHENSIONS) and len(node.generators) > 1:
+            yield source.place(node.lineno)
 
 
-def nested_conditionals(file: Path, tree: ast.Module) -> Iterator[str]:
+def nested_conditionals(source: Source) -> Iterator[str]:
     """Yield the place of every conditional expression that holds another."""
-    for node in ast.walk(tree):
+    for node in ast.walk(source.tree):
         if isinstance(node, ast.IfExp):
-            inner = [part for part in ast.walk(node) if isinstance(part, ast.IfExp)]
-            if len(inner) > 1:
-                yield f"{file}:{node.lineno}"
+            conditionals = [part for part in ast.walk(node) if isinstance(part, ast.IfExp)]
+            if len(conditionals) > 1:
+                yield source.place(node.lineno)
 
 
-def docstrings_with_odd_starts(file: Path, tree: ast.Module) -> Iterator[str]:
+def odd_docstrings(source: Source) -> Iterator[str]:
     """Yield the place of every docstring that begins with a preposition or a relative word."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Module | ast.ClassDef | FUNCTIONS):
             words = (ast.get_docstring(node) or "").split()
             if words and words[0].strip(",:;") in PREPOSITIONS:
-                yield f"{file}:{getattr(node, 'lineno', 1)} {words[0]}"
+                yield source.place(getattr(node, "lineno", 1), words[0])
 
 
-def whole_line_comments(file: Path) -> int:
+def whole_line_comments(source: Source) -> int:
     """Count the lines that hold a comment and nothing else."""
-    with file.open("rb") as opened:
-        tokens = [t for t in tokenize.tokenize(opened.readline) if t.type == tokenize.COMMENT]
+    # Tokens, not text: a line of a docstring may begin with "#" too.
+    with source.path.open("rb") as file:
+        tokens = [t for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
     return sum(token.line.lstrip().startswith("#") for token in tokens)
-
-
-def module(file: Path) -> str:
-    """Return the dotted name of a file."""
-    relative = file.resolve().relative_to(ROOT)
-    return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
 
 
 def room(name: str) -> str:
@@ -144,18 +193,16 @@ def room(name: str) -> str:
 
 def own_imports(tree: ast.Module) -> set[str]:
     """Return the modules of the package that a file imports at its top level."""
-    names = set()
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowalign."):
-            names.add(node.module or "")
-    return names
+    imported = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {name for name in imported if name.startswith("flowalign.")}
 
 
 def import_circles(graph: dict[str, set[str]]) -> list[str]:
     """Return the modules that import each other, directly or over others."""
-    graph = {name: imported & set(graph) for name, imported in graph.items()}
-    while leaves := {name for name, imported in graph.items() if not imported & set(graph)}:
-        graph = {name: imported for name, imported in graph.items() if name not in leaves}
+    graph = {name: targets & set(graph) for name, targets in graph.items()}
+    # Modules that import nothing of what is left are in no circle. Removing them frees others.
+    while leaves := {name for name, targets in graph.items() if not targets & set(graph)}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
     return sorted(graph)
 
 
