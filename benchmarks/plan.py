@@ -145,7 +145,7 @@ def measured(config: Config) -> Figures:
         runs.append(assemble(inputs, model))
         for parameter in runs[0].policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        runs[0].learned.optimizer.step()  # makes the moments
+        runs[0].state.optimizer.step()  # makes the moments
 
     peak = resident + allocated(model.device, begin, lambda: step(runs[0]))
     with operations, counted(model.transformer, calls):
@@ -161,11 +161,11 @@ def step(run: Assembly) -> None:
     train = run.config.train
     batch, _ = run.source(0)
     for piece in batch.pieces(len(batch) // train.updates_per_step):
-        run.learned.optimizer.zero_grad()
+        run.state.optimizer.zero_grad()
         compute_gradient(
             run.policy, run.config.objective, piece.trainable_rows(), train.images_per_pass, Meter()
         )
-        run.learned.optimizer.step()
+        run.state.optimizer.step()
 
 
 def of_one_pass(run: Assembly) -> tuple[int, int]:

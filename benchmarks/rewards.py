@@ -29,7 +29,8 @@ from flowalign.rewards.remote.server import make_app
 from flowalign.rollouts.collect import make_prompts, passes
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.environment import environment
-from flowalign.training.trainer import prepare
+from flowalign.training.run import prepare
+from flowalign.training.update import update
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.2
@@ -96,7 +97,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config.output = folder
         run = prepare(config)
-        view, each = run.policy.at("policy"), config.train.images_per_pass
+        view, each = run.state.policy.at("policy"), config.train.images_per_pass
         texts = read_prompts(config.data.prompts)
         members = [
             (slot, image)
@@ -109,7 +110,12 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
             [(0, 0, slot, image) for slot, image in members],
         )
         rollouts = list(passes(view, prompts, each))
-        step = timed(run.step, options.repetitions)
+
+        def make_step() -> None:
+            batch, _ = run.source(0)
+            update(run.state, config.objective, batch, config.train, run.skip_update)
+
+        step = timed(make_step, options.repetitions)
         print(f"a step of {options.images} images: {step:.2f} s")
 
         def judge(rewards: list[Reward]) -> RolloutScorer:

@@ -1,6 +1,6 @@
 """How much of a training step is the model's own work: python benchmarks/throughput.py [MODEL_FOLDER] [options]
 
-Measures rollouts (`experience.collect`) and whole steps (`trainer.Run.step`), and in the same process, turn by turn, the
+Measures rollouts (`experience.collect`) and whole steps (`source` and `update`), and in the same process, turn by turn, the
 bare work they consist of: the very same transformer and decoder calls, with the adapter on, in a loop with nothing else.
 `--architecture sd3.5-medium` or `flux-dev` builds the published network with random weights instead of loading a folder.
 """
@@ -30,10 +30,10 @@ from flowalign.models.loading import describe
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect
-from flowalign.runs.checkpoint import Progress
 from flowalign.runs.environment import environment, peak_memory
-from flowalign.training.setup import assemble, Inputs
-from flowalign.training.trainer import Run
+from flowalign.runs.failures import SkippedUpdate
+from flowalign.training.setup import assemble, Assembly, Inputs
+from flowalign.training.update import update
 
 PROMPTS = [
     Prompt(f"a {color} {shape}")
@@ -83,16 +83,16 @@ class Calls:
 class Bench:
     """A run without a folder, and the calls that one of its steps makes."""
 
-    run: Run
+    run: Assembly
 
     def __post_init__(self) -> None:
-        self.counts, self.context = self.run.assembly.counts, self.run.assembly.context
+        self.counts, self.context = self.run.counts, self.run.context
         model, train = self.run.policy.model, self.run.config.train
         self.batch = self.context.step_prompts(0)
         self.rollout = self.collect()
         self.network, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
         with self.network.recording(), self.decoder.recording():
-            self.run.step()
+            self.step()
         self.peak_memory = peak_memory(model.device)
         passes = self.counts.images_per_step // train.images_per_pass
         made, trained = self.network.count(gradient=False), self.network.count(gradient=True)
@@ -103,6 +103,11 @@ class Bench:
             f"{trained} trained forwards for {passes} passes"
         )
         assert self.decoder.count(gradient=False) in (passes, self.counts.images_per_step)
+
+    def step(self) -> None:
+        """Make the first training step, as the trainer does."""
+        batch, _ = self.run.source(0)
+        update(self.run.state, self.run.config.objective, batch, self.run.config.train, fail)
 
     def collect(self) -> Rollout:
         return collect(
@@ -116,15 +121,20 @@ class Bench:
             "bare forwards": lambda: self.network.replay(gradient=False),
             "bare decode": lambda: self.decoder.replay(gradient=False),
             "reward": lambda: self.context.judge([self.rollout]),
-            "step": self.run.step,
+            "step": self.step,
             "bare backwards": lambda: self.network.replay(gradient=True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         for repetition in range(repetitions):
             for name in list(parts)[:: -1 if repetition % 2 else 1]:
-                self.run.learned.optimizer.zero_grad()
+                self.run.state.optimizer.zero_grad()
                 seconds[name].append(timed(parts[name], clock, self.run.policy.model.device))
         return seconds
+
+
+def fail(skipped: SkippedUpdate) -> None:
+    """Raise RuntimeError: a step that trains nothing would be measured too fast."""
+    raise RuntimeError(skipped.reason)
 
 
 def timed(action: Callable[[], Any], clock: Callable[[], float], device: torch.device) -> float:
@@ -163,7 +173,7 @@ def results(bench: Bench, seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def build(options: argparse.Namespace) -> Bench:
-    """As `trainer.prepare`, without a run folder."""
+    """Build a run without a folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configuration(options)
     family = ARCHITECTURES[options.architecture][1] if options.architecture else None
@@ -175,8 +185,17 @@ def build(options: argparse.Namespace) -> Bench:
         train.updates_per_step,
         train.images_per_pass,
     )
-    assembly = assemble(Inputs(config, counts, PROMPTS, PROMPTS, [], [], rewards, rewards), model)
-    return Bench(Run(assembly, Path(), Progress()))
+    inputs = Inputs(
+        config=config,
+        counts=counts,
+        prompts=PROMPTS,
+        evaluation_prompts=PROMPTS,
+        examples=[],
+        held_out=[],
+        rewards=rewards,
+        evaluation_rewards=rewards,
+    )
+    return Bench(assemble(inputs, model))
 
 
 def configuration(options: argparse.Namespace) -> Config:

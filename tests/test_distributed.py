@@ -39,15 +39,15 @@ for number, (objective, more) in enumerate(cases):
     settings = ["train.prompts_per_step=4", f"train.images_per_pass={4 - expected}", f"objective={objective}"]
     config = small_config(f"{folder}/{number}", *settings, *(["data.ranking={weighted: true}"] if "weighted" in more else []))
     run = trainer.prepare(config)
-    batch, metrics = run.assembly.source(0)
+    batch, metrics = run.source(0)
     Policy.loss_scale = lambda self, passes: 1.0
     if "uneven" in more:  # as where images have no score; and with a scale, as float16 has
         batch = batch[[row for row, key in enumerate(batch.keys.tolist()) if key[2] != 3 and key[2:] != [1, 1]]]
         Policy.loss_scale = lambda self, passes: 2.0 ** (5 + passes)
-    stir(run.policy)
-    compute_gradient(run.policy, config.objective, batch, config.train.images_per_pass, Meter())
+    stir(run.state.policy)
+    compute_gradient(run.state.policy, config.objective, batch, config.train.images_per_pass, Meter())
     if distributed.is_main():
-        gradient = torch.cat([p.grad.flatten() for p in run.policy.parameters()])
+        gradient = torch.cat([p.grad.flatten() for p in run.state.policy.parameters()])
         save_file({"gradient": gradient, "reward": torch.tensor(metrics["reward/combined"])}, f"{folder}/{number}.safetensors")
 """
 CASES = [
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_prompts_and
         (tmp_path / "1-2", TORCHRUN, 2),
     ):
         out = run_process([*launcher, *command, "train.steps=4", f"output={parted}"])
-        assert "Going on from" in out
+        assert "Resuming from" in out
         assert f"{then} process(es) on cpu" in out
         assert json.loads((parted / "environment.json").read_text())["processes"] == then
         for one, other in zip(read_metrics(whole), read_metrics(parted), strict=True):
@@ -229,4 +229,4 @@ def test_a_reward_that_fails_on_one_process_leaves_the_steps_done(tmp_path):
     assert done.returncode != 0
     assert "fails raised ConnectionError: the scorer is gone" in done.stderr
     (saved,) = checkpoints(tmp_path / "run")
-    assert f"The steps done are in {saved}" in done.stderr
+    assert f"The finished steps are in {saved}" in done.stderr

@@ -29,15 +29,10 @@ from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.sources import source_of
 from flowalign.runs.adapter import save_adapter
+from flowalign.runs.advice import advise_on_out_of_memory
 from flowalign.training.gradient import compute_gradient, Meter
 from flowalign.training.preflight import before_start, IMAGES, keyed_prompts, PROMPTS
-from flowalign.training.setup import (
-    advise_on_out_of_memory,
-    assemble,
-    Assembly,
-    Inputs,
-    read_inputs,
-)
+from flowalign.training.setup import assemble, Assembly, Inputs, read_inputs
 
 
 def check(config: Config, say: Callable[[str], None] = print) -> bool:
@@ -69,7 +64,7 @@ def findings(config: Config) -> Iterator[Finding]:
     stir(policy)
     yield adapters_off(policy, bare, x, t, cond)
     yield from gradients(policy, objective, batch)
-    yield moved_by_optimizer(policy, assembly.learned.optimizer)
+    yield moved_by_optimizer(policy, assembly.state.optimizer)
     yield saved_adapter(policy, x, t, cond)
 
 

@@ -63,6 +63,10 @@ class Evaluator:
         images, shown = self.pictures([rollout] if rollout else [])
         return rollout, EvaluationResult(table[:, 0].long(), by_name, images, shown)
 
+    def captions(self, result: EvaluationResult) -> list[str]:
+        """Return the prompt of each picture that a result shows."""
+        return [self.prompts[index].text for index in result.shown.tolist()]
+
     def passes(self, policy: Policy) -> Iterator[Rollout]:
         """This process's pictures, without their paths."""
         mine = self.members

@@ -30,6 +30,11 @@ class EvaluationResult:
             name: score.nanmean().item() for name, score in (self.rewards | self.held_out).items()
         }
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The means and figures, by the names that are logged: `eval/NAME`."""
+        return {f"eval/{name}": value for name, value in (self.means | self.figures).items()}
+
     def save(self, path: Path) -> None:
         figures = {"reward": self.rewards, "held_out": self.held_out}
         named = {

@@ -55,6 +55,35 @@ class Progress:
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the prompt and preference files of the run, by configuration key."""
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """The counts that are logged with every step."""
+        return {"step": self.step, "images": self.images, "seconds": self.seconds}
+
+    @property
+    def is_evaluated(self) -> bool:
+        """True if the present step has been evaluated."""
+        return bool(self.evaluations) and self.evaluations[-1]["step"] == self.step
+
+    def count_update(self, applied: bool) -> None:
+        """Count an update that was applied or skipped."""
+        self.updates += applied
+        self.bad_steps = 0 if applied else self.bad_steps + 1
+
+    def advance(self, outcomes: list[bool], images: int, seconds: float) -> None:
+        """Count a complete step.
+
+        Args:
+            outcomes: Whether each update of the step was applied.
+            images: Images that the step generated.
+            seconds: Seconds that the step took.
+        """
+        for applied in outcomes:
+            self.count_update(applied)
+        self.step += 1
+        self.images += images
+        self.seconds += seconds
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -67,7 +96,7 @@ class TrainState:
     @property
     def updates(self) -> int:
         """Updates that the optimizer has applied, counted by the optimizer itself."""
-        slots = self.optimizer.state.get(self.policy.parameters()[0], {})
+        slots = self.optimizer.state.get(self.optimizer.param_groups[0]["params"][0], {})
         return int(slots["step"].item()) if "step" in slots else 0
 
 

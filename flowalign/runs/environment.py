@@ -1,45 +1,71 @@
-"""Versions, machine and memory of a run."""
+"""Versions, machine and memory use of a run."""
 
 import platform
-import resource
 import shutil
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 import flowalign
 
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")
+
+
+class Environment(TypedDict):
+    """The content of `environment.json`."""
+
+    versions: dict[str, str]
+    python: str
+    device: str
+    processes: int
+    threads: int
+    git: str | None
+
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU, resident on a CPU."""
+    """Return the most bytes that were in use: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    # psutil reports no peak on Unix, and `resource` does not exist on Windows.
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, all other systems KiB.
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
-def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Versions, machine and git state, for environment.json."""
-    packages = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")
-    git = ""
-    if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        git = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+def environment(device: torch.device, processes: int) -> Environment:
+    """Describe the versions, the machine and the git state, for `environment.json`."""
+    own = {"flowalign": flowalign.__version__}
     return {
-        "versions": {"flowalign": flowalign.__version__}
-        | {package: version(package) for package in packages},
+        "versions": own | {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
-        "device": f"{device} ({name})",
+        "device": f"{device} ({_device_name(device)})",
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "git": git or None,
+        "git": _git_state(),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _git_state() -> str | None:
+    """Return the commit of the package, with "-dirty" for local changes, or None without git."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

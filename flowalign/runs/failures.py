@@ -1,9 +1,8 @@
-"""Dumps of updates that were skipped."""
+"""Dumps of updates that were skipped because something was not finite."""
 
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,33 +13,63 @@ from flowalign.files import to_json, write_folder
 from flowalign.runs.checkpoint import Progress, TrainState, write_checkpoint
 
 FAILURES = "failures"
+"""Name of the folder of dumps in a run folder."""
+
+
+@dataclass(frozen=True)
+class SkippedUpdate:
+    """An update that was not applied."""
+
+    batch: Batch
+    """The rows of this rank that it would have learned from."""
+    update: int
+    """Which update of the step, from 0."""
+    reason: str
+    """What was not finite."""
 
 
 def write_failure(
-    run: Path, learned: TrainState, state: Progress, batch: Batch, facts: dict[str, Any], keep: int
+    run: Path, state: TrainState, progress: Progress, skipped: SkippedUpdate, keep: int
 ) -> Path:
-    """failures/step-000012-update-0-process-0: all as before an update that is not applied, its batch, and why; `keep` stay."""
-    folder = (
-        run
-        / FAILURES
-        / f"step-{state.step:06d}-update-{facts['update']}-process-{distributed.rank()}"
-    )
-    tensors = {
-        f.name: value
-        for f in fields(batch)
-        if isinstance(value := getattr(batch, f.name), torch.Tensor)
-    }
+    """Dump what it takes to repeat a skipped update, and remove old dumps.
 
-    def write(beside: Path) -> None:
-        save_file(
-            {name: value.cpu().contiguous().clone() for name, value in tensors.items()},
-            beside / "batch.safetensors",
-        )
+    The folder `failures/step-000012-update-0-process-0` is a checkpoint of the moment before the
+    update, with the batch in `batch.safetensors` and the reason in `failure.json`.
+
+    Args:
+        run: The run folder.
+        state: The weights, the optimizer and the learned rewards before the update.
+        progress: How far the run had come.
+        skipped: The update.
+        keep: How many dumps of this rank stay.
+
+    Returns:
+        The folder of the dump.
+    """
+    rank = distributed.rank()
+    name = f"step-{progress.step:06d}-update-{skipped.update}-process-{rank}"
+    folder = run / FAILURES / name
+    batch = skipped.batch
+    facts = {"why": skipped.reason, "update": skipped.update, **asdict(progress)}
+
+    def write(unfinished: Path) -> None:
+        save_file(_tensors(batch), unfinished / "batch.safetensors")
         about = {"prompts": batch.prompts, "metadata": batch.metadata, **facts}
-        (beside / "failure.json").write_text(to_json(about, indent=2))
-        write_checkpoint(learned, state, beside)
+        text = to_json(about, indent=2)
+        (unfinished / "failure.json").write_text(text, encoding="utf-8")
+        write_checkpoint(state, progress, unfinished)
 
     write_folder(folder, write)
-    for old in sorted(folder.parent.glob(f"step-*-process-{distributed.rank()}"))[:-keep]:
+    for old in sorted(folder.parent.glob(f"step-*-process-{rank}"))[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    # Fields of a batch may share memory, which safetensors refuses to write; hence the clones.
+    return {
+        name: value.cpu().contiguous().clone()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -1,10 +1,9 @@
-"""The run folder: which run may go on in it, its resolved configuration, and what it hands over."""
+"""The run folder: who may work in it, what it resumes from, and what a run writes at its start."""
 
-import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, IO
+from typing import Any
 
 import yaml
 
@@ -13,60 +12,120 @@ from flowalign.config.resolved import differing, may_change, resolve
 from flowalign.config.sections import Config
 from flowalign.errors import UserError
 from flowalign.files import sha256, write_file
+from flowalign.progress import say
 from flowalign.runs.checkpoint import (
     checkpoints,
-    remove_unfinished,
     load_checkpoint,
     Progress,
+    remove_unfinished,
     TrainState,
 )
 from flowalign.runs.environment import environment
+from flowalign.runs.lock import FolderLock
 
 BEFORE = Path("evaluation") / "before.safetensors"
-LOCKS: list[IO[bytes]] = []
-"""Held, by being open, until this process ends."""
+"""The evaluation of the model without adapter, below the run folder."""
+ANOTHER_FOLDER = "Choose another folder: output=outputs/NAME"
 
 
-def open_folder(folder: Path, config: Config, learned: TrainState) -> Progress:
-    """A new run folder, or the state of the run that is there. UserError when that run was another experiment."""
-    resolved = resolve(config)
-    on_main(folder, lambda: claim(folder))
-    if saved := checkpoints(folder):
-        if changed := sorted(
-            key for key in differing(read_config(folder), resolved) if not may_change(key)
-        ):
-            another = f"{folder} holds a run with another {', '.join(changed)}"
-            raise UserError(f"{another}. Choose another folder, output=outputs/NAME, or remove it.")
-        try:
-            state = load_checkpoint(learned, saved[-1])
-        except UserError as error:
-            then = f"to go on from {saved[-2]}" if saved[1:] else "to begin again"
-            raise UserError(f"{error} Remove {saved[-1]} {then}.") from None
-        if other := [
-            key for key, sum_now in named_files(config).items() if state.files.get(key) != sum_now
-        ]:
-            began = f"the file is not as it was when the run in {folder} began"
-            raise UserError(f"{other[0]}: {began}. Choose another folder, output=outputs/NAME.")
-        if distributed.is_main():
-            print(f"Going on from {saved[-1]}.")
-    else:
-        state = Progress(files=named_files(config))
-    distributed.barrier()  # until all have read
-    on_main(folder, lambda: begin(folder, resolved, anew=not saved))
-    distributed.barrier()
-    return state
+def open_folder(folder: Path, config: Config, state: TrainState) -> tuple[FolderLock, Progress]:
+    """Create a run folder, or resume the run in it. All ranks call this together.
+
+    Args:
+        folder: The run folder.
+        config: The configuration of the run.
+        state: Filled from the last checkpoint, if there is one.
+
+    Returns:
+        The lock, which only the main process holds, and the progress of the run.
+
+    Raises:
+        UserError: The folder cannot be written, belongs to another run or to no run, or holds a
+            run with other settings or other prompts.
+    """
+    lock = FolderLock(folder)
+    _on_main(folder, lambda: claim(folder, lock))
+    try:
+        resolved = resolve(config)
+        saved = checkpoints(folder)
+        progress = _resume(folder, config, resolved, state) if saved else _begin(config)
+        # The main process may not remove or replace files that another rank still reads.
+        distributed.barrier()
+        _on_main(folder, lambda: _write_start(folder, resolved, is_new=not saved))
+        distributed.barrier()
+    except BaseException:
+        lock.release()
+        raise
+    return lock, progress
 
 
-def named_files(config: Config) -> dict[str, str]:
-    """SHA-256 of the files of prompts and pairs, by their keys."""
-    data, evaluation = config.data, config.evaluation
-    named = {"data.prompts": data.prompts, "data.pairs": data.pairs}
-    named |= {"evaluation.prompts": evaluation.prompts, "evaluation.pairs": evaluation.pairs}
-    return {key: sha256(Path(path)) for key, path in named.items() if Path(path).is_file()}
+def claim(folder: Path, lock: FolderLock) -> None:
+    """Create the folder and lock it.
+
+    Raises:
+        UserError: Another run works in the folder, or it holds files but not a run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if names and "environment.json" not in names and not checkpoints(folder):
+        raise UserError(f"output: {folder} holds {names[0]}, but not a run. {ANOTHER_FOLDER}.")
+    lock.acquire()
 
 
-def on_main(folder: Path, work: Callable[[], None]) -> None:
-    """Let the main process work in the folder; where it cannot, UserError on all."""
+def _begin(config: Config) -> Progress:
+    return Progress(files=input_checksums(config))
+
+
+def _resume(folder: Path, config: Config, resolved: dict[str, Any], state: TrainState) -> Progress:
+    """Load the last checkpoint, if its run had the same settings, prompts and preferences."""
+    _refuse_other_settings(folder, resolved)
+    progress = _load_last_checkpoint(state, checkpoints(folder))
+    _refuse_changed_files(folder, config, progress)
+    if distributed.is_main():
+        say(f"Resuming from {checkpoints(folder)[-1]}.")
+    return progress
+
+
+def _refuse_other_settings(folder: Path, resolved: dict[str, Any]) -> None:
+    different = differing(read_config(folder), resolved)
+    fixed = sorted(key for key in different if not may_change(key))
+    if fixed:
+        raise UserError(
+            f"{folder} holds a run with another {', '.join(fixed)}. {ANOTHER_FOLDER}, or remove "
+            "this one."
+        )
+
+
+def _load_last_checkpoint(state: TrainState, saved: list[Path]) -> Progress:
+    try:
+        return load_checkpoint(state, saved[-1])
+    except UserError as error:
+        fallback = f"to resume from {saved[-2]}" if saved[1:] else "to begin again"
+        raise UserError(f"{error} Remove {saved[-1]} {fallback}.") from None
+
+
+def _refuse_changed_files(folder: Path, config: Config, progress: Progress) -> None:
+    # A step takes prompts and examples by their number, so another file would mix them up.
+    for key, checksum in input_checksums(config).items():
+        if progress.files.get(key) != checksum:
+            raise UserError(
+                f"{key}: the file has changed since the run in {folder} began. {ANOTHER_FOLDER}."
+            )
+
+
+def input_checksums(config: Config) -> dict[str, str]:
+    """Return the SHA-256 of the prompt and preference files of a run, by configuration key."""
+    paths = {
+        "data.prompts": config.data.prompts,
+        "data.pairs": config.data.pairs,
+        "evaluation.prompts": config.evaluation.prompts,
+        "evaluation.pairs": config.evaluation.pairs,
+    }
+    return {key: sha256(Path(path)) for key, path in paths.items() if Path(path).is_file()}
+
+
+def _on_main(folder: Path, work: Callable[[], None]) -> None:
+    """Let the main process work in the folder. If it fails, all ranks raise the same UserError."""
 
     def attempt() -> None:
         try:
@@ -74,50 +133,34 @@ def on_main(folder: Path, work: Callable[[], None]) -> None:
                 work()
         except OSError as error:
             raise UserError(
-                f"output: {folder} cannot be written: {error}. Choose another folder, output=FOLDER."
+                f"output: {folder} cannot be written: {error}. Choose another folder: "
+                "output=FOLDER."
             ) from None
 
     distributed.raise_everywhere(attempt)
 
 
-def claim(folder: Path) -> None:
-    """Take the folder for this process. UserError where it is another's, or holds what no run wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if theirs and "environment.json" not in theirs and not checkpoints(folder):
-        raise UserError(
-            f"output: {folder} holds {theirs[0]}, but no run. Choose another folder, output=outputs/NAME."
-        )
-    LOCKS.append((folder / ".lock").open("ab"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another run works in {folder}. Wait until it ends, or choose another folder, output=FOLDER."
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-
-
-def begin(folder: Path, resolved: dict[str, Any], anew: bool) -> None:
-    """Write what a run is started with; environment.json comes first, by which the folder is known to be a run's."""
-    if anew:
+def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:
+    if is_new:
         (folder / BEFORE).unlink(missing_ok=True)
     remove_unfinished(folder)
     about = environment(distributed.device(), distributed.count())
+    # environment.json comes first because it marks the folder as that of a run.
     write_file(folder / "environment.json", json.dumps(about, indent=2).encode())
     write_file(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a run in the folder was started with."""
+    """Read the configuration that a run was started with.
+
+    Raises:
+        UserError: `config.yaml` is missing or damaged.
+    """
     file = folder / "config.yaml"
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        found = error
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{file} is missing or damaged; choose another folder, output=outputs/NAME, or remove {folder}."
-        )
-    return found
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is missing or damaged. {ANOTHER_FOLDER}, or remove {folder}.")
+    return content

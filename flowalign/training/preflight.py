@@ -37,7 +37,7 @@ def before_start(assembly: Assembly) -> Iterator[Finding]:
     yield noise(policy, batch)
     if is_stochastic(policy.sampler.dynamics) and not times.wrong:
         yield marginals(policy)
-    yield optimized(policy, assembly.learned.optimizer)
+    yield optimized(policy, assembly.state.optimizer)
     yield from guided_twice(assembly)
 
 

@@ -1,7 +1,10 @@
-"""From a configuration to everything that works on a run, checked in the order of what is cheap."""
+"""From a configuration to everything that a run works with, cheapest checks first.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+Files and rewards are read and tried before any weight of the model is loaded, so that most mistakes
+are answered in seconds.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +15,14 @@ from flowalign.batch import Pairs, Prompts, Rollout
 from flowalign.config.sections import Config
 from flowalign.data.preferences import Example, read_examples
 from flowalign.data.prompts import Prompt, read_prompts
-from flowalign.errors import OutOfMemory, RunError, UserError
+from flowalign.errors import RunError, UserError
 from flowalign.evaluation.evaluator import EVALUATION_STEP, Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models.base import FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.policy import Policy
-from flowalign.rewards import inspection as probe
+from flowalign.progress import say
+from flowalign.rewards import inspection
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards, reward_entry
 from flowalign.rollouts.batch_plan import BatchPlan
@@ -27,56 +31,50 @@ from flowalign.rollouts.sources import make_examples, make_pairs, Source, source
 from flowalign.runs.checkpoint import TrainState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a configuration names, read and checked before any weight is loaded."""
+    """The files and rewards that a configuration names, read and checked."""
 
     config: Config
     counts: BatchPlan
     prompts: list[Prompt]
     evaluation_prompts: list[Prompt]
     examples: list[Example]
+    """The pictures of `data.pairs`; empty if images are generated."""
     held_out: list[Example]
+    """The pictures of `evaluation.pairs`."""
     rewards: list[Reward]
     evaluation_rewards: list[Reward]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """What a run works with, and all that it changes."""
+    """The parts of a run, ready to train."""
 
     config: Config
-    learned: TrainState
+    state: TrainState
     context: SourceContext
     source: Source
     evaluator: Evaluator
 
     @property
     def policy(self) -> Policy:
-        return self.learned.policy
+        """The policy that trains."""
+        return self.state.policy
 
     @property
     def counts(self) -> BatchPlan:
+        """The batch arithmetic of a step."""
         return self.context.counts
 
 
-@contextmanager
-def advise_on_out_of_memory(config: Config) -> Iterator[None]:
-    """OutOfMemory that says what to write where the device has not enough."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = f"lower train.images_per_pass (now {config.train.images_per_pass}), which changes no result"
-        if not config.model.gradient_checkpointing:
-            advice += ", or set model.gradient_checkpointing: true"
-        raise OutOfMemory(
-            f"the device is out of memory: {advice}; `flowalign plan` tells what is needed."
-        ) from error
-
-
 def read_inputs(config: Config) -> Inputs:
-    """Prompts, pairs and rewards. UserError says what to type instead."""
-    train, data, kind = config.train, config.data, config.objective.learns_from
+    """Read prompts, pairs and rewards, and score noise with each reward.
+
+    Raises:
+        UserError: A file cannot be read, or a reward does not work or does not fit the objective.
+    """
+    train, learns_from = config.train, config.objective.learns_from
     counts = BatchPlan(
         train.prompts_per_step,
         train.images_per_prompt,
@@ -84,41 +82,56 @@ def read_inputs(config: Config) -> Inputs:
         train.images_per_pass,
         distributed.count(),
     )
-    examples, held_out = (
-        read_examples(path, key, kind is Pairs) if path else []
-        for path, key in ((data.pairs, "data.pairs"), (config.evaluation.pairs, "evaluation.pairs"))
-    )
-    prompts = (
-        read_prompts(data.prompts)
-        if data.prompts
-        else [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
-    )
-    evaluation_prompts = (
-        read_prompts(config.evaluation.prompts, "evaluation.prompts")
-        if config.evaluation.prompts
-        else prompts
-    )
-    rewards, evaluation_rewards = rewards_of(config)
-    look_at(rewards, prompts, config.model, needs_gradient=kind is Prompts)
-    look_at(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
+    paired = learns_from is Pairs
+    examples = _read_examples(config.data.pairs, "data.pairs", paired)
+    held_out = _read_examples(config.evaluation.pairs, "evaluation.pairs", paired)
+    prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(examples)
+    path = config.evaluation.prompts
+    evaluation_prompts = _read_prompts(path, "evaluation.prompts") or prompts
+    rewards = load_rewards(config.rewards)
+    check_rewards(config, rewards)
+    evaluation_rewards = load_evaluation_rewards(config, rewards)
+    check_evaluation_rewards(config, evaluation_rewards)
+    score_noise(rewards, prompts, config.model, needs_gradient=learns_from is Prompts)
+    score_noise(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
     return Inputs(
-        config, counts, prompts, evaluation_prompts, examples, held_out, rewards, evaluation_rewards
+        config=config,
+        counts=counts,
+        prompts=prompts,
+        evaluation_prompts=evaluation_prompts,
+        examples=examples,
+        held_out=held_out,
+        rewards=rewards,
+        evaluation_rewards=evaluation_rewards,
     )
+
+
+def _read_examples(path: str, key: str, paired: bool) -> list[Example]:
+    return read_examples(path, key, paired) if path else []
+
+
+def _read_prompts(path: str, key: str) -> list[Prompt]:
+    return read_prompts(path, key) if path else []
+
+
+def _prompts_of(examples: list[Example]) -> list[Prompt]:
+    """Return the prompts of the examples, each once, in their order."""
+    return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
 
 
 def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
-    """The policy with its adapters, where batches come from, and how they are judged."""
+    """Build the policy with its adapters, the source of batches, and the evaluator."""
     config, counts = inputs.config, inputs.counts
     train, objective = config.train, config.objective
+    # The adapter is drawn from the global generator; nothing after it is.
     torch.manual_seed(train.seed)
     snapshots = [*objective.snapshots, *(["ema"] if train.ema.decay else [])]
     policy = Policy(model, config.sampler, snapshots, train.images_per_pass)
     model.remember([prompt.text for prompt in inputs.prompts])
-    judging = config.combine, config.advantage, train.images_per_pass, distributed.device()
-    judge = RolloutScorer(inputs.rewards, *judging, drop_equal_groups=train.drop_equal_groups)
+    scorer = make_scorer(config, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
         policy,
-        judge,
+        scorer,
         inputs.prompts,
         inputs.examples,
         counts,
@@ -126,117 +139,152 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         objective.sampling_weights,
         config.data.ranking,
     )
-    evaluator = Evaluator(
+    optimizer = make_optimizer(policy, train.learning_rate, train.weight_decay)
+    return Assembly(
+        config=config,
+        state=TrainState(policy, optimizer, scorer),
+        context=context,
+        source=source_of(objective.learns_from, context),
+        evaluator=make_evaluator(inputs, context),
+    )
+
+
+def make_scorer(
+    config: Config, rewards: list[Reward], drop_equal_groups: bool = False
+) -> RolloutScorer:
+    """Return what scores images by these rewards and compares the images of each prompt."""
+    return RolloutScorer(
+        rewards,
+        config.combine,
+        config.advantage,
+        config.train.images_per_pass,
+        distributed.device(),
+        drop_equal_groups=drop_equal_groups,
+    )
+
+
+def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
+    """Return the evaluator on the evaluation prompts, rewards and pairs."""
+    config = inputs.config
+    return Evaluator(
         inputs.evaluation_prompts,
         config.evaluation.images_per_prompt,
-        RolloutScorer(inputs.evaluation_rewards, *judging),
-        train.images_per_pass,
-        train.seed,
-        held_out=held_out(inputs, context),
+        make_scorer(config, inputs.evaluation_rewards),
+        config.train.images_per_pass,
+        config.train.seed,
+        held_out=make_held_out(inputs, context),
     )
-    optimizer = make_optimizer(policy, train.learning_rate, train.weight_decay)
-    learned = TrainState(policy, optimizer, judge)
-    return Assembly(config, learned, context, source_of(objective.learns_from, context), evaluator)
+
+
+def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
+    """Return this rank's share of `evaluation.pairs`, or None if there are no pairs."""
+    if not inputs.held_out:
+        return None
+    make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
+    share = range(distributed.rank(), len(inputs.held_out), distributed.count())
+    return HeldOut(make(context, inputs.held_out, {i: i for i in share}, EVALUATION_STEP))
 
 
 def make_optimizer(
     policy: Policy, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Of the adapter that trains."""
+    """Return AdamW over the trained adapter."""
     return torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=weight_decay)
 
 
-def rewards_of(config: Config) -> tuple[list[Reward], list[Reward]]:
-    """The rewards to train on and those to evaluate by; what stands in both is made once. UserError where they do not fit."""
-    rewards = load_rewards(config.rewards)
+def check_rewards(config: Config, rewards: Sequence[Reward]) -> None:
+    """Check that the objective can use the training rewards. Raises UserError otherwise."""
+    learns_from, train = config.objective.learns_from, config.train
     learning = [reward.name for reward in rewards if reward.learner]
-    if (
-        learning
-        and config.objective.learns_from is not Rollout
-        and config.objective.learns_from is not Pairs
-    ):
-        name = config.raw["objective"]["name"]
+    if learning and learns_from not in (Rollout, Pairs):
         raise UserError(
-            f"rewards.{learning[0]} learns from whole steps, but the objective {name} takes each image's gradient."
+            f"rewards.{learning[0]} learns from whole steps, but the objective "
+            f"{config.raw['objective']['name']} takes each image's gradient. Remove the reward, or "
+            "choose an objective that learns from scores."
         )
-    comparing, train = [reward.name for reward in rewards if reward.of_groups], config.train
-    if (
-        comparing
-        and config.objective.learns_from is Prompts
-        and train.images_per_pass % train.images_per_prompt
-    ):
+    comparing = [reward.name for reward in rewards if reward.of_groups]
+    cuts_groups = train.images_per_pass % train.images_per_prompt != 0
+    if comparing and learns_from is Prompts and cuts_groups:
         raise UserError(
-            f"train.images_per_pass is {train.images_per_pass}, but rewards.{comparing[0]} compares a prompt's images, and the "
-            f"objective takes its gradient pass by pass; use a multiple of train.images_per_prompt, {train.images_per_prompt}."
+            f"train.images_per_pass is {train.images_per_pass}, but rewards.{comparing[0]} "
+            "compares a prompt's images, and the objective takes its gradient pass by pass. Use a "
+            f"multiple of train.images_per_prompt, {train.images_per_prompt}."
         )
-    asked = config.evaluation.rewards
-    made = dict(zip(config.rewards, rewards, strict=True))
-    made = {
-        name: made[name]
-        for name in asked
-        if name in made and same_reward(name, asked[name], config.rewards[name])
+
+
+def load_evaluation_rewards(config: Config, rewards: Sequence[Reward]) -> list[Reward]:
+    """Return the evaluation's rewards. Those that training also uses are loaded only once."""
+    entries = config.evaluation.rewards
+    loaded = {
+        name: reward
+        for name, reward in zip(config.rewards, rewards, strict=True)
+        if name in entries and _differ_in_weight_only(name, entries[name], config.rewards[name])
     }
-    others = {name: value for name, value in asked.items() if name not in made}
-    made |= dict(zip(others, load_rewards(others, "evaluation.rewards"), strict=True))
-    evaluation = [made[name] for name in asked]
-    if moving := [reward.name for reward in evaluation if reward.learner]:
-        raise UserError(
-            f"{moving[0]} learns as training goes, so before and after could not be compared by it; "
-            "name rewards that do not in evaluation.rewards."
-        )
-    for reward in evaluation:
+    others = {name: value for name, value in entries.items() if name not in loaded}
+    loaded |= dict(zip(others, load_rewards(others, "evaluation.rewards"), strict=True))
+    return [loaded[name] for name in entries]
+
+
+def _differ_in_weight_only(name: str, one: Any, other: Any) -> bool:
+    first, second = reward_entry(name, one), reward_entry(name, other)
+    return replace(first, weight=1.0) == replace(second, weight=1.0)
+
+
+def check_evaluation_rewards(config: Config, rewards: Sequence[Reward]) -> None:
+    """Check that the rewards can compare before and after. Raises UserError otherwise."""
+    for reward in rewards:
+        if reward.learner:
+            raise UserError(
+                f"{reward.name} changes while it learns, so its scores before and after cannot be "
+                "compared. Name other rewards in evaluation.rewards."
+            )
         if reward.traits.level == "pairwise":
             raise UserError(
-                f"{reward.name} is pairwise: the mean of a prompt's images by it is always ½, before and after; "
-                "name rewards of single images in evaluation.rewards."
+                f"{reward.name} is pairwise: its mean over a prompt's images is always ½, before "
+                "and after. Name rewards of single images in evaluation.rewards."
             )
         if reward.of_groups and config.evaluation.images_per_prompt == 1:
             raise UserError(
-                f"evaluation.images_per_prompt is 1, but {reward.name} compares a prompt's images; write 2 or more, or name "
-                "other rewards in evaluation.rewards."
+                f"evaluation.images_per_prompt is 1, but {reward.name} compares a prompt's images. "
+                "Write 2 or more, or name other rewards in evaluation.rewards."
             )
-    return rewards, evaluation
 
 
-def same_reward(name: str, one: Any, other: Any) -> bool:
-    """Whether two entries of reward maps, of one name, differ in weight at most."""
-    return replace(reward_entry(name, one), weight=1.0) == replace(
-        reward_entry(name, other), weight=1.0
-    )
-
-
-def held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
-    """This process's share of `evaluation.pairs`, where it is given."""
-    if not inputs.held_out:
-        return None
-    make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
-    mine = {i: i for i in range(distributed.rank(), len(inputs.held_out), distributed.count())}
-    return HeldOut(make(context, inputs.held_out, mine, EVALUATION_STEP))
-
-
-def look_at(
+def score_noise(
     rewards: Sequence[Reward],
     prompts: list[Prompt],
     model: ModelConfig,
     needs_gradient: bool = False,
     known: Sequence[Reward] = (),
 ) -> None:
-    """Ask every reward about pictures of noise, so that what is wrong with it shows before the model loads.
+    """Score pictures of noise with each reward, so that mistakes show before the model loads.
 
-    Each may cost money to ask, so those known already are asked once, for what they need of these prompts.
+    Args:
+        rewards: The rewards to try.
+        prompts: The prompts that they will be used on.
+        model: The section of the model, whose size the pictures have.
+        needs_gradient: Whether the objective takes the rewards' gradient.
+        known: Rewards that were tried before. Scoring may cost money, so these score only once
+            more, for what they need to know of these prompts.
+
+    Raises:
+        UserError: A reward raised an error or returned something other than scores.
     """
-    samples = probe.noise_samples(prompts[:2] * 2, model.height, model.width, distributed.device())
+    samples = inspection.noise_samples(
+        prompts[:2] * 2, model.height, model.width, distributed.device()
+    )
     for reward in rewards:
         findings = []
         try:
             if reward in known:
-                probe.ask(reward, samples)
+                inspection.ask(reward, samples)
             else:
-                findings = probe.look(reward, samples)[1]
+                findings = inspection.look(reward, samples)[1]
             if needs_gradient:
-                findings.append(probe.gradient(reward, samples, needed=True))
+                findings.append(inspection.gradient(reward, samples, needed=True))
         except RunError as error:
             raise UserError(str(error)) from error
         for finding in findings:
+            # Noise may well score the same everywhere, so equal scores are not worth a message.
             if finding.wrong and finding.subject != "spread" and distributed.is_main():
-                print(f"rewards.{reward.name}, {finding.subject}: {finding.text}.")
+                say(f"rewards.{reward.name}, {finding.subject}: {finding.text}.")

@@ -14,7 +14,7 @@ from flowalign.rewards import REWARDS
 from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.inspection import bundled_samples, samples_from
 from flowalign.rewards.registry import load_reward, load_rewards
-from flowalign.training.setup import look_at
+from flowalign.training.setup import score_noise
 from tests.tiny import ROOT, sd3_config
 
 NOTHING_WRONG = "Nothing wrong was found."
@@ -338,7 +338,7 @@ PROMPTS = [Prompt("a red circle"), Prompt("a blue square"), Prompt("two stars")]
 
 
 def seen(reward, **settings) -> None:
-    look_at([reward], PROMPTS, sd3_config(), **settings)
+    score_noise([reward], PROMPTS, sd3_config(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_a_reward_whose_gradient_does_not_reach_the_pictures_is_refused_where_th
 def test_the_bundled_clip_is_refused_for_large_pictures_before_the_model_loads():
     (reward,) = load_rewards({"clip_score": 1.0})
     with pytest.raises(UserError, match=r"rewards\.clip_score\.path is the bundled CLIP"):
-        look_at([reward], PROMPTS, sd3_config(height=512, width=512))
+        score_noise([reward], PROMPTS, sd3_config(height=512, width=512))
 
 
 def test_every_built_in_reward_is_listed_with_a_sentence(capsys):

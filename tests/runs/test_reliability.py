@@ -28,8 +28,7 @@ from flowalign.reporting import html as report
 from flowalign.reporting.trackers import JsonLines, read_metrics
 from flowalign.runs import checkpoint
 from flowalign.runs.checkpoint import checkpoints, load_checkpoint, Progress, read_progress
-from flowalign.training import setup as assembly
-from flowalign.training import trainer
+from flowalign.training import setup, trainer, update
 from flowalign.training.gradient import compute_gradient, Meter
 from tests.tiny import ROOT, SMALL, small_config, TINY
 
@@ -129,7 +128,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
         assert any(f"{saved / file} is" in error for file in FILES)
     else:
         assert f"{saved / name} is" in error
-    assert f"Remove {saved} to go on from {before}." in error
+    assert f"Remove {saved} to resume from {before}." in error
     assert "Traceback" not in error
 
 
@@ -199,7 +198,7 @@ def test_a_checkpoint_tampered_with_is_refused_though_its_sums_are_right(
     error = capsys.readouterr().err
     assert str(saved / name) in error
     assert why in error
-    assert f"Remove {saved} to go on from {before}." in error
+    assert f"Remove {saved} to resume from {before}." in error
     assert "Traceback" not in error
 
 
@@ -238,7 +237,7 @@ def test_a_folder_that_holds_no_run_is_left_alone(tmp_path, capsys):
         (tmp_path / "run" / name).write_text(text)
     assert again(tmp_path / "run") == 2
     assert (
-        f"{tmp_path}/run holds adapter, but no run. Choose another folder, output="
+        f"{tmp_path}/run holds adapter, but not a run. Choose another folder: output="
         in capsys.readouterr().err
     )
     assert {
@@ -255,7 +254,10 @@ def test_a_run_that_had_no_checkpoint_yet_starts_again_in_its_folder(run, finish
 
 
 def test_two_runs_do_not_work_in_one_folder(run, capsys):
-    hold = "import sys; from pathlib import Path; from flowalign.runs.folder import claim; claim(Path(sys.argv[1])); print(); input()"
+    hold = (
+        "import sys; from pathlib import Path; from flowalign.runs.lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1])); lock.acquire(); print(); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", hold, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -311,7 +313,7 @@ def test_settings_of_a_plain_class_are_kept(tmp_path):
 def test_after_removing_it_the_run_goes_on_to_the_same_end(run, finished, capsys):
     cut(checkpoints(run)[-1] / "optimizer.safetensors")
     assert again(run) == 2
-    asked = capsys.readouterr().err.rpartition("Remove ")[2].partition(" to go on")[0]
+    asked = capsys.readouterr().err.rpartition("Remove ")[2].partition(" to resume")[0]
     shutil.rmtree(asked)
     assert again(run) == 0
     assert same_adapter(run, finished)
@@ -388,7 +390,7 @@ def quick(run, steps):
 
 def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw_curves", lambda *_: [])
-    monkeypatch.setattr(assembly, "look_at", lambda *_, **__: None)
+    monkeypatch.setattr(setup, "score_noise", lambda *_, **__: None)
     assert quick(tmp_path / "begun", 1) == quick(tmp_path / "whole", 2) == 0
     for first in itertools.count(1):
         run = shutil.copytree(tmp_path / "begun", tmp_path / f"run-{first}")
@@ -419,7 +421,7 @@ def test_a_file_that_may_grow_no_larger_is_named_and_the_run_goes_on_afterwards(
     ended = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "File too large" in ended.stderr
-    assert f"The steps done are in {run / 'checkpoints' / 'step-000003'}" in ended.stderr
+    assert f"The finished steps are in {run / 'checkpoints' / 'step-000003'}" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert again(run) == 0
     assert same_adapter(run, finished)
@@ -479,13 +481,13 @@ def test_a_step_with_an_infinite_reward_is_not_applied_and_is_kept(tmp_path, cap
 
 def exploding(monkeypatch, steps):
     """A loss that is NaN in these steps."""
-    step = trainer.Run.step
+    next_batch = trainer.Run.next_batch
 
     def at(self):
-        self.config.objective.kl_weight = float("nan") if self.state.step in steps else 0.1
-        return step(self)
+        self.config.objective.kl_weight = math.nan if self.progress.step in steps else 0.1
+        return next_batch(self)
 
-    monkeypatch.setattr(trainer.Run, "step", at)
+    monkeypatch.setattr(trainer.Run, "next_batch", at)
 
 
 def test_a_loss_that_is_not_finite_is_not_applied_and_can_be_repeated_from_what_was_kept(
@@ -501,12 +503,14 @@ def test_a_loss_that_is_not_finite_is_not_applied_and_can_be_repeated_from_what_
     run = trainer.prepare(
         load_config(tmp_path / "run" / "config.yaml", [f"output={tmp_path}/again"])
     )
-    state = load_checkpoint(run.learned, kept)
-    assert (state.step, state.updates) == (1, 1)
-    batch, _ = run.assembly.source(state.step)
+    progress = load_checkpoint(run.state, kept)
+    assert (progress.step, progress.updates) == (1, 1)
+    batch, _ = run.source(progress.step)
     assert torch.equal(batch.path, load_file(kept / "batch.safetensors")["path"])
     run.config.objective.kl_weight = float("nan")
-    assert not compute_gradient(run.policy, run.config.objective, batch, 6, Meter()).isfinite()
+    assert not compute_gradient(
+        run.state.policy, run.config.objective, batch, 6, Meter()
+    ).isfinite()
     after = Progress(**json.loads((checkpoints(tmp_path / "run")[-1] / "state.json").read_text()))
     assert (after.step, after.updates, after.bad_steps) == (3, 2, 0)
 
@@ -524,7 +528,7 @@ def test_a_run_that_stays_not_finite_stops_and_says_where_the_batches_are(
     assert main(["train", str(TINY), *SMALL, *overrides]) == 1
     error = capsys.readouterr().err
     assert (
-        f"2 updates in a row were not finite (train.max_bad_steps) and not applied; they are in {tmp_path}/run/failures"
+        f"2 updates in a row were not finite (train.max_bad_steps) and were not applied; they are in {tmp_path}/run/failures"
         in error
     )
     assert "try a lower train.learning_rate" in error
@@ -657,7 +661,7 @@ def test_a_failure_between_two_updates_of_a_step_leaves_the_step_before(tmp_path
         "train.steps=3",
     ]
     trainer.train(small_config(tmp_path / "whole", *overrides))
-    calls, gradient = [], trainer.compute_gradient
+    calls, gradient = [], update.compute_gradient
 
     def failing(*arguments):
         calls.append(1)
@@ -665,7 +669,7 @@ def test_a_failure_between_two_updates_of_a_step_leaves_the_step_before(tmp_path
             raise RunError("rewards.mine failed")
         return gradient(*arguments)
 
-    monkeypatch.setattr(trainer, "compute_gradient", failing)
+    monkeypatch.setattr(update, "compute_gradient", failing)
     with pytest.raises(RunError, match=r"rewards.mine failed[\s\S]*step-000001"):
         trainer.train(small_config(tmp_path / "parts", *overrides))
     trainer.train(small_config(tmp_path / "parts", *overrides))
@@ -678,7 +682,7 @@ def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path, monkey
     evaluate = trainer.Run.evaluate
 
     def failing(run):
-        if run.state.step == 2:
+        if run.progress.step == 2:
             monkeypatch.setattr(trainer.Run, "evaluate", evaluate)
             raise RunError("evaluation.rewards.mine failed")
         return evaluate(run)
@@ -698,9 +702,7 @@ def test_prompts_that_changed_since_are_refused_when_a_run_goes_on(key, tmp_path
     file.write_text("a red circle\na blue square\n")
     trainer.train(small_config(tmp_path / "run", f"{key}={file}", "train.steps=1"))
     file.write_text("a red circle\n")
-    with pytest.raises(
-        UserError, match=rf"^{key}: the file is not as it was when the run in .* began"
-    ):
+    with pytest.raises(UserError, match=rf"^{key}: the file has changed since the run in .* began"):
         trainer.train(small_config(tmp_path / "run", f"{key}={file}"))
 
 
@@ -718,7 +720,9 @@ def test_rewards_that_score_nothing_end_the_run(tmp_path):
         "def silent(images, prompts, metadata):\n    return [None] * len(images)\n"
     )
     rewards = f'rewards={{"{tmp_path}/silent.py:silent": 1.0}}'
-    with pytest.raises(RunError, match=r"2 updates in a row .*Where it was a reward, mend it"):
+    with pytest.raises(
+        RunError, match=r"2 updates in a row .*If a reward produced the value, fix the reward"
+    ):
         trainer.train(
             small_config(tmp_path / "run", rewards, "train.max_bad_steps=2", "train.steps=9")
         )
@@ -785,8 +789,8 @@ def test_the_best_checkpoint_stays_though_it_is_old(tmp_path, monkeypatch):
     config = small_config(tmp_path / "run", *STEPS, "train.keep=1")
     run = trainer.prepare(config)
     for step in range(1, 5):
-        run.state = Progress(**{**asdict(run.state), "step": step})
-        run.state.evaluations.append({"step": step, "eval/scene_match": -abs(step - 2)})
+        run.progress = Progress(**{**asdict(run.progress), "step": step})
+        run.progress.evaluations.append({"step": step, "eval/scene_match": -abs(step - 2)})
         run.save()
     assert [saved.name for saved in checkpoints(tmp_path / "run")] == ["step-000002", "step-000004"]
 

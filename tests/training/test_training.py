@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -164,14 +163,15 @@ def test_the_learning_rate_rises_at_the_start_and_falls_at_the_end(tmp_path):
     run = trainer.prepare(
         small_config(tmp_path / "run", *overrides, "train.images_per_pass=3", "train.steps=3")
     )
-    (group,), rates, update = run.learned.optimizer.param_groups, [], run.learned.optimizer.step
+    optimizer, rates = run.state.optimizer, []
+    (group,), step = optimizer.param_groups, optimizer.step
 
     def noting() -> None:
         rates.append(group["lr"])
-        update()
+        step()
 
-    run.learned.optimizer.step = noting
-    run.loop()
+    optimizer.step = noting
+    trainer.fit(run)
     assert rates == pytest.approx([4e-3, 8e-3, 8e-3, 6e-3, 4e-3, 2e-3])
 
 
@@ -182,7 +182,7 @@ def test_copies_follow_by_the_updates_so_far(tmp_path, monkeypatch):
         followed.extend([decay] if name == "old" else [])
         follow(policy, name, decay)
 
-    monkeypatch.setattr(Policy, "follow", following)
+    monkeypatch.setattr(Policy, "update_copy", following)
     objective = "objective={name: nft, old: {slope: 0.1, end: 0.5}}"
     config = small_config(
         tmp_path / "run",
@@ -203,24 +203,24 @@ def test_another_experiment_in_the_same_folder_is_refused(run):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
     config = small_config(tmp_path / "run", "train.steps=50")
     run = trainer.prepare(config)
-    source = run.assembly.source
+    source = run.source
 
     def interrupted(step):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return source(step)
 
-    run.assembly = replace(run.assembly, source=interrupted)
-    summary = run.go()
+    run.source = interrupted
+    summary = trainer.execute(run)
     assert summary["stopped"] == "interrupted"
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "The same command resumes from there" in capsys.readouterr().out
 
 
 def test_ctrl_c_before_the_first_step_trains_none(tmp_path):
     run = trainer.prepare(small_config(tmp_path / "run"))
-    run.interrupted = True
-    assert run.go()["stopped"] == "interrupted"
+    run.interrupt.requested = True
+    assert trainer.execute(run)["stopped"] == "interrupted"
     assert not read_metrics(tmp_path / "run")
 
 
@@ -230,22 +230,23 @@ def test_too_little_memory_ends_with_what_to_lower(tmp_path):
     def too_large(step):
         raise torch.OutOfMemoryError("no room")
 
-    run.assembly = replace(run.assembly, source=too_large)
-    with (
-        pytest.raises(RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true"),
-        run.writing(),
-    ):
-        run.go()
+    run.source = too_large
+    with pytest.raises(RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true"):
+        trainer.execute(run)
 
 
-@pytest.mark.parametrize("command", [trainer.train, check])
-def test_too_little_memory_for_the_model_ends_with_what_to_lower(command, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "module"), [(trainer.train, "flowalign.training.run"), (check, check.__module__)]
+)
+def test_too_little_memory_for_the_model_ends_with_what_to_lower(
+    command, module, monkeypatch, tmp_path
+):
     def too_large(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(sys.modules[command.__module__], "load_model", too_large)
+    monkeypatch.setattr(sys.modules[module], "load_model", too_large)
     with pytest.raises(
-        RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true; `flowalign plan`"
+        RunError, match=r"images_per_pass \(now 6\).*gradient_checkpointing: true. `flowalign plan`"
     ):
         command(small_config(tmp_path / "run"))
 
@@ -448,7 +449,7 @@ def test_a_failing_reward_ends_with_status_1(user_rewards, tmp_path, capsys):
         "evaluation.rewards={brightness: 1.0}",
     ]
     assert main(["train", str(TINY), *SMALL, f"output={tmp_path}/run", *overrides]) == 1
-    assert "goes on from there" in capsys.readouterr().err
+    assert "resumes from there" in capsys.readouterr().err
 
 
 def test_sampling_a_run_writes_the_grid_and_the_figures(run, capsys):

@@ -391,7 +391,7 @@ def test_a_run_whose_server_stays_away_stops_and_goes_on_once_it_is_back(command
     error = capsys.readouterr().err
     assert f"{url}/v1/score did not answer" in error
     assert (
-        f"The steps done are in {checkpoints(tmp_path / 'run')[-1]}; the same command goes on from there."
+        f"The finished steps are in {checkpoints(tmp_path / 'run')[-1]}."
         in error
     )
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
@@ -417,7 +417,7 @@ def test_a_run_that_is_answered_nonsense_loses_no_step(command, tmp_path, capsys
             error = capsys.readouterr().err
             assert f"rewards.{url} answered" in error
             (*_, last) = checkpoints(tmp_path / "run")
-            assert f"The steps done are in {last}; the same command goes on from there." in error
+            assert f"The finished steps are in {last}." in error
             assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(
                 range(1, step + 1)
             )

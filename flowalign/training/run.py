@@ -1,0 +1,225 @@
+"""A run: its folder, its progress, and the decisions of the training loop that depend on them."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from flowalign import distributed
+from flowalign.batch import Batch
+from flowalign.config.sections import Config
+from flowalign.errors import RunError
+from flowalign.evaluation.early_stopping import best_step, stop_reason, within_limits
+from flowalign.evaluation.evaluator import Evaluator
+from flowalign.evaluation.results import EvaluationResult
+from flowalign.models import load_model
+from flowalign.policy import Policy
+from flowalign.progress import say
+from flowalign.reporting.trackers import open_trackers, Trackers
+from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.scoring import NotFinite
+from flowalign.rollouts.sources import Source
+from flowalign.runs.checkpoint import (
+    checkpoint_folder,
+    load_checkpoint,
+    Progress,
+    save_checkpoint,
+    TrainState,
+)
+from flowalign.runs.failures import FAILURES, SkippedUpdate, write_failure
+from flowalign.runs.folder import BEFORE, open_folder
+from flowalign.runs.interrupt import Interrupt
+from flowalign.runs.lock import FolderLock
+from flowalign.training.preflight import refuse_what_is_wrong
+from flowalign.training.setup import assemble, read_inputs
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run folder and everything that trains in it."""
+
+    config: Config
+    state: TrainState
+    source: Source
+    """Makes the batch of a step."""
+    evaluator: Evaluator
+    plan: BatchPlan
+    folder: Path
+    lock: FolderLock
+    progress: Progress
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    last_evaluation: tuple[int, EvaluationResult] | None = None
+    """The step and the result of the last evaluation of the trained weights."""
+
+    @property
+    def exported_weights(self) -> str:
+        """The weights that are evaluated and exported: the moving average if there is one."""
+        return "ema" if self.config.train.ema.decay else "policy"
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that a step generates: none if it learns from given pictures."""
+        return 0 if self.config.data.pairs else self.plan.images_per_step
+
+    @property
+    def is_mid_update(self) -> bool:
+        """True between the first update of a step and the end of the step.
+
+        A checkpoint taken then could not be resumed exactly, because the step would be repeated
+        from weights that it has already changed.
+        """
+        return self.state.updates != self.progress.updates
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True if the present step is to be evaluated and has not been."""
+        step, train = self.progress.step, self.config.train
+        is_scheduled = step > 0 and bool(train.evaluate_every) and step % train.evaluate_every == 0
+        return (is_scheduled or step == train.steps) and not self.progress.is_evaluated
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """True if the present step is to be saved: by schedule, as the last, or as the best."""
+        step, train = self.progress.step, self.config.train
+        if step % train.save_every == 0 or step == train.steps:
+            return True
+        return self.progress.is_evaluated and self.find_best_step() == step
+
+    def stop_reason(self) -> str:
+        """Return why training ends now, or an empty string. All ranks call this together.
+
+        The reason is "finished", "interrupted", or the rule of `train.stop` that holds.
+        """
+        if self.progress.step >= self.config.train.steps:
+            return "finished"
+        rule = stop_reason(self.config.train.stop, self.progress.evaluations)
+        if rule:
+            return rule
+        # Ctrl-C may reach one rank before another, and all must leave the loop at the same step.
+        return "interrupted" if distributed.any_rank(self.interrupt.requested) else ""
+
+    def next_batch(self) -> tuple[Batch, dict[str, float]]:
+        """Make the batch of the next step. Returns it with its metrics.
+
+        If a reward was infinite, the batch is empty, and the step counts as a skipped update.
+        """
+        try:
+            return self.source(self.progress.step)
+        except NotFinite as error:
+            self.skip_update(SkippedUpdate(error.rollout, 0, str(error)))
+            self.progress.count_update(applied=False)
+            return error.rollout[[]], {}
+
+    def skip_update(self, skipped: SkippedUpdate) -> None:
+        """Dump an update that is not applied, and say where the dump is."""
+        progress = replace(self.progress, updates=self.state.updates)
+        keep = self.config.train.max_bad_steps
+        folder = write_failure(self.folder, self.state, progress, skipped, keep)
+        if distributed.is_main():
+            step = self.progress.step + 1
+            say(f"Step {step} was not applied: {skipped.reason}. Its batch is in {folder}.")
+
+    def raise_if_not_finite(self) -> None:
+        """Raise RunError if `train.max_bad_steps` updates in a row were skipped."""
+        skipped = self.progress.bad_steps
+        if skipped >= self.config.train.max_bad_steps:
+            raise RunError(
+                f"{skipped} updates in a row were not finite (train.max_bad_steps) and were not "
+                f"applied; they are in {self.folder / FAILURES}. If a reward produced the value, "
+                "fix the reward. Otherwise try a lower train.learning_rate, or "
+                "model.dtype: float32 in a new output folder."
+            )
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluate the trained weights as they are, once per step. All ranks call this together."""
+        if self.last_evaluation is None or self.last_evaluation[0] != self.progress.step:
+            result = self.evaluator(self.evaluation_view(self.exported_weights))
+            self.last_evaluation = self.progress.step, result
+        return self.last_evaluation[1]
+
+    def evaluate_reference(self) -> EvaluationResult:
+        """Evaluate the model without adapter, once per run. All ranks call this together."""
+        file = self.folder / BEFORE
+        if not file.exists():
+            result = self.evaluator(self.evaluation_view("reference"))
+            if distributed.is_main():
+                result.save(file)
+            distributed.barrier()
+        # Read back on every rank, so that a resumed run compares with exactly the same numbers.
+        return EvaluationResult.load(file)
+
+    def evaluate_step(self, step: int) -> EvaluationResult:
+        """Evaluate the weights of a saved step, and leave them in place."""
+        if step == self.progress.step:
+            return self.evaluate()
+        load_checkpoint(self.state, checkpoint_folder(self.folder, step))
+        return self.evaluator(self.evaluation_view(self.exported_weights))
+
+    def evaluation_view(self, weights: str) -> Policy:
+        """Return the policy under some weights and the evaluation's sampler."""
+        return self.state.policy.at(weights).sampling(self.config.evaluation_sampler)
+
+    def find_best_step(self) -> int | None:
+        """Return the step with the best evaluation of those whose weights still exist.
+
+        Evaluations beyond the limits of `train.stop` do not count. Looks into the run folder.
+        """
+        present = [
+            entry
+            for entry in self.progress.evaluations
+            if entry["step"] == self.progress.step
+            or checkpoint_folder(self.folder, int(entry["step"])).is_dir()
+        ]
+        name, sign = self.config.selection_metric
+        return best_step(name, sign, within_limits(self.config.train.stop, present))
+
+    def exported_step(self) -> int:
+        """Return the step whose weights are exported: the best one if `train.stop` has rules."""
+        best = self.find_best_step() if self.config.train.stop else None
+        return self.progress.step if best is None else best
+
+    def save(self) -> None:
+        """Save a checkpoint of the present step. All ranks call this together."""
+        if distributed.is_main():
+            keep, best = self.config.train.keep, self.find_best_step()
+            save_checkpoint(self.state, self.progress, self.folder, keep, best)
+        distributed.barrier()
+
+    def save_finished_steps(self) -> None:
+        """Save the steps that are finished when a run fails. All ranks call this together."""
+        if self.progress.step and not self.is_mid_update:
+            self.save()
+
+    def open_trackers(self) -> Trackers:
+        """Open the trackers of the run; only the main process has any."""
+        if not distributed.is_main():
+            return Trackers()
+        return open_trackers(self.folder, self.progress.step)
+
+
+def prepare(config: Config) -> Run:
+    """Check a configuration, load its model, and create or resume its run folder.
+
+    Raises:
+        UserError: Something cannot work. The message says what to write instead.
+    """
+    inputs = distributed.raise_everywhere(lambda: read_inputs(config))
+    if distributed.is_main():
+        say(
+            f"{distributed.count()} process(es) on {distributed.device()}, "
+            f"{torch.get_num_threads()} threads each; {inputs.counts.images_per_step} images a step"
+        )
+    assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
+    refuse_what_is_wrong(assembly)
+    folder = Path(config.output)
+    lock, progress = open_folder(folder, config, assembly.state)
+    return Run(
+        config=config,
+        state=assembly.state,
+        source=assembly.source,
+        evaluator=assembly.evaluator,
+        plan=inputs.counts,
+        folder=folder,
+        lock=lock,
+        progress=progress,
+    )

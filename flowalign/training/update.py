@@ -1,0 +1,103 @@
+"""The updates of one training step: gradient, clipping, apply or skip, and the copies.
+
+A step may make several updates (`train.updates_per_step`), each on its share of the step's batch.
+The updates after the first are off-policy: their images were sampled before it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from flowalign import distributed
+from flowalign.batch import Batch
+from flowalign.config.sections import Train
+from flowalign.objectives.base import Objective
+from flowalign.policy import Policy
+from flowalign.runs.checkpoint import TrainState
+from flowalign.runs.failures import SkippedUpdate
+from flowalign.training.gradient import compute_gradient, Meter
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What the updates of one step did."""
+
+    metrics: dict[str, float]
+    """Means of the loss and of the objective's statistics over the step, and `grad_norm`."""
+    outcomes: list[bool]
+    """True for each update that was applied, False for each that was skipped, in their order."""
+
+
+def update(
+    state: TrainState,
+    objective: Objective,
+    batch: Batch,
+    train: Train,
+    skip_update: Callable[[SkippedUpdate], None],
+) -> UpdateResult:
+    """Make the updates of one step. All ranks call this together.
+
+    Args:
+        state: The weights and the optimizer, which change.
+        objective: The formula of the loss.
+        batch: The rows of this rank. An empty batch makes no update.
+        train: The section of the configuration.
+        skip_update: Called for an update with a loss or a gradient that is not finite, while the
+            weights are still those before it.
+    """
+    parameters = state.policy.parameters()
+    meter, norms, outcomes = Meter(), [], []
+    for index, piece in enumerate(_shares(batch, train.updates_per_step)):
+        rows = piece.trainable_rows()
+        if not distributed.any_rank(len(rows) > 0):
+            continue
+        state.optimizer.zero_grad()
+        loss = compute_gradient(state.policy, objective, rows, train.images_per_pass, meter, index)
+        norm = nn.utils.clip_grad_norm_(parameters, train.max_grad_norm).item()
+        is_finite = math.isfinite(norm) and bool(loss.isfinite())
+        if is_finite:
+            apply_update(state, train)
+        else:
+            reason = f"the loss was {loss.item():g}, the gradient's norm {norm:g}"
+            skip_update(SkippedUpdate(rows, index, reason))
+        norms.append(norm)
+        outcomes.append(is_finite)
+    mean_norm = sum(norms) / max(1, len(norms))
+    # The loss is NaN if nothing was trained on, because 0 would look like a perfect fit.
+    return UpdateResult({"loss": math.nan, **meter.values(), "grad_norm": mean_norm}, outcomes)
+
+
+def _shares(batch: Batch, updates: int) -> list[Batch]:
+    return batch.pieces(len(batch) // updates) if len(batch) else []
+
+
+def apply_update(state: TrainState, train: Train) -> None:
+    """Apply the gradients with AdamW at the scheduled rate, and update the moving average."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.updates, train)
+    state.optimizer.step()
+    if train.ema.decay:
+        state.policy.update_copy("ema", train.ema.follow(state.updates))
+
+
+def learning_rate(updates: int, train: Train) -> float:
+    """Return the rate of the update after `updates` updates: linear warm-up and cool-down."""
+    remaining = train.steps * train.updates_per_step - updates
+    rise = (updates + 1) / max(1, train.warmup)
+    fall = remaining / (train.cooldown + 1)
+    return train.learning_rate * min(1.0, rise, fall)
+
+
+def update_snapshots(policy: Policy, objective: Objective, updates: int) -> None:
+    """Let the objective's copies of the policy follow it, once per step.
+
+    Args:
+        policy: The policy and its copies.
+        objective: It names the copies and their decay.
+        updates: Updates that were scheduled before this step. Skipped ones count, so that the
+            decay depends on the step alone.
+    """
+    for name, decay in objective.snapshots.items():
+        policy.update_copy(name, decay(updates))
