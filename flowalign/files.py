@@ -139,7 +139,7 @@ def read_text(file: Path, subject: str = "", expected: str = "a text file") -> s
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{subject}there is no file {file}.{similar_file(file)}") from None
+        raise UserError(f"{subject}{file} does not exist.{similar_file(file)}") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{subject}{file} cannot be read: {error}. Give {expected}, saved as UTF-8."

@@ -8,7 +8,7 @@ from flowalign.policy import Policy
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
-"""What diffusers puts before the names of a transformer's adapter matrices."""
+"""Put by diffusers before the names of a transformer's adapter matrices."""
 
 
 def save_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:

@@ -1,4 +1,4 @@
-"""What a finished run hands to its user: the adapter, the summary, the pictures and the report."""
+"""Results of a finished run: the adapter, the summary, the pictures and the report."""
 
 from collections.abc import Sequence
 from pathlib import Path

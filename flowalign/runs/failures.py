@@ -25,7 +25,7 @@ class SkippedUpdate:
     update: int
     """Which update of the step, from 0."""
     reason: str
-    """What was not finite."""
+    """The number that was not finite."""
 
 
 def write_failure(

@@ -177,7 +177,7 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
 
 
 def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
-    """Return this rank's share of `evaluation.pairs`, or None if there are no pairs."""
+    """Return this rank's share of `evaluation.pairs`, or None without pairs."""
     if not inputs.held_out:
         return None
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples

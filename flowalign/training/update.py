@@ -22,7 +22,7 @@ from flowalign.training.gradient import compute_gradient, Meter
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What the updates of one step did."""
+    """The outcome of the updates of one step."""
 
     metrics: dict[str, float]
     """Means of the loss and of the objective's statistics over the step, and `grad_norm`."""
