@@ -12,10 +12,10 @@ UNCLEAR = re.compile(
     r"\b(taught|teach(es)? nothing|handed over|hands? over|judged by|mend(ed|s)?|lacking|by itself"
     r"|goes on|going on from|told apart|(is|are|was|were) told|takes? no notice|at hand|of yours"
     r"|of theirs|so many|where there (is|are) none|(is|are|as) no \w+ (file|folder|picture|number))\b"
-    r"|\b(is|was|are) no (?!longer\b|more\b|less\b|better\b|worse\b|fewer\b|larger\b|smaller\b)",
+    r"|\b(?<!there )(is|was|are) no (?!longer\b|more\b|less\b|better\b|worse\b|fewer\b|larger\b|smaller\b)",
     re.IGNORECASE,
 )
-"""Sentences with these were misread. Write, for example, "There is no file X" as "X does not exist"."""
+"""Sentences with these were misread: write "X is not a file". "There is no file X" is fine."""
 
 PACKAGE = sorted((ROOT / "flowalign").rglob("*.py"))
 TEXTS = sorted(

@@ -1,1 +1,1 @@
-"""Prompts, preference data and latents."""
+"""Prompts, preference data, and cached latents of images."""

@@ -1,4 +1,4 @@
-"""Latents of pictures, encoded once and kept on disk."""
+"""Encode images with the model's autoencoder once, and cache their latents on disk."""
 
 import hashlib
 import os
@@ -15,36 +15,41 @@ from flowalign.models.base import FlowModel
 
 
 class LatentCache:
-    """Latents of pictures, kept on disk under a hash of picture, size and autoencoder, so that each is encoded once."""
+    """Encodes images and caches their latents by image bytes, size and autoencoder.
+
+    The files lie in `folder`, by default `latents/` below `$FLOWALIGN_CACHE` or
+    `~/.cache/flowalign`. Several processes may share it.
+    """
 
     def __init__(self, model: FlowModel, images_per_pass: int, folder: Path | None = None):
         self.model, self.images_per_pass = model, images_per_pass
         cache = os.environ.get("FLOWALIGN_CACHE", Path.home() / ".cache" / "flowalign")
-        self.folder = folder or Path(cache) / "latents"
-        weights = hashlib.blake2b(digest_size=16)
-        for parameter in model.vae.parameters():
-            weights.update(parameter.detach().float().cpu().numpy().tobytes())
-        config, size = model.vae.config, f"{model.config.height}x{model.config.width}"
-        self.salt = (
-            f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}/{size}".encode()
-        )
+        self.folder = folder or Path(cache).expanduser() / "latents"
+        self.salt = autoencoder_fingerprint(model).encode()
 
-    def __call__(self, pictures: Sequence[bytes], names: Sequence[str] = ()) -> Latent:
-        """(B, *latent), on the model's device. UserError with the name of what is no picture."""
-        names = names or ["data.pairs"] * len(pictures)
-        files = [self._file(data) for data in pictures]
-        found = {file: latent for file in set(files) if (latent := self._read(file)) is not None}
-        missing = [i for i, file in enumerate(files) if file not in found]
+    def __call__(self, images: Sequence[bytes], names: Sequence[str] = ()) -> Latent:
+        """Return the latents (B, *latent) of image files, on the model's device.
+
+        `names` are what an error calls the images. Raises UserError if one cannot be decoded.
+        """
+        names = names or ["data.pairs"] * len(images)
+        files = [self._file(data) for data in images]
+        latents = {file: self._read(file) for file in set(files)}
+        missing = [i for i, file in enumerate(files) if latents[file] is None]
         for start in range(0, len(missing), self.images_per_pass):
-            chosen = missing[start : start + self.images_per_pass]
-            config = self.model.config
-            images = torch.stack(
-                [load_picture(pictures[i], config.height, config.width, names[i]) for i in chosen]
-            )
-            for i, latent in zip(chosen, self.model.encode_images(images).cpu(), strict=True):
-                found[files[i]] = latent
+            part = missing[start : start + self.images_per_pass]
+            encoded = self._encode([images[i] for i in part], [names[i] for i in part])
+            for i, latent in zip(part, encoded, strict=True):
+                latents[files[i]] = latent
                 self._write(files[i], latent)
-        return torch.stack([found[file] for file in files]).to(self.model.device)
+        rows = [latents[file] for file in files]
+        return torch.stack([row for row in rows if row is not None]).to(self.model.device)
+
+    def _encode(self, images: Sequence[bytes], names: Sequence[str]) -> Latent:
+        height, width = self.model.config.height, self.model.config.width
+        pairs = zip(images, names, strict=True)
+        pixels = torch.stack([load_picture(data, height, width, name) for data, name in pairs])
+        return self.model.encode_images(pixels).cpu()
 
     def _file(self, data: bytes) -> Path:
         name = hashlib.blake2b(self.salt + data, digest_size=16).hexdigest()
@@ -55,11 +60,21 @@ class LatentCache:
         try:
             return load_file(file)["x0"]
         except (FileNotFoundError, SafetensorError, KeyError):
-            return None
+            return None  # encoded again, which also replaces a damaged file
 
     @staticmethod
     def _write(file: Path, latent: Latent) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}.part")
-        save_file({"x0": latent.contiguous()}, beside)
-        beside.rename(file)
+        # Renaming is atomic, and the process id keeps processes that encode one image apart.
+        part = file.with_suffix(f".{os.getpid()}.part")
+        save_file({"x0": latent.contiguous()}, part)
+        part.replace(file)
+
+
+def autoencoder_fingerprint(model: FlowModel) -> str:
+    """Identify all that a latent depends on except the image: weights, normalisation and size."""
+    weights = hashlib.blake2b(digest_size=16)
+    for parameter in model.vae.parameters():
+        weights.update(parameter.detach().float().cpu().numpy().tobytes())
+    config, size = model.vae.config, f"{model.config.height}x{model.config.width}"
+    return f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}/{size}"

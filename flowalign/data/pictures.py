@@ -1,4 +1,4 @@
-"""Open pictures from bytes."""
+"""Decode image files into tensors, in the form that the autoencoder and the rewards take."""
 
 import io
 
@@ -10,20 +10,28 @@ from flowalign.errors import UserError
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Turned as its camera says, on white where it is transparent. ValueError where the bytes are no picture."""
+    """Decode an image file into an RGB picture: rotated by its EXIF tag, transparency over white.
+
+    Raises ValueError if the bytes are not an image.
+    """
     try:
+        # `Image.open` reads the header only. The conversion decodes, so it belongs in the `try`.
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no picture: {error}") from error
+        raise ValueError(str(error)) from error
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def load_picture(data: bytes, height: int, width: int, where: str = "data.pairs") -> Tensor:
-    """(3, H, W) in [0, 1], scaled to fill and cut to the middle. UserError where the bytes are no picture."""
+    """Decode an image file into (3, height, width) in [0, 1], scaled to cover and center-cropped.
+
+    Raises UserError if the bytes are not an image; `where` names the entry in the message.
+    """
     try:
         image = open_picture(data)
     except ValueError as error:
-        raise UserError(f"{where} holds something that is {error}") from error
-    return (
-        pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)).float() / 255
-    )
+        raise UserError(
+            f"{where} cannot be opened as an image: {error}. Replace the file or remove the entry."
+        ) from error
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return pil_to_tensor(fitted).float() / 255

@@ -1,140 +1,178 @@
-"""Pictures from disk: pairs of a better and a worse one, or single ones, and their latents, encoded once.
+"""Read preference data: a chosen and a rejected image for each prompt, or single images.
 
-Read are a `.jsonl` file, a folder with `metadata.jsonl`, and a Hugging Face dataset on disk (parquet, or `save_to_disk`) in
-Pick-a-Pic's columns: caption, jpg_0, jpg_1, label_0.
+Accepted are a `.jsonl` file, a folder with `metadata.jsonl`, and a Hugging Face dataset on disk
+(parquet, or `save_to_disk`) with the columns of Pick-a-Pic: caption, jpg_0, jpg_1, label_0.
+Images are not decoded here: an example holds functions that read the bytes when they are used.
 """
 
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from flowalign.data.prompts import Prompt, read_objects
+from flowalign.data.prompts import Metadata, Prompt, read_objects
 from flowalign.errors import similar_file, UserError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ReadBytes = Callable[[], bytes]
+CHOSEN_FIELDS = ("chosen", "chosen_file_name", "image", "file_name")
+REJECTED_FIELDS = ("rejected", "rejected_file_name")
+PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0")
+FORMATS = "a .jsonl file, a folder with metadata.jsonl, parquet files, or a split saved by datasets"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Example:
-    """A picture of a prompt, and where there is one a worse picture of it."""
+    """A prompt with its chosen image and, in a pair, its rejected one."""
 
     prompt: Prompt
     chosen: ReadBytes
+    """Reads the bytes of the better image, or of the only one."""
     rejected: ReadBytes | None = None
+    """Reads the bytes of the worse image; None for a single image."""
     gap: float = 1.0
-    """By how much better the chosen is; 1 where only the order is known."""
+    """Score of the chosen image minus that of the rejected one; 1 if only their order is known."""
     where: str = ""
-    """What a message calls it."""
+    """The words that name this example in an error."""
 
 
 def read_examples(path: str, key: str, paired: bool) -> list[Example]:
-    """The examples of a file or folder; `paired` ones only, where a worse picture is needed. UserError names what is missing."""
-    place = Path(path)
-    if not os.path.exists(place):
-        raise UserError(f"{key}: there is no file or folder {path}.{similar_file(path)}")
-    metadata = place / "metadata.jsonl" if place.is_dir() else place
-    if metadata.suffix == ".jsonl" and metadata.is_file():
-        examples = [
-            _from_object(entry, metadata, where) for entry, where in read_objects(metadata, key)
-        ]
-    else:
-        examples = _from_dataset(place, key)
-    if (
-        paired
-        and (
-            single := next(
-                (i for i, example in enumerate(examples) if example.rejected is None), None
-            )
-        )
-        is not None
-    ):
+    """Read the examples of a file or folder; with `paired`, pairs without ties only.
+
+    Raises UserError with `key`, the file and the entry if the data cannot be used.
+    """
+    location = Path(path)
+    if not os.path.exists(location):
         raise UserError(
-            f"{key}: {path}, entry {single + 1} has one picture only; the objective learns from pairs."
+            f"{key}: there is no file or folder {path}. Correct the path.{similar_file(path)}"
         )
-    examples = [example for example in examples if example.gap or not paired]
+    listing = location / "metadata.jsonl" if location.is_dir() else location
+    if listing.suffix == ".jsonl" and listing.is_file():
+        objects = read_objects(listing, key)
+        examples = [_example_of_object(entry, listing, where) for entry, where in objects]
+    else:
+        examples = _examples_of_dataset(location, key)
+    if paired:
+        _require_pairs(examples, path, key)
+        examples = [example for example in examples if example.gap]
     if not examples:
-        raise UserError(f"{key}: {path} has no pairs (ties are left out).")
+        raise UserError(
+            f"{key}: {path} has no {'pairs' if paired else 'images'}. Ties are left out of pairs."
+        )
     return examples
 
 
-NAMES = {
-    "chosen": ("chosen", "chosen_file_name", "image", "file_name"),
-    "rejected": ("rejected", "rejected_file_name"),
-}
+def _require_pairs(examples: list[Example], path: str, key: str) -> None:
+    for number, example in enumerate(examples, 1):
+        if example.rejected is None:
+            raise UserError(
+                f"{key}: {path}, entry {number} has a single image, but the objective learns from "
+                "pairs. Add a rejected image, or choose an objective that learns from examples."
+            )
 
 
-def _from_object(entry: dict[str, Any], file: Path, where: str) -> Example:
-    found = {
-        role: next((entry[name] for name in names if name in entry), None)
-        for role, names in NAMES.items()
-    }
-    if not isinstance(entry.get("prompt"), str) or not isinstance(found["chosen"], str):
-        wanted = '{"prompt": "a red circle", "chosen": "a.png", "rejected": "b.png"} or {"prompt": ..., "image": "a.png"}'
-        raise UserError(f"{where}: write {wanted}.")
-    for name in filter(None, found.values()):
-        if not os.path.isfile(file.parent / str(name)):
-            raise UserError(f"{where}: there is no picture {file.parent / str(name)}.")
-    pictures = {
-        role: (file.parent / name).read_bytes if name else None for role, name in found.items()
-    }
-    better, worse = entry.get("score_chosen", 1.0), entry.get("score_rejected", 0.0)
-    scored = ("score_chosen" in entry) + ("score_rejected" in entry)
-    if (
-        scored == 1
-        or not all(
-            type(score) in (int, float) and math.isfinite(score) for score in (better, worse)
-        )
-        or better < worse
-    ):
+def _example_of_object(entry: Metadata, listing: Path, where: str) -> Example:
+    """Make an example from a line of a `.jsonl` file; images are relative to the file."""
+    prompt, chosen = entry.get("prompt"), _first_field(entry, CHOSEN_FIELDS)
+    rejected = _first_field(entry, REJECTED_FIELDS)
+    if not isinstance(prompt, str) or not isinstance(chosen, str):
         raise UserError(
-            f"{where}: score_chosen is {better!r} and score_rejected {worse!r}; write both, the first the larger."
+            f"{where} does not name a prompt and an image. "
+            'Write {"prompt": "a red circle", "chosen": "a.png", "rejected": "b.png"} '
+            'or {"prompt": ..., "image": "a.png"}.'
         )
-    gap = float(better - worse)
-    return Example(Prompt(entry["prompt"]), pictures["chosen"], pictures["rejected"], gap, where)  # type: ignore[arg-type]
+    return Example(
+        prompt=Prompt(prompt),
+        chosen=_reader(listing.parent / chosen, where),
+        rejected=_reader(listing.parent / str(rejected), where) if rejected else None,
+        gap=_gap(entry, where),
+        where=where,
+    )
 
 
-def _from_dataset(place: Path, key: str) -> list[Example]:
-    import datasets  # slow to import, and only here
+def _first_field(entry: Metadata, names: tuple[str, ...]) -> object:
+    return next((entry[name] for name in names if name in entry), None)
+
+
+def _reader(file: Path, where: str) -> ReadBytes:
+    # Checked now, because a missing image should not end a run hours later.
+    if not file.is_file():
+        raise UserError(f"{where}: the image {file} does not exist. Correct its name.")
+    return file.read_bytes
+
+
+def _gap(entry: Metadata, where: str) -> float:
+    """Return the difference of the two scores of a line, or 1 if it has none."""
+    if "score_chosen" not in entry and "score_rejected" not in entry:
+        return 1.0
+    better, worse = entry.get("score_chosen"), entry.get("score_rejected")
+    if not (_is_score(better) and _is_score(worse) and better >= worse):
+        raise UserError(
+            f"{where} has score_chosen {better!r} and score_rejected {worse!r}. "
+            "Write both as finite numbers, score_chosen not below score_rejected."
+        )
+    return float(better - worse)
+
+
+def _is_score(value: object) -> bool:
+    # `True` is an int for isinstance, but it is not a score.
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _examples_of_dataset(location: Path, key: str) -> list[Example]:
+    """Make examples from a dataset with Pick-a-Pic's columns, without rows that have no winner."""
+    table = _open_dataset(location, key)
+    missing = sorted(set(PICK_A_PIC) - set(table.column_names))
+    if missing:
+        raise UserError(
+            f"{key}: {location} has no column {', '.join(missing)}; "
+            f"it has {', '.join(table.column_names)}. Rename its columns as in Pick-a-Pic."
+        )
+    winners = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
+    examples = []
+    for row, (label, caption) in enumerate(zip(table["label_0"], table["caption"], strict=True)):
+        if label in winners:
+            chosen, rejected = winners[label]
+            examples.append(
+                Example(
+                    prompt=Prompt(caption),
+                    chosen=partial(_cell_bytes, table, row, chosen),
+                    rejected=partial(_cell_bytes, table, row, rejected),
+                    where=f"{key}: {location}, row {row + 1}",
+                )
+            )
+    return examples
+
+
+def _open_dataset(location: Path, key: str) -> "Dataset":
+    import datasets  # slow to import, and used here only
 
     datasets.disable_progress_bars()
     try:
-        if place.is_dir() and (place / "state.json").is_file():
-            table = datasets.load_from_disk(str(place))
+        if (location / "state.json").is_file():
+            table = datasets.load_from_disk(str(location))
         else:
-            files = sorted(map(str, place.rglob("*.parquet"))) if place.is_dir() else [str(place)]
+            is_folder = location.is_dir()
+            files = sorted(map(str, location.rglob("*.parquet"))) if is_folder else [str(location)]
             table = datasets.load_dataset("parquet", data_files=files, split="train")
     except Exception as error:
-        wanted = "a .jsonl file, a folder with metadata.jsonl, parquet files, or a split that datasets saved"
-        raise UserError(f"{key}: {place} is not {wanted} ({error}).") from error
-    assert isinstance(table, datasets.Dataset)
-    if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - set(table.column_names):
+        # `datasets` raises many types here, some of them only in its dependencies.
         raise UserError(
-            f"{key}: {place} has no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}."
-        )
+            f"{key}: {location} cannot be opened as a dataset: {error}. Use {FORMATS}."
+        ) from error
+    assert isinstance(table, datasets.Dataset)
     for column in ("jpg_0", "jpg_1"):
-        if isinstance(table.features[column], datasets.Image):
+        if isinstance(table.features.get(column), datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
-    labels = table["label_0"]
-    captions = table["caption"]
-
-    def picture(row: int, column: str) -> ReadBytes:
-        return lambda: _bytes_of(table[row][column])
-
-    order = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
-    return [
-        Example(
-            Prompt(caption),
-            picture(row, order[label][0]),
-            picture(row, order[label][1]),
-            where=f"{key}: {place}, row {row + 1}",
-        )
-        for row, (label, caption) in enumerate(zip(labels, captions, strict=True))
-        if label in order
-    ]
+    return table
 
 
-def _bytes_of(cell: Any) -> bytes:
+def _cell_bytes(table: "Dataset", row: int, column: str) -> bytes:
+    # An image column holds {"bytes", "path"}; a binary column the bytes alone.
+    cell = table[row][column]
     return cell["bytes"] if isinstance(cell, dict) else cell

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts a step takes: a pure function of the step."""
+"""Read prompt files, and choose the prompts of a step as a pure function of the step."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,75 +8,94 @@ from typing import Any
 
 from flowalign.errors import similar_file, UserError
 
+Metadata = dict[str, Any]
+"""The fields beside the prompt in a line of a prompt file. Values are what JSON holds."""
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what its file says about it."""
+    """A prompt with its metadata."""
 
     text: str
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=dict)
 
 
 def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
-    """Prompts of a `.txt` (one a line) or `.jsonl` file (objects with `prompt`). UserError names the file and the line."""
+    """Read a `.txt` file (one prompt per line) or a `.jsonl` file (objects with a `prompt` field).
+
+    Raises UserError with `key`, the file and the line if the file cannot be used.
+    """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(
-            f"{key}: {path} is neither a .txt nor a .jsonl file; write one of these, with a prompt a line."
-        )
     if path.suffix == ".txt":
         prompts = [Prompt(line.strip()) for line, _ in _lines(path, key)]
+    elif path.suffix == ".jsonl":
+        prompts = [_prompt(entry, where) for entry, where in read_objects(path, key)]
     else:
-        prompts = [_prompt_of(found, where) for found, where in read_objects(path, key)]
+        raise UserError(
+            f"{key}: {path} is neither a .txt nor a .jsonl file. "
+            "Use one of these formats, with one prompt per line."
+        )
     if not prompts:
-        raise UserError(f"{key}: {path} has no prompts; write one a line.")
+        raise UserError(f"{key}: {path} has no prompts. Write one per line.")
     return prompts
 
 
-def read_objects(path: Path, key: str) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a `.jsonl` file, each with the words that name its line in an error."""
+def read_objects(path: Path, key: str) -> list[tuple[Metadata, str]]:
+    """Read the objects of a `.jsonl` file, each with the words that name its line in an error.
+
+    A line that holds another JSON value becomes an empty object, so that callers need to check
+    for missing fields only.
+    """
     objects = []
     for line, where in _lines(path, key):
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        objects.append((found if isinstance(found, dict) else {}, where))
+            raise UserError(f"{where} is not JSON: {error}. Write one object per line.") from None
+        objects.append((value if isinstance(value, dict) else {}, where))
     return objects
 
 
 def _lines(path: Path, key: str) -> list[tuple[str, str]]:
+    """Return the lines that are not empty, each with the words that name it in an error."""
     try:
+        # Not `splitlines`: it also splits at characters that may stand inside a prompt (U+2028).
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{key}: there is no file {path}.{similar_file(path)}") from None
+        raise UserError(
+            f"{key}: there is no file {path}. Correct the path.{similar_file(path)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{key}: {path} cannot be read: {error}; give a file of text, saved as UTF-8."
+            f"{key}: {path} cannot be read: {error}. Give a text file in UTF-8."
         ) from None
-    return [
-        (line, f"{key}: {path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    numbered = enumerate(lines, 1)
+    return [(line, f"{key}: {path}, line {number}") for number, line in numbered if line.strip()]
 
 
-def _prompt_of(found: dict[str, Any], where: str) -> Prompt:
-    if not isinstance(found.get("prompt"), str):
-        raise UserError(f'{where} has no "prompt"; write for example {{"prompt": "a red circle"}}.')
-    return Prompt(
-        found["prompt"], {name: value for name, value in found.items() if name != "prompt"}
-    )
+def _prompt(entry: Metadata, where: str) -> Prompt:
+    if not isinstance(entry.get("prompt"), str):
+        raise UserError(
+            f'{where} has no text in the field "prompt". '
+            'Write for example {"prompt": "a red circle"}.'
+        )
+    metadata = {name: value for name, value in entry.items() if name != "prompt"}
+    return Prompt(entry["prompt"], metadata)
 
 
 def prompts_of_step(count: int, step: int, size: int, seed: int) -> list[int]:
-    """`size` indices of `count` prompts for this step: every prompt comes once before any comes again."""
+    """Return the indices of the `size` prompts of a step, out of `count` prompts.
+
+    The prompts are shuffled anew for every epoch, and each occurs once per epoch. The result
+    depends on the arguments only, so a resumed run sees the same prompts.
+    """
     first = step * size
-    order: dict[int, list[int]] = {}
-    chosen = []
+    shuffled: dict[int, list[int]] = {}
+    indices = []
     for position in range(first, first + size):
-        lap, place = divmod(position, count)
-        if lap not in order:
-            order[lap] = Random(f"{seed}/{lap}").sample(range(count), count)
-        chosen.append(order[lap][place])
-    return chosen
+        epoch, offset = divmod(position, count)
+        if epoch not in shuffled:
+            # A string seed is hashed the same way in every process and Python version.
+            shuffled[epoch] = Random(f"{seed}/{epoch}").sample(range(count), count)
+        indices.append(shuffled[epoch][offset])
+    return indices

@@ -199,7 +199,7 @@ def supplies_of(config: Config, policy: Policy) -> SourceContext:
         train.images_per_pass,
         policy.model.device,
     )
-    examples = [Example(blank, bytes, bytes)] if config.data.pairs else []
+    examples = [Example(prompt=blank, chosen=bytes, rejected=bytes)] if config.data.pairs else []
     return Blank(
         policy,
         judge,

@@ -1,4 +1,4 @@
-"""Prompt files, their errors, and the prompts of a step."""
+"""Reading prompt files, their errors, and the prompts of a step."""
 
 from collections import Counter
 
@@ -8,19 +8,19 @@ from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
 from flowalign.errors import UserError
 
 
-def written(tmp_path, name, text):
+def write_file(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_a_text_file_holds_a_prompt_a_line(tmp_path):
-    path = written(tmp_path, "p.txt", "a red circle\n\n  ein grüner Kreis  \n")
+def test_a_text_file_has_one_prompt_per_line(tmp_path):
+    path = write_file(tmp_path, "p.txt", "a red circle\n\n  ein grüner Kreis  \n")
     assert read_prompts(path) == [Prompt("a red circle"), Prompt("ein grüner Kreis")]
 
 
-def test_the_other_fields_of_an_object_are_the_prompts_metadata(tmp_path):
-    path = written(
+def test_other_fields_become_metadata(tmp_path):
+    path = write_file(
         tmp_path,
         "p.jsonl",
         '{"prompt": "a circle", "tag": "colors", "include": [{"count": 1}]}\n\n{"prompt": "b"}\n',
@@ -38,17 +38,17 @@ def test_the_other_fields_of_an_object_are_the_prompts_metadata(tmp_path):
         (
             "p.jsonl",
             '{"prompt": "a"}\n\n{"text": "b"}\n',
-            'p.jsonl, line 3 has no "prompt"; write for example',
+            'p.jsonl, line 3 has no text in the field "prompt". Write for example',
         ),
-        ("p.jsonl", '["a"]\n', 'p.jsonl, line 1 has no "prompt"'),
-        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1 has no "prompt"'),
+        ("p.jsonl", '["a"]\n', 'p.jsonl, line 1 has no text in the field "prompt"'),
+        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1 has no text in the field "prompt"'),
         ("p.txt", "\n  \n", "p.txt has no prompts"),
         ("p.csv", "a\n", "p.csv is neither a .txt nor a .jsonl file"),
     ],
 )
 def test_an_error_names_the_key_the_file_and_the_line(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message) as error:
-        read_prompts(written(tmp_path, name, text))
+        read_prompts(write_file(tmp_path, name, text))
     assert str(error.value).startswith(f"data.prompts: {tmp_path}")
 
 
@@ -71,15 +71,15 @@ def test_the_prompts_of_a_step_depend_on_the_step_alone():
 
 
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (10, 4), (3, 8), (7, 7), (1, 2)])
-def test_every_prompt_comes_once_a_lap(count, size):
+def test_each_prompt_occurs_once_per_epoch(count, size):
     steps = 2 * count
-    drawn = [
-        prompt for step in range(steps) for prompt in prompts_of_step(count, step, size, seed=0)
-    ]
-    laps = [drawn[start : start + count] for start in range(0, len(drawn), count)]
-    assert all(Counter(lap) == Counter(range(count)) for lap in laps)
+    indices: list[int] = []
+    for step in range(steps):
+        indices += prompts_of_step(count, step, size, seed=0)
+    epochs = [indices[start : start + count] for start in range(0, len(indices), count)]
+    assert all(Counter(epoch) == Counter(range(count)) for epoch in epochs)
 
 
-def test_laps_and_seeds_have_different_orders():
+def test_epochs_and_seeds_have_different_orders():
     orders = [tuple(prompts_of_step(50, step, 50, seed)) for step in range(3) for seed in range(3)]
     assert len(set(orders)) == 9
