@@ -174,11 +174,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _reward_test(options: argparse.Namespace) -> int:
-    from flowalign.rewards.inspection import bundled_samples, samples_from, show
+    from flowalign.rewards.inspection import bundled_samples, print_inspection, samples_from
     from flowalign.rewards.registry import load_reward
 
     samples = samples_from(options.images) if options.images else bundled_samples()
-    return 0 if show(load_reward(options.spec), samples) else 1
+    return 0 if print_inspection(load_reward(options.spec), samples) else 1
 
 
 def _reward_serve(options: argparse.Namespace) -> None:

@@ -100,8 +100,9 @@ def _first_field(entry: Metadata, names: tuple[str, ...]) -> object:
 
 
 def _reader(file: Path, where: str) -> ReadBytes:
-    # Checked now, because a missing image should not end a run hours later.
-    if not file.is_file():
+    # Checked now, because a missing image should not end a run hours later. `os.path.isfile` is
+    # False for a name that the file system refuses, where `Path.is_file` raises.
+    if not os.path.isfile(file):
         raise UserError(f"{where}: the image {file} does not exist. Correct its name.")
     return file.read_bytes
 
@@ -153,6 +154,8 @@ def _open_dataset(location: Path, key: str) -> "Dataset":
     import datasets  # slow to import, and used here only
 
     datasets.disable_progress_bars()
+    # `datasets` logs an error before it raises it, and the message below already says what failed.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if (location / "state.json").is_file():
             table = datasets.load_from_disk(str(location))

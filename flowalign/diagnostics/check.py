@@ -24,7 +24,7 @@ from flowalign.objectives.terms import VelocityKL
 from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
-from flowalign.rewards.inspection import examine, Finding, Samples
+from flowalign.rewards.inspection import Finding, inspect_reward, Samples
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.sources import source_of
@@ -245,11 +245,12 @@ def look_at_rewards(assembly: Assembly) -> Iterator[Finding]:
     prompts = [
         Prompt(text, metadata) for text, metadata in zip(batch.prompts, batch.metadata, strict=True)
     ]
-    samples = Samples(rollout.images.to(distributed.device()).float() / 255, prompts)
+    images = rollout.images.to(distributed.device()).float() / 255
+    samples = Samples(images=images, prompts=prompts)
     trained = {reward.name: reward for reward in assembly.context.judge.rewards}
     others = {reward.name: reward for reward in assembly.evaluator.judge.rewards}
     for name, reward in {**others, **trained}.items():
-        found = examine(reward, samples)[1]
+        found = inspect_reward(reward, samples)[1]
         told = (
             {"scores", "spread"} if needed and name in trained else {"scores", "spread", "gradient"}
         )

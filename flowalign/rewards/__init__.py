@@ -1,4 +1,8 @@
-"""Rewards by name. Yours is named by its path: `rewards: {"my_rewards.py:redness": 1.0}` or `package.module:name`."""
+"""The built-in rewards by name.
+
+A reward of your own is named by its path, `rewards: {"my_rewards.py:redness": 1.0}`, or by
+`package.module:name`.
+"""
 
 REWARDS = {
     "scene_match": "flowalign.rewards.scene:scene_match",
@@ -20,6 +24,7 @@ REWARDS = {
     "reward_dance_server": "flowalign.rewards.vlm.server:ServerRewardDance",
     "rubric_server": "flowalign.rewards.vlm.server:ServerRubric",
     "jpeg_size": "flowalign.rewards.pixel_statistics:jpeg_size",
+    # Flow-GRPO's name for the size in kilobytes.
     "jpeg_incompressibility": "flowalign.rewards.pixel_statistics:jpeg_size",
     "jpeg_compressibility": "flowalign.rewards.pixel_statistics:jpeg_compressibility",
     "brightness": "flowalign.rewards.pixel_statistics:brightness",
@@ -31,4 +36,4 @@ REWARDS = {
     "feature_distance": "flowalign.rewards.distribution:FeatureDistance",
     "vendi": "flowalign.rewards.distribution:Vendi",
 }
-"""Names to places, imported when asked for."""
+"""Names and where they are defined. A reward is imported when a run uses it."""

@@ -1,14 +1,14 @@
-"""Rewards as people write them, made into functions (images, prompts, metadata) -> scores.
+"""Adapt rewards in the forms that people write to functions (images, prompts, metadata) -> scores.
 
-Understood, by the names of the parameters: ours, in any order; Flow-GRPO's factories, `def aesthetic(device): return score`,
-and results `(scores, extras)`; TRL's `def score(prompts, completions, **columns)`, also asynchronous; and what `traits` says.
+The names of the parameters decide. Accepted are: our three inputs, in any order; Flow-GRPO's
+factories `def aesthetic(device): return score` and results `(scores, extras)`; TRL's
+`def score(prompts, completions, **columns)`, also asynchronous; and what `traits` declares.
 """
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,220 +17,244 @@ from PIL import Image
 from torch import nn, Tensor
 
 from flowalign import distributed
+from flowalign.data.prompts import Metadata
 from flowalign.errors import UserError
-from flowalign.rewards.base import LearnedReward, numbers, Reward, RewardFunction, Traits
+from flowalign.flow import PerImage
+from flowalign.rewards.base import as_scores, LearnedReward, Reward, RewardFunction, Traits
 
-OURS = "images", "prompts", "metadata"
-FORMS = "(images, prompts, metadata), TRL's (prompts, completions, **columns), or a function that returns one of them"
-PAIRS = "(first, second, prompts, metadata), which a pairwise reward is given"
+Function = Callable[..., object]
+INPUTS = ("images", "prompts", "metadata")
+FORMS = (
+    "(images, prompts, metadata), TRL's (prompts, completions, **columns), "
+    "or a function that returns one of them"
+)
+PAIRWISE_FORM = "(first, second, prompts, metadata), which a pairwise reward is called with"
 
 
-def make_reward(name: str, written: Any, weight: float = 1.0) -> Reward:
-    """A reward from a function or an instance, its settings already bound. UserError where its parameters are not understood."""
-    said = _traits(written)
-    written = _made(name, _free(written))
-    said = _traits(written) or said or Traits()
-    signature = _signature(written)
-    _check_inputs(name, signature, said)
-    function = _answered(written)
-    if said.level == "pairwise":
-        function = partial(win_rates, _pil(function, 2) if said.images == "pil" else function)
+def make_reward(name: str, function: object, weight: float = 1.0) -> Reward:
+    """Make a reward from a function, factory, class instance or torch module.
+
+    Settings are bound already. Raises UserError if the parameters are not those of a known form.
+    """
+    declared = _declared_traits(function)
+    function = _unwrap_factory(name, _strip_call_args(function))
+    # What a factory returns may have traits of its own, which are then the more specific ones.
+    declared = _declared_traits(function) or declared or Traits()
+    signature = _signature(function)
+    _check_parameters(name, signature, declared)
+    score = _normalise_result(function)
+    if declared.level == "pairwise":
+        prefers = _with_pil(score, 2) if declared.images == "pil" else score
+        score = partial(win_rates, prefers)
     else:
-        function = partial(_by_name, function, signature) if _goes_by_names(signature) else function
-        function = _pil(function, 1) if said.images == "pil" else function
-    return Reward(
-        name, function, weight, said, written if isinstance(written, LearnedReward) else None
-    )
+        score = partial(_call_by_name, score, signature) if _takes_names(signature) else score
+        score = _with_pil(score, 1) if declared.images == "pil" else score
+    learner = function if isinstance(function, LearnedReward) else None
+    return Reward(name=name, function=score, weight=weight, traits=declared, learner=learner)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1], rounded to 8 bits."""
-    pixels = rearrange(
-        (images.detach() * 255).round().clamp(0, 255).byte().cpu(), "b c h w -> b h w c"
-    ).numpy()
-    return [Image.fromarray(image) for image in pixels]
+    """Convert images (B, 3, H, W) in [0, 1] to PIL images, rounded to 8 bits."""
+    pixels = (images.detach() * 255).round().clamp(0, 255).byte().cpu()
+    return [Image.fromarray(image) for image in rearrange(pixels, "b c h w -> b h w c").numpy()]
 
 
 def win_rates(
-    prefers: Callable[..., Any], images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-) -> Tensor:
-    """Of every image of one prompt, the mean probability of being better than another; each two are shown both ways round.
+    prefers: Function, images: Tensor, prompts: list[str], metadata: list[Metadata]
+) -> PerImage:
+    """Return each image's mean probability of being better than another image of the prompt.
 
-    One image is shown beside all the others at a time, so that memory grows with the images and not with the pairs.
+    Every pair is shown in both orders, so that a preference for the first place cancels.
+    Raises ValueError if `prefers` does not return a probability for each pair.
     """
     count = len(images)
     if count == 1:
         return torch.full((1,), 0.5)
-    won = torch.zeros(count)
+    wins = torch.zeros(count)
+    # One image against all others per call: memory grows with the images, not with the pairs.
     for i in range(count):
         others = [j for j in range(count) if j != i]
-        same = [i] * len(others)
-        better = numbers(
-            prefers(
-                images[same],
-                images[others],
-                [prompts[i]] * len(others),
-                [metadata[i]] * len(others),
-            )
-        )
+        first, entries = images[[i] * len(others)], [metadata[i]] * len(others)
+        better = as_scores(prefers(first, images[others], [prompts[i]] * len(others), entries))
         if better.shape != (len(others),) or ((better < 0) | (better > 1)).any():
             raise ValueError(
-                f"{len(others)} pairs were shown, so {len(others)} numbers from 0 to 1 were expected, not {better}"
+                f"the reward returned {better} for {len(others)} pairs. "
+                f"Return {len(others)} probabilities from 0 to 1."
             )
-        won[i] += better.sum()
-        won[others] += 1 - better
-    return won / (2 * (count - 1))
+        wins[i] += better.sum()
+        wins[others] += 1 - better
+    return wins / (2 * (count - 1))
 
 
-def _made(name: str, written: Any) -> Any:
-    """What a factory returns, or the function itself. A device that has a default is a setting of the factory."""
+def _unwrap_factory(name: str, function: object) -> Function:
+    """Call a factory and return what it makes; return any other function unchanged.
+
+    A factory requires nothing or a device. A device with a default is a setting of the factory.
+    """
+    if not callable(function):
+        raise UserError(f"rewards.{name} is not a function. Write one of {FORMS}.")
     try:
-        parameters = _signature(written).parameters
+        parameters = _signature(function).parameters
     except (TypeError, ValueError):
-        raise UserError(f"rewards.{name} is no function; write one of {FORMS}.") from None
-    asked = [p.name for p in parameters.values() if p.default is p.empty]
-    if {"images", "completions"} & set(parameters) or len(asked) >= 3:
-        return written
-    if asked not in ([], ["device"]):
-        raise UserError(f"rewards.{name} takes ({', '.join(asked)}); write one of {FORMS}.")
+        raise UserError(
+            f"rewards.{name} has no readable parameters. Write one of {FORMS}."
+        ) from None
+    required = [p.name for p in parameters.values() if p.default is p.empty]
+    if {"images", "completions"} & set(parameters) or len(required) >= 3:
+        return function
+    if required not in ([], ["device"]):
+        raise UserError(f"rewards.{name} takes ({', '.join(required)}). Write one of {FORMS}.")
     try:
-        made = written(str(distributed.device())) if asked else written()
+        score = function(str(distributed.device())) if required else function()
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"rewards.{name} cannot be made: {type(error).__name__}: {error}"
+            f"rewards.{name} cannot be made: {type(error).__name__}: {error}. "
+            "Correct the function that makes it."
         ) from error
-    if not callable(made):
+    if not callable(score):
         raise UserError(
-            f"rewards.{name} returned a {type(made).__name__} when it was called; write one of {FORMS}."
+            f"rewards.{name} returned a {type(score).__name__} when it was called. "
+            f"Write one of {FORMS}."
         )
-    return made
+    return score
 
 
-def _signature(written: Any) -> inspect.Signature:
-    """Of a module of torch, what its `forward` takes."""
-    return inspect.signature(
-        written.forward if type(written).__call__ is nn.Module.__call__ else written
-    )
+def _signature(function: Function) -> inspect.Signature:
+    # A module's own `__call__` takes anything, so its `forward` says more.
+    if isinstance(function, nn.Module) and type(function).__call__ is nn.Module.__call__:
+        return inspect.signature(function.forward)
+    return inspect.signature(function)
 
 
-def _check_inputs(name: str, signature: inspect.Signature, said: Traits) -> None:
-    """UserError where it cannot be called with what it will be given."""
-    parameters, pairwise = signature.parameters, said.level == "pairwise"
+def _check_parameters(name: str, signature: inspect.Signature, declared: Traits) -> None:
+    """Raise UserError if a call with the reward's inputs would fail."""
+    pairwise = declared.level == "pairwise"
     try:
         if pairwise:
             signature.bind(*range(4))
-        elif not _goes_by_names(signature):
+        elif not _takes_names(signature):
             signature.bind(*range(3))
-            if any(
-                asked in OURS and asked != ours
-                for asked, ours in zip(_asked(signature), OURS, strict=False)
-            ):
-                raise TypeError("what has a known name stands in the place of another")
+            _check_order(signature)
     except TypeError:
-        wanted = PAIRS if pairwise else f"one of {FORMS}"
-        raise UserError(
-            f"rewards.{name} takes ({', '.join(parameters)}); write {wanted}."
-        ) from None
+        wanted = PAIRWISE_FORM if pairwise else f"one of {FORMS}"
+        taken = ", ".join(signature.parameters)
+        raise UserError(f"rewards.{name} takes ({taken}). Write {wanted}.") from None
 
 
-def _free(written: Any) -> Any:
-    """Without the defaults of what every call gives: settings were bound for all arguments that have one."""
-    if not isinstance(written, partial):
-        return written
-    settings = {
-        name: value
-        for name, value in written.keywords.items()
-        if name not in ("images", "prompts", "metadata")
-    }
-    return partial(written.func, *written.args, **settings)
+def _check_order(signature: inspect.Signature) -> None:
+    """Raise TypeError if, say, the first of three positional inputs is named `prompts`."""
+    for parameter, expected in zip(_required(signature), INPUTS, strict=False):
+        if parameter in INPUTS and parameter != expected:
+            raise TypeError(f"{parameter} stands where {expected} is given")
 
 
-def _traits(written: Any) -> Traits | None:
-    """What was said of a function or class, with settings bound or not."""
-    while isinstance(written, partial):
-        written = written.func
-    said = getattr(written, "traits", None)
-    return said if isinstance(said, Traits) else None
+def _strip_call_args(function: object) -> object:
+    """Unbind the inputs of a call: settings are bound for every argument that has a default."""
+    if not isinstance(function, partial):
+        return function
+    settings = {name: value for name, value in function.keywords.items() if name not in INPUTS}
+    return partial(function.func, *function.args, **settings)
 
 
-def _answered(written: Callable[..., Any]) -> RewardFunction:
-    """Scores without extras, waited for where they are promised: in one event loop, which clients may be bound to."""
+def _declared_traits(function: object) -> Traits | None:
+    """Return the traits of a function or class, whether settings are bound or not."""
+    while isinstance(function, partial):
+        function = function.func
+    declared = getattr(function, "traits", None)
+    return declared if isinstance(declared, Traits) else None
+
+
+def _normalise_result(function: Function) -> Function:
+    """Return scores without extras, awaited if the function is asynchronous."""
+    # One event loop for all calls, because clients of servers are bound to the loop they began in.
     runner = asyncio.Runner()
 
-    def function(*inputs: Any, **columns: Any) -> Any:
-        scores = written(*inputs, **columns)
+    def score(*inputs: object, **columns: object) -> object:
+        scores = function(*inputs, **columns)
         if inspect.isawaitable(scores):
-            scores = runner.run(_waited(scores))
-        if isinstance(scores, tuple) and len(scores) == 2 and _several(scores[0]):
+            scores = runner.run(_awaited(scores))
+        # Two scores of two images are a tuple of two as well, but of numbers.
+        if isinstance(scores, tuple) and len(scores) == 2 and _is_collection(scores[0]):
             scores = scores[0]
-        return _of_a_mapping(scores) if isinstance(scores, dict) else scores
+        return _scores_of_mapping(scores) if isinstance(scores, dict) else scores
 
-    return function
-
-
-def _several(scores: Any) -> bool:
-    """Whether it holds numbers, rather than being one."""
-    return isinstance(scores, list | tuple | dict) or np.ndim(scores) > 0
+    return score
 
 
-def _of_a_mapping(scores: dict[str, Any]) -> Any:
-    """Flow-GRPO's mean of several rewards, or the only ones there are."""
-    found = [scores[name] for name in ("avg", "score", "scores") if name in scores]
-    if not found:
-        raise ValueError(
-            f"it returned a mapping of {', '.join(map(str, scores))}; return one number an image"
-        )
-    return found[0]
+def _is_collection(value: object) -> bool:
+    return isinstance(value, list | tuple | dict) or np.ndim(value) > 0  # pyright: ignore[reportArgumentType]
 
 
-async def _waited(promise: Any) -> Any:
+def _scores_of_mapping(scores: dict[str, object]) -> object:
+    """Return Flow-GRPO's mean of several rewards, or the only scores."""
+    for name in ("avg", "score", "scores"):
+        if name in scores:
+            return scores[name]
+    raise ValueError(
+        f"the result is a mapping of {', '.join(map(str, scores))}. Return one number per image."
+    )
+
+
+async def _awaited(promise: Awaitable[object]) -> object:
     return await promise
 
 
-def _asked(signature: inspect.Signature) -> list[str]:
-    """What is given. Anything else that has a default is a setting."""
-    named = [
-        p for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+def _required(signature: inspect.Signature) -> list[str]:
+    """Return the parameters that a call fills. Others with a default are settings."""
+    return [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and (p.default is p.empty or p.name in INPUTS)
     ]
-    return [p.name for p in named if p.default is p.empty or p.name in OURS]
 
 
-def _any_more(signature: inspect.Signature) -> bool:
+def _takes_columns(signature: inspect.Signature) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
-def _goes_by_names(signature: inspect.Signature) -> bool:
-    """Whether it is TRL's, or takes what is ours by our names, in any order, or images and prompts alone."""
-    asked, any_more = {*_asked(signature)}, _any_more(signature)
-    if "completions" in asked:
-        return "prompts" in asked or any_more
-    return {"images", "prompts"} <= asked and (any_more or asked <= {*OURS})
+def _takes_names(signature: inspect.Signature) -> bool:
+    """True if a call is by name: TRL's form, or our inputs in any order or without metadata."""
+    names, columns = {*_required(signature)}, _takes_columns(signature)
+    if "completions" in names:
+        return "prompts" in names or columns
+    return {"images", "prompts"} <= names and (columns or names <= {*INPUTS})
 
 
-def _by_name(
-    function: RewardFunction,
+def _call_by_name(
+    function: Function,
     signature: inspect.Signature,
-    images: Any,
+    images: Tensor | list[Image.Image],
     prompts: list[str],
-    metadata: list[dict[str, Any]],
-) -> Any:
-    """What it asks for, pictures as TRL's completions among it, and the metadata as one list a field."""
-    asked, fields = {*_asked(signature)}, {field for entry in metadata for field in entry}
-    known: dict[str, Callable[[], Any]] = {
+    metadata: list[Metadata],
+) -> object:
+    """Call with the parameters that the function names, and each metadata field as one list."""
+    names = {*_required(signature)}
+    fields = {field for entry in metadata for field in entry}
+    # Functions, so that images are converted to PIL only if the reward takes completions.
+    inputs: dict[str, Callable[[], object]] = {
         "images": lambda: images,
         "prompts": lambda: prompts,
         "metadata": lambda: metadata,
         "completions": lambda: to_pil(images) if isinstance(images, Tensor) else images,
         "completion_ids": lambda: [None] * len(prompts),
     }
-    more = fields if _any_more(signature) and "metadata" not in asked else set[str]()
-    columns = sorted((asked | more) - set(known))
-    given = {name: make() for name, make in known.items() if name in asked}
-    return function(**given, **{name: [entry.get(name) for entry in metadata] for name in columns})  # type: ignore[call-arg]
+    if _takes_columns(signature) and "metadata" not in names:
+        columns = (names | fields) - set(inputs)
+    else:
+        columns = names - set(inputs)
+    arguments = {name: make() for name, make in inputs.items() if name in names}
+    lists = {name: [entry.get(name) for entry in metadata] for name in sorted(columns)}
+    return function(**arguments, **lists)
 
 
-def _pil(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """The first `count` arguments as pictures."""
-    return lambda *inputs: function(*(to_pil(images) for images in inputs[:count]), *inputs[count:])
+def _with_pil(function: Function, count: int) -> RewardFunction:
+    """Convert the first `count` arguments to PIL images."""
+
+    def score(*inputs: object) -> object:
+        pictures = [to_pil(images) for images in inputs[:count] if isinstance(images, Tensor)]
+        return function(*pictures, *inputs[count:])
+
+    return score

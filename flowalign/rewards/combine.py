@@ -1,7 +1,10 @@
-"""Several rewards made into one. A score of NaN stands for a reward that no image of a prompt has: the others decide there."""
+"""Combine several rewards into one.
+
+A score of NaN means that a reward did not score the images of a prompt. The other rewards decide
+there, and an image that no reward scored stays NaN.
+"""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,49 +15,51 @@ from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.settings.types import NonNegative, Positive, Settings
 
-Scores = dict[str, PerImage]
-
 
 class Combine(Settings):
-    """A dataclass of settings; what it learns from step to step goes into checkpoints."""
+    """Combines rewards. A subclass is a dataclass of settings with statistics for checkpoints."""
 
     needs_statistics: ClassVar[bool] = False
-    """Whether it looks at whole steps; a reward that a gradient passes through is combined image by image."""
+    """True if it keeps statistics of whole steps, so that it cannot combine inside a gradient."""
 
     def check(self, weights: dict[str, float]) -> None:
-        """UserError where the settings name a reward that is not there, or its weight makes no sense."""
+        """Raise UserError if the settings do not fit the rewards and their weights."""
 
-    def observe(self, scores: Scores) -> None:
-        """Learn from the scores of a step, (N,) each, of all processes; called before they are combined."""
+    def observe(self, scores: dict[str, PerImage]) -> None:
+        """Update the statistics with the scores (N,) of a step, gathered from all ranks.
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
+        Called before the scores are combined.
+        """
+
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
+        """Combine the scores (N,) of each reward into one (N,)."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
-        """What to log of what it has learned."""
+        """Return the statistics to log."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What it has learned."""
+        """Return the statistics, for a checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
+        """Restore what `state` returned."""
 
 
 @dataclass
 class WeightedSum(Combine):
-    """Σ weight · score."""
+    """The sum: Σ weight · score."""
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
         return total(weighted(scores, weights))
 
 
 @dataclass
 class Minimum(Combine):
-    """min weight · score: the worst case counts (arXiv 2310.02743)."""
+    """The worst case: min weight · score (arXiv 2310.02743)."""
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
         values = weighted(scores, weights)
         least = values.nan_to_num(nan=math.inf).min(0).values
         return torch.where(values.isnan().all(0), math.nan, least)
@@ -62,14 +67,15 @@ class Minimum(Combine):
 
 @dataclass
 class Uncertainty(Combine):
-    """mean - caution · variance of weight · score over the rewards: what they disagree on counts less (arXiv 2310.02743).
+    """The mean of weight · score minus caution · its variance over the rewards (arXiv 2310.02743).
 
-    For rewards of one scale.
+    Images that the rewards disagree on count less. The rewards must have the same scale.
     """
 
     caution: NonNegative = 0.5
+    """The weight of the variance."""
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
         values = weighted(scores, weights)
         mean = values.nanmean(0)
         return mean - self.caution * (values - mean).square().nanmean(0)
@@ -77,57 +83,66 @@ class Uncertainty(Combine):
 
 @dataclass
 class Gate(Combine):
-    """Base and bonus: what rewards not named in `base` give, counts only where all that are have reached their thresholds.
+    """A weighted sum in which bonus rewards count only above thresholds of the base rewards.
 
-    What they take counts everywhere; otherwise a picture would gain by missing a threshold.
+    The bonus rewards are those that `base` does not name. Their negative values always count:
+    otherwise an image would gain by missing a threshold.
     """
 
     base: dict[str, float] = field(default_factory=dict)
-    """Thresholds by reward."""
+    """The thresholds of the base rewards, by name."""
 
     def check(self, weights: dict[str, float]) -> None:
-        _known("combine.base", self.base, weights)
+        _check_thresholds("combine.base", self.base, weights)
         for name in self.base:
             if weights[name] < 0:
                 raise UserError(
-                    f"rewards.{name} has a weight below 0, but combine.base asks for more of it; write 0 or more."
+                    f"rewards.{name} has a weight below 0, but combine.base asks for more of it. "
+                    "Write a weight of 0 or more."
                 )
         if len(self.base) == len(weights):
-            raise UserError("combine.base names all rewards; leave out those that are the bonus.")
+            raise UserError("combine.base names all rewards. Leave out those that are the bonus.")
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
         base = {name: score for name, score in scores.items() if name in self.base}
         bonus = {name: score for name, score in scores.items() if name not in self.base}
+        # Not `score >= threshold`: an image that a base reward did not score has not missed it.
         reached = torch.stack([~(score < self.base[name]) for name, score in base.items()]).all(0)
-        more = weighted(bonus, weights)
-        return total(
-            torch.cat([weighted(base, weights), torch.where(reached, more, more.clamp(max=0))])
-        )
+        full = weighted(bonus, weights)
+        allowed = torch.where(reached, full, full.clamp(max=0))
+        return total(torch.cat([weighted(base, weights), allowed]))
 
 
 @dataclass
 class Normalised(Combine):
-    """Σ weight · (score - mean) / deviation, over all scores of the reward so far, so that no scale drowns another."""
+    """The sum of standardised scores: Σ weight · (score - mean) / deviation.
+
+    Mean and deviation are those of all scores of a reward so far, so that rewards of different
+    scales have the same influence.
+    """
 
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.moments: dict[str, Tensor] = {}  # count, sum and sum of squares by reward, in float64
+        # Count, sum and sum of squares by reward. In float64, which adds a long run exactly enough.
+        self.moments: dict[str, Tensor] = {}
 
-    def observe(self, scores: Scores) -> None:
+    def observe(self, scores: dict[str, PerImage]) -> None:
         for name, score in scores.items():
-            seen = score[~score.isnan()].double()
-            new = torch.stack([torch.tensor(len(seen)).double(), seen.sum(), seen.square().sum()])
-            self.moments[name] = self.moments.get(name, torch.zeros(3).double()) + new
+            scored = score[~score.isnan()].double()
+            count = torch.tensor(len(scored)).double()
+            moments = torch.stack([count, scored.sum(), scored.square().sum()])
+            self.moments[name] = self.moments.get(name, torch.zeros(3).double()) + moments
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
-        return total(
-            weighted({name: self.standard(name, score) for name, score in scores.items()}, weights)
-        )
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
+        standard = {name: self.standardised(name, score) for name, score in scores.items()}
+        return total(weighted(standard, weights))
 
-    def standard(self, name: str, score: PerImage) -> PerImage:
+    def standardised(self, name: str, score: PerImage) -> PerImage:
+        """Return the z-scores (N,) of a reward, by the statistics so far."""
         count, first, second = self.moments[name].tolist()
         mean = first / max(count, 1)
+        # The difference can round to below 0 where all scores are equal.
         deviation = math.sqrt(max(second / max(count, 1) - mean**2, 0))
         return (score - mean) / (deviation + 1e-6)
 
@@ -140,14 +155,17 @@ class Normalised(Combine):
 
 @dataclass
 class Constrained(Combine):
-    """Maximise the rewards not named, subject to the mean of every named one staying at its threshold or above.
+    """Maximise some rewards while the mean of each reward in `at_least` stays above its threshold.
 
-    The Lagrangian of it: Σ weight · score + Σ_j λ_j (score_j - threshold_j), λ_j ← max(0, λ_j + rate · (threshold_j - mean_j)).
+    The Lagrangian, with one multiplier λ per constraint, which every step updates by its mean:
+        Σ weight · score + Σ_j λ_j (score_j - threshold_j)
+        λ_j ← max(0, λ_j + rate · (threshold_j - mean_j))
     """
 
     at_least: dict[str, float] = field(default_factory=dict)
-    """Thresholds by reward."""
+    """The thresholds of the constrained rewards, by name."""
     rate: Positive = 0.1
+    """The step size of the multipliers λ."""
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -155,38 +173,35 @@ class Constrained(Combine):
         self.multipliers: dict[str, float] = {}  # λ by reward
 
     def check(self, weights: dict[str, float]) -> None:
-        _known("combine.at_least", self.at_least, weights)
+        _check_thresholds("combine.at_least", self.at_least, weights)
         for name in self.at_least:
             if weights[name] != 1:
-                found = f"rewards.{name} has weight {weights[name]:g}, which would have no effect"
                 raise UserError(
-                    f"{found}: combine.at_least gives it a multiplier that adapts; leave the weight out."
+                    f"rewards.{name} has weight {weights[name]:g}, which would have no effect: "
+                    "combine.at_least gives it a multiplier that adapts. Leave the weight out."
                 )
         if len(self.at_least) == len(weights):
-            raise UserError("combine.at_least names all rewards; leave out the one to maximise.")
+            raise UserError("combine.at_least names all rewards. Leave out the one to maximise.")
 
-    def observe(self, scores: Scores) -> None:
+    def observe(self, scores: dict[str, PerImage]) -> None:
         for name, threshold in self.at_least.items():
             mean = scores[name].nanmean().item()
             if math.isfinite(mean):
-                self.multipliers[name] = max(
-                    0.0, self.multipliers.get(name, 0.0) + self.rate * (threshold - mean)
-                )
+                multiplier = self.multipliers.get(name, 0.0) + self.rate * (threshold - mean)
+                self.multipliers[name] = max(0.0, multiplier)
 
-    def __call__(self, scores: Scores, weights: dict[str, float]) -> PerImage:
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
         free = {name: score for name, score in scores.items() if name not in self.at_least}
-        held = {name: scores[name] - threshold for name, threshold in self.at_least.items()}
-        multipliers = {name: self.multipliers.get(name, 0.0) for name in held}
-        return total(torch.cat([weighted(free, weights), weighted(held, multipliers)]))
+        slack = {name: scores[name] - threshold for name, threshold in self.at_least.items()}
+        multipliers = {name: self.multipliers.get(name, 0.0) for name in slack}
+        return total(torch.cat([weighted(free, weights), weighted(slack, multipliers)]))
 
     def metrics(self) -> dict[str, float]:
         return {f"multiplier/{name}": value for name, value in self.multipliers.items()}
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in self.multipliers.items()
-        }
+        values = self.multipliers.items()
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.multipliers = {name: value.item() for name, value in state.items()}
@@ -202,21 +217,25 @@ COMBINE: dict[str, type[Combine]] = {
 }
 
 
-def weighted(scores: Scores, weights: dict[str, float]) -> Tensor:
-    """(rewards, N) weight · score."""
+def weighted(scores: dict[str, PerImage], weights: dict[str, float]) -> Tensor:
+    """Return weight · score as (rewards, N)."""
     return torch.stack([weights[name] * score for name, score in scores.items()])
 
 
 def total(values: Tensor) -> PerImage:
-    """The sum over rewards of what was scored; NaN where nothing was."""
+    """Sum the scores (rewards, N) over rewards: (N,), NaN for an image that no reward scored."""
     return torch.where(values.isnan().all(0), math.nan, values.nansum(0))
 
 
-def _known(key: str, named: dict[str, float], names: Iterable[str]) -> None:
-    names = list(names)
-    if not named:
+def _check_thresholds(key: str, thresholds: dict[str, float], weights: dict[str, float]) -> None:
+    if not thresholds:
+        example = next(iter(weights))
         raise UserError(
-            f"{key} is empty; write thresholds by reward, for example {{{names[0]}: 0.5}}."
+            f"{key} is empty. Write thresholds by reward, for example {{{example}: 0.5}}."
         )
-    if unknown := [name for name in named if name not in names]:
-        raise UserError(f"{key} names {unknown[0]!r}; the rewards are {', '.join(names)}.")
+    for name in thresholds:
+        if name not in weights:
+            raise UserError(
+                f"{key} names {name!r}, which is not a reward of this run. "
+                f"Choose from {', '.join(weights)}."
+            )

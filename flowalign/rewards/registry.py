@@ -1,108 +1,147 @@
-"""Maps of rewards, as YAML files and the command line name them."""
+"""Read reward maps, as YAML files and the command line write them.
 
-import inspect
+Checking a map imports neither torch nor a reward, so that a misspelt name is answered at once.
+"""
+
+import ast
 import math
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
 
 from flowalign.errors import did_you_mean, UserError
 from flowalign.rewards import REWARDS
-from flowalign.rewards.adapters import make_reward
-from flowalign.rewards.base import Reward
 from flowalign.settings.by_name import imported
 from flowalign.settings.types import configure, mapping
 from flowalign.settings.yaml_files import parse_yaml
 
+if TYPE_CHECKING:
+    from flowalign.rewards.base import Reward
 
-@dataclass(frozen=True)
+REMOTE = "flowalign.rewards.remote.client:RemoteReward"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardEntry:
     """One line of a reward map."""
 
     name: str
-    """What it is logged by."""
+    """The name in logs."""
     spec: str
-    """A built-in's name, `file.py:name`, `package.module:name`, or an address."""
+    """A built-in name, `file.py:name`, `package.module:name`, or an address."""
     weight: float
+    """The factor in the combined reward."""
     settings: dict[str, Any]
+    """The reward's own settings."""
 
 
-def reward_entry(key: str, value: Any) -> RewardEntry:
-    """`key: weight`, or `key: {weight, reward, ...}` with settings; `reward` where the key is a name of the user's own."""
-    settings = dict(value) if isinstance(value, dict) else {"weight": value}
-    return RewardEntry(
-        reward_name(key), settings.pop("reward", key), float(settings.pop("weight", 1.0)), settings
-    )
+def reward_entry(key: str, value: object) -> RewardEntry:
+    """Read `key: weight`, or `key: {weight, reward, ...}` with settings.
+
+    With `reward`, the key is a name that the user chose.
+    """
+    settings = _settings(value)
+    spec, weight = settings.pop("reward", key), settings.pop("weight", 1.0)
+    return RewardEntry(name=reward_name(key), spec=spec, weight=float(weight), settings=settings)
 
 
 def reward_name(spec: str) -> str:
-    """What a reward is logged by."""
+    """Return the name in logs: the part after the path, module or scheme."""
     return spec.partition("://")[2] or spec.rpartition(":")[2]
 
 
-def checked_rewards(section: Any, key: str) -> dict[str, Any]:
-    """A map of names to weights or settings, checked but not loaded."""
+def checked_rewards(section: object, key: str) -> dict[str, Any]:
+    """Check a map of names to weights or settings, without loading a reward.
+
+    Raises UserError for an unknown name, two equal names, or a weight that is not a number.
+    """
     section = mapping(section, key)
-    names = [reward_name(name) for name in section]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(
-            f"{key}: two rewards are called {twice[0]!r}; they are logged by name, so give one a name of its own: "
-            f"{{mine: {{reward: {[name for name in section if reward_name(name) == twice[0]][1]!r}}}}}."
-        )
+    _check_names_differ(list(section), key)
     for name, value in section.items():
-        weight, spec = (
-            (value.get("weight", 1.0), value.get("reward", name))
-            if isinstance(value, dict)
-            else (value, name)
-        )
-        if not isinstance(spec, str) or (spec not in REWARDS and ":" not in spec):
+        settings = _settings(value)
+        _check_spec(settings.get("reward", name), key)
+        if not _is_weight(settings.get("weight", 1.0)):
             raise UserError(
-                f"{key}: there is no reward {spec!r}; choose from {', '.join(REWARDS)}, "
-                f'or name your own: "my_rewards.py:{spec}".{did_you_mean(str(spec), REWARDS)}'
-            )
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-        ):
-            raise UserError(
-                f"{key}.{name} is {value!r}; write a weight, or {{weight: 1.0, ...}} with the reward's own settings."
+                f"{key}.{name} is {value!r}. "
+                "Write a weight, or {weight: 1.0, ...} with the reward's own settings."
             )
     return section
 
 
-def load_rewards(section: dict[str, Any], key: str = "rewards") -> list[Reward]:
-    """The rewards of a checked map, imported and configured. UserError where that fails."""
-    rewards = []
-    for name, value in section.items():
-        entry = reward_entry(name, value)
-        place, settings = REWARDS.get(entry.spec, entry.spec), entry.settings
-        if place.startswith(("http://", "https://")):
-            place, settings = (
-                "flowalign.rewards.remote.client:WebReward",
-                {"url": place, **settings},
+def _settings(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {"weight": value}
+
+
+def _check_names_differ(specs: list[str], key: str) -> None:
+    first: dict[str, str] = {}
+    for spec in specs:
+        name = reward_name(spec)
+        if name in first:
+            raise UserError(
+                f"{key}: two rewards are called {name!r}, and metrics are logged by name. "
+                f"Give one a name of its own: {{my_name: {{reward: {spec!r}}}}}."
             )
-        function = configure(
-            imported(place, f"{key}.{name}", REWARDS),
-            settings,
-            f"{key}.{name}",
-            ("weight", "reward"),
+        first[name] = spec
+
+
+def _check_spec(spec: object, key: str) -> None:
+    if not isinstance(spec, str) or (spec not in REWARDS and ":" not in spec):
+        raise UserError(
+            f"{key}: there is no reward {spec!r}. Choose from {', '.join(REWARDS)}, "
+            f'or name your own: "my_rewards.py:{spec}".{did_you_mean(str(spec), REWARDS)}'
         )
-        rewards.append(make_reward(entry.name, function, entry.weight))
-    return rewards
 
 
-def load_reward(spec: str) -> Reward:
-    """One reward as the command line names it: its name, or a map of it with its settings."""
+def _is_weight(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def load_rewards(section: dict[str, Any], key: str = "rewards") -> "list[Reward]":
+    """Import and configure the rewards of a checked map. Raises UserError if one cannot be made."""
+    return [_load(reward_entry(name, value), f"{key}.{name}") for name, value in section.items()]
+
+
+def _load(entry: RewardEntry, key: str) -> "Reward":
+    from flowalign.rewards.adapters import make_reward  # imports torch
+
+    location, settings = REWARDS.get(entry.spec, entry.spec), entry.settings
+    if location.startswith(("http://", "https://")):
+        location, settings = REMOTE, {"url": location, **settings}
+    reward = imported(location, key, REWARDS)
+    return make_reward(
+        entry.name, configure(reward, settings, key, ("weight", "reward")), entry.weight
+    )
+
+
+def load_reward(spec: str) -> "Reward":
+    """Load one reward as the command line names it: a name, or a YAML map with its settings."""
     section = parse_yaml(spec, repr(spec)) if spec.lstrip().startswith("{") else {spec: 1.0}
     rewards = load_rewards(checked_rewards(section, "reward"), "reward")
     if len(rewards) != 1:
         raise UserError(
-            f"{spec} names {len(rewards)} rewards; write one, such as '{{clip_score: {{path: FOLDER}}}}'."
+            f"{spec} names {len(rewards)} rewards. "
+            "Write one, such as '{clip_score: {path: FOLDER}}'."
         )
     return rewards[0]
 
 
 def describe_rewards() -> dict[str, str]:
-    """The first sentence of every built-in reward."""
-    entries = {name: imported(place, name, REWARDS) for name, place in REWARDS.items()}
-    return {name: (inspect.getdoc(entry) or "").splitlines()[0] for name, entry in entries.items()}
+    """Return the first line of each built-in reward's docstring.
+
+    The docstrings are read from the source: importing all rewards would import transformers.
+    """
+    return {name: _summary(location) for name, location in REWARDS.items()}
+
+
+def _summary(location: str) -> str:
+    module, _, name = location.partition(":")
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    raise AssertionError(f"{module} has no {name}")

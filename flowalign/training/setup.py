@@ -277,11 +277,11 @@ def score_noise(
         findings = []
         try:
             if reward in known:
-                inspection.ask(reward, samples)
+                inspection.score(reward, samples)
             else:
-                findings = inspection.look(reward, samples)[1]
+                findings = inspection.inspect_scores(reward, samples)[1]
             if needs_gradient:
-                findings.append(inspection.gradient(reward, samples, needed=True))
+                findings.append(inspection.inspect_gradient(reward, samples, needed=True))
         except RunError as error:
             raise UserError(str(error)) from error
         for finding in findings:

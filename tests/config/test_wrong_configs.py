@@ -31,7 +31,8 @@ SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONF
 SCENE = {"rewards": {"scene_match": 1.0}, "evaluation": {"rewards": {"scene_match": 1.0}}}
 """Rewards that cost milliseconds."""
 TYPE = re.compile(
-    "write|choose|must be|Did you mean|has |missing|give|rename|nearest|name |It belongs|use |take |are "
+    "write|choose|must be|Did you mean|has |missing|give|rename|nearest|name |It belongs|use |take |are ",
+    re.IGNORECASE,
 )
 """How a message says what to type."""
 
@@ -719,11 +720,11 @@ CONTRADICTIONS = [
         ["combine={name: minimum}", "advantage={name: gdpo}"],
         "combine.name is minimum, but advantage.name gdpo weighs",
     ),
-    ("nft", ["combine={name: gate}"], "combine.base is empty; write thresholds"),
+    ("nft", ["combine={name: gate}"], "combine.base is empty. Write thresholds"),
     (
         "nft",
         ["combine={name: gate, base: {scene_mtch: 1}}"],
-        "combine.base names 'scene_mtch'; the rewards are",
+        "combine.base names 'scene_mtch', which is not a reward",
     ),
     (
         "nft",

@@ -400,7 +400,7 @@ def test_a_reward_that_cannot_be_relied_on_is_caught(tmp_path):
         "evaluation.rewards={}",
     )
     assert not fine
-    assert "asked twice, scores differ" in "\n".join(wrong_lines(text))
+    assert "in a second call, scores differ" in "\n".join(wrong_lines(text))
     assert text.endswith("Wrong: reward.")
 
 

@@ -1,4 +1,4 @@
-"""Rewards as people write them: every form that is understood gives the scores its author meant, the rest an answer."""
+"""Forms of reward functions: each known form gives the scores that its author meant."""
 
 import asyncio
 import math
@@ -23,16 +23,16 @@ PROMPTS = ["one", "two", "three"]
 METADATA = [{"level": level, "note": "x"} for level in LEVELS.tolist()]
 
 
-def made(written: Any, **settings: Any) -> Reward:
-    """As from a YAML file, which binds every argument that has a default."""
-    return make_reward("mine", configure(written, settings, "rewards.mine"))
+def reward_from(function: Any, **settings: Any) -> Reward:
+    """A reward as from a YAML file, which binds every argument that has a default."""
+    return make_reward("mine", configure(function, settings, "rewards.mine"))
 
 
 def scores(reward: Reward, count: int = 3) -> list[float]:
     return reward(IMAGES[:count], PROMPTS[:count], METADATA[:count]).tolist()
 
 
-# what is understood: all of these say how bright an image is
+# Each of these functions returns the brightness of an image.
 
 
 def native(images, prompts, metadata):
@@ -179,9 +179,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("written", FORMS, ids=lambda written: written.__name__)
-def test_every_form_gives_the_scores_it_means(written):
-    assert scores(made(written)) == pytest.approx(LEVELS.tolist())
+@pytest.mark.parametrize("function", FORMS, ids=lambda function: function.__name__)
+def test_every_form_gives_its_scores(function):
+    assert scores(reward_from(function)) == pytest.approx(LEVELS.tolist())
 
 
 def scaled(images, prompts, metadata, scale: float = 1.0):
@@ -197,13 +197,15 @@ def scaled_trl(prompts, completions, level, scale: float = 1.0):
 
 
 @pytest.mark.parametrize(
-    "written", [scaled, Instance, scaled_factory, scaled_trl], ids=lambda written: written.__name__
+    "function",
+    [scaled, Instance, scaled_factory, scaled_trl],
+    ids=lambda function: function.__name__,
 )
-def test_arguments_with_a_default_are_settings(written):
-    assert scores(made(written, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
+def test_arguments_with_a_default_are_settings(function):
+    assert scores(reward_from(function, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
 
 
-class Made:
+class Configured:
     def __init__(self, scale, client=Lock()):  # noqa: B008
         self.scale, self.client = scale, client
 
@@ -211,13 +213,13 @@ class Made:
         return self.scale * native(images, prompts, metadata)
 
 
-def test_what_a_class_is_made_with_is_its_settings_and_must_be_there():
-    assert scores(made(Made, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
+def test_the_arguments_of_a_class_are_its_settings():
+    assert scores(reward_from(Configured, scale=2.0)) == pytest.approx((2 * LEVELS).tolist())
     with pytest.raises(
         UserError,
         match=r"rewards\.mine\.scale is missing; write it as rewards\.mine: {scale: \.\.\.}",
     ):
-        made(Made)
+        reward_from(Configured)
 
 
 @dataclass
@@ -228,30 +230,36 @@ class Scaled:
         return self.scale * native(images, prompts, metadata)
 
 
-@pytest.mark.parametrize("written", [Instance(2.0), Scaled(2.0)], ids=["plain", "dataclass"])
-def test_an_instance_serves_as_it_is(written):
-    assert scores(made(written)) == pytest.approx((2 * LEVELS).tolist())
+@pytest.mark.parametrize("function", [Instance(2.0), Scaled(2.0)], ids=["plain", "dataclass"])
+def test_an_instance_is_a_reward(function):
+    assert scores(reward_from(function)) == pytest.approx((2 * LEVELS).tolist())
 
 
-def test_what_a_reward_does_to_the_metadata_stays_there():
+def test_a_reward_that_changes_its_metadata_changes_only_a_copy():
     def emptied(images, prompts, metadata):
         return [entry.pop("level") for entry in metadata]
 
-    assert scores(made(emptied)) == scores(made(emptied)) == pytest.approx(LEVELS.tolist())
+    assert (
+        scores(reward_from(emptied))
+        == scores(reward_from(emptied))
+        == pytest.approx(LEVELS.tolist())
+    )
 
 
-def test_a_known_name_in_the_place_of_another_is_refused():
-    with pytest.raises(UserError, match=r"takes \(prompts, pictures, metadata\); write one of"):
-        made(lambda prompts, pictures, metadata: [0.0] * len(prompts))
+def test_an_input_in_the_place_of_another_is_an_error():
+    with pytest.raises(UserError, match=r"takes \(prompts, pictures, metadata\)\. Write one of"):
+        reward_from(lambda prompts, pictures, metadata: [0.0] * len(prompts))
 
 
-def test_a_mapping_without_a_mean_is_named():
-    with pytest.raises(RunError, match=r"a mapping of strict, loose; return one number an image"):
-        scores(made(lambda images, prompts, metadata: {"strict": [1, 1, 1], "loose": [1, 1, 1]}))
+def test_a_mapping_without_a_mean_is_an_error():
+    with pytest.raises(RunError, match=r"a mapping of strict, loose\. Return one number per image"):
+        scores(
+            reward_from(lambda images, prompts, metadata: {"strict": [1, 1, 1], "loose": [1, 1, 1]})
+        )
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("arguments", "message"),
     [
         ({"level": "grup"}, "level is 'grup'"),
         ({"images": "PIL"}, "images is 'PIL'"),
@@ -260,26 +268,26 @@ def test_a_mapping_without_a_mean_is_named():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_traits_that_are_none_are_refused(said, message):
+def test_unknown_traits_are_an_error(arguments, message):
     with pytest.raises(UserError, match=f"traits: {message}"):
-        traits(**said)
+        traits(**arguments)
 
 
-def test_an_attribute_of_that_name_is_no_traits():
+def test_another_attribute_of_that_name_is_ignored():
     class Named(Instance):
         traits = "bright"
 
-    assert scores(made(Named)) == pytest.approx(LEVELS.tolist())
+    assert scores(reward_from(Named)) == pytest.approx(LEVELS.tolist())
 
 
-def test_what_an_asynchronous_reward_keeps_open_stays_open_from_call_to_call_and_thread_to_thread():
+def test_an_asynchronous_reward_keeps_its_event_loop_across_calls_and_threads():
     loops = []
 
-    async def kept(prompts, completions, **columns):
+    async def gathered(prompts, completions, **columns):
         loops.append(asyncio.get_running_loop())
         return await asyncio.gather(*(asyncio.sleep(0, level) for level in columns["level"]))
 
-    reward = made(kept)
+    reward = reward_from(gathered)
     thread = Thread(target=scores, args=(reward,))
     thread.start()
     thread.join()
@@ -290,7 +298,7 @@ def test_what_an_asynchronous_reward_keeps_open_stays_open_from_call_to_call_and
 
 @pytest.mark.parametrize("result", [[0.5, None], (0.5, None), (0.5, float("nan"))], ids=repr)
 def test_none_and_nan_are_not_scored(result):
-    first, second = scores(made(lambda prompts, completions, **columns: result), 2)
+    first, second = scores(reward_from(lambda prompts, completions, **columns: result), 2)
     assert first == 0.5
     assert math.isnan(second)
 
@@ -298,25 +306,23 @@ def test_none_and_nan_are_not_scored(result):
 @pytest.mark.parametrize(
     "result", [(1, 0), tuple(np.float32([1, 0])), tuple(torch.tensor([1, 0]))], ids=repr
 )
-def test_two_scores_are_not_taken_for_scores_and_extras(result):
-    assert scores(made(lambda images, prompts, metadata: result), 2) == [1, 0]
+def test_two_scores_are_not_scores_and_extras(result):
+    assert scores(reward_from(lambda images, prompts, metadata: result), 2) == [1, 0]
 
 
-def test_what_was_said_of_a_factory_holds_for_what_it_makes():
+def test_traits_of_a_factory_hold_for_its_result():
     def factory():
         return lambda pictures, prompts, metadata: [
             picture.getpixel((0, 0))[0] / 255 for picture in pictures
         ]
 
-    reward = made(traits(images="pil", range=(0, 1))(factory))
+    reward = reward_from(traits(images="pil", range=(0, 1))(factory))
     assert reward.traits == Traits("pointwise", "pil", (0, 1))
     assert scores(reward) == pytest.approx(LEVELS.tolist())
 
 
-# pairs
-
 BETTER = [[0.5, 0.9, 0.6], [0.3, 0.5, 0.5], [0.2, 0.1, 0.5]]
-"""How likely the first is said to be the better one: it prefers what it sees first."""
+"""Probabilities that the first image is better, from a judge with a preference for the first."""
 
 
 def by_table(first, second, prompts, metadata):
@@ -328,29 +334,29 @@ def by_table(first, second, prompts, metadata):
 
 
 def test_win_rates_by_hand():
-    asked, shown = [], []
+    pairs, sizes = [], []
 
     @traits(level="pairwise", range=(0, 1))
     def prefers(first, second, prompts, metadata):
-        asked.extend(
+        pairs.extend(
             zip(prompts, first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist(), strict=True)
         )
-        shown.append(len(first))
+        sizes.append(len(first))
         return by_table(first, second, prompts, metadata)
 
-    reward = made(prefers)
+    reward = reward_from(prefers)
     assert reward.of_groups
     # (0.9 + 0.6 + 0.7 + 0.8) / 4, (0.3 + 0.5 + 0.1 + 0.9) / 4, (0.2 + 0.1 + 0.4 + 0.5) / 4
     assert scores(reward) == pytest.approx([0.75, 0.45, 0.3])
-    assert shown == [2, 2, 2]
+    assert sizes == [2, 2, 2]
     levels = LEVELS.tolist()
-    assert sorted(asked) == sorted(
+    assert sorted(pairs) == sorted(
         (p, a, b) for p, a in zip(PROMPTS, levels, strict=True) for b in levels if a != b
     )
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.1, -0.2])
-def test_preferring_the_first_or_the_second_cancels(bias):
+def test_a_preference_for_the_first_or_the_second_cancels(bias):
     @traits(level="pairwise", images="pil")
     def prefers(first, second, prompts, metadata):
         pairs = zip(first, second, strict=True)
@@ -359,11 +365,11 @@ def test_preferring_the_first_or_the_second_cancels(bias):
         ]
 
     # against the others, 0.5 + half the difference in level
-    assert scores(made(prefers)) == pytest.approx([0.3, 0.45, 0.75])
+    assert scores(reward_from(prefers)) == pytest.approx([0.3, 0.45, 0.75])
 
 
-def test_an_image_without_another_neither_wins_nor_loses():
-    assert scores(made(traits(level="pairwise")(by_table)), 1) == [0.5]
+def test_a_single_image_neither_wins_nor_loses():
+    assert scores(reward_from(traits(level="pairwise")(by_table)), 1) == [0.5]
 
 
 def test_images_of_an_undecided_pair_are_not_scored():
@@ -371,13 +377,15 @@ def test_images_of_an_undecided_pair_are_not_scored():
     def prefers(first, second, prompts, metadata):
         return [None if "three" in prompt else 0.5 for prompt in prompts]
 
-    assert all(math.isnan(score) for score in scores(made(prefers)))
+    assert all(math.isnan(score) for score in scores(reward_from(prefers)))
 
 
 @pytest.mark.parametrize("result", [[0.5] * 3, [2.0] * 2, [-1.0] * 2], ids=repr)
-def test_a_judge_of_pairs_gives_a_probability_for_each(result):
+def test_a_pairwise_reward_must_return_a_probability_per_pair(result):
     with pytest.raises(
         RunError,
-        match=r"rewards\.mine raised ValueError: 2 pairs were shown, so 2 numbers from 0 to 1",
+        match=r"rewards\.mine raised ValueError: .* for 2 pairs\. Return 2 probabilities",
     ):
-        scores(made(traits(level="pairwise")(lambda first, second, prompts, metadata: result)))
+        scores(
+            reward_from(traits(level="pairwise")(lambda first, second, prompts, metadata: result))
+        )

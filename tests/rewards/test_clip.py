@@ -277,7 +277,7 @@ def test_a_prompt_without_a_reference_picture_is_answered(make):
     ):
         reward(pictures(2, 32, 32), PROMPTS[:2], [{"ref_image": None}, {}])
     with pytest.raises(
-        RunError, match=r"rewards\.clip_image: ref_image nowhere\.png cannot be read"
+        RunError, match=r"rewards\.clip_image: ref_image nowhere\.png does not exist"
     ):
         reward(pictures(1, 32, 32), PROMPTS[:1], [{"ref_image": "nowhere.png"}])
 

@@ -1,4 +1,4 @@
-"""Several rewards made into one, by hand; what is learned from step to step goes on where it was."""
+"""Combinations of rewards, computed by hand, and the statistics they keep across a resume."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def test_normalised_is_the_sum_of_z_scores_over_all_scores_so_far():
         assert_close(combine(scores, WEIGHTS), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def test_a_reward_without_deviation_is_normalised_to_nothing():
+def test_a_reward_without_deviation_is_normalised_to_0():
     combine = Normalised()
     combine.observe({"a": torch.full((4,), 3.0)})
     assert combine({"a": torch.full((4,), 3.0)}, {"a": 1.0}).tolist() == [0] * 4
@@ -103,12 +103,12 @@ def test_a_multiplier_is_never_below_0():
 @pytest.mark.parametrize(
     "kind", [Normalised, lambda: Constrained(at_least={"b": 50})], ids=["normalised", "constrained"]
 )
-def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
+def test_a_restored_state_continues_bit_for_bit(kind, tmp_path):
     steps = [{"a": torch.rand(5), "b": 7 * torch.rand(5)} for _ in range(4)]
     whole, begun, resumed = kind(), kind(), kind()
     for scores in steps[:2]:
-        whole.follow(scores)
-        begun.follow(scores)
+        whole.observe(scores)
+        begun.observe(scores)
     save_file(begun.state(), tmp_path / "state.safetensors")
     resumed.load_state(load_file(tmp_path / "state.safetensors"))
     for scores in steps[2:]:
@@ -119,7 +119,7 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(kind, tmp_path):
     assert all(torch.equal(value, resumed.state()[name]) for name, value in whole.state().items())
 
 
-def test_what_a_bonus_takes_counts_everywhere_so_that_no_picture_gains_by_missing_a_threshold():
+def test_a_negative_bonus_counts_below_a_threshold_too():
     scores = {"good": torch.tensor([0.4, 0.4, 0.6, 0.6]), "bonus": torch.tensor([-3.0, 2, -3, 2])}
     assert_close(
         Gate(base={"good": 0.5})(scores, {"good": 1.0, "bonus": 1.0}),
@@ -130,7 +130,7 @@ def test_what_a_bonus_takes_counts_everywhere_so_that_no_picture_gains_by_missin
 @pytest.mark.parametrize(
     "combine", [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1})], ids=repr
 )
-def test_the_others_remember_nothing(combine: Combine):
+def test_the_others_keep_no_statistics(combine: Combine):
     combine.observe(SCORES)
     assert combine.state() == combine.metrics() == {}
 
@@ -143,34 +143,34 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
     [
         (
             [TWO, "combine={name: gate}"],
-            "combine.base is empty; write thresholds by reward, for example {brightness: 0.5}",
+            "combine.base is empty. Write thresholds by reward, for example {brightness: 0.5}",
         ),
         (
             [TWO, "combine={name: gate, base: {bright: 1}}"],
-            "combine.base names 'bright'; the rewards are brightness, jpeg_size",
+            "combine.base names 'bright', which is not a reward of this run. Choose from",
         ),
         (
             [
                 "rewards={brightness: -1, jpeg_size: 1}",
                 "combine={name: gate, base: {brightness: 1}}",
             ],
-            "rewards.brightness has a weight below 0, but combine.base asks for more of it; write 0 or more",
+            "rewards.brightness has a weight below 0, but combine.base asks for more of it. Write",
         ),
         (
             [
                 "rewards={brightness: 2, jpeg_size: 1}",
                 "combine={name: constrained, at_least: {brightness: 1}}",
             ],
-            "rewards.brightness has weight 2, which would have no effect: combine.at_least gives it a multiplier",
+            "rewards.brightness has weight 2, which would have no effect: combine.at_least gives",
         ),
         (
             [TWO, "combine={name: gate, base: {brightness: 1, jpeg_size: 1}}"],
-            "combine.base names all rewards; leave out",
+            "combine.base names all rewards. Leave out",
         ),
         ([TWO, "combine={name: constrained}"], "combine.at_least is empty"),
         (
             [TWO, "combine={name: constrained, at_least: {size: 1}}"],
-            "combine.at_least names 'size'; the rewards are brightness",
+            "combine.at_least names 'size', which is not a reward of this run. Choose from",
         ),
         (
             ["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: 1}}"],
@@ -191,7 +191,7 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
                 "combine={name: constrained, at_least: {brightness: 1}}",
                 "ALIGN",
             ],
-            "combine.name is constrained, which looks at whole steps, but the objective alignprop takes the gradient",
+            "combine.name is constrained, which looks at whole steps, but the objective alignprop",
         ),
         (
             ["rewards={brightness: 1}", "combine={name: normalised}", "ALIGN"],
@@ -199,14 +199,11 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
         ),
     ],
 )
-def test_what_cannot_be_combined_is_answered(overrides, message):
+def test_rewards_that_cannot_be_combined_are_an_error(overrides, message):
     overrides = [override.replace("ALIGN", "objective={name: alignprop}") for override in overrides]
     with pytest.raises(UserError) as caught:
         load_config(TINY, [*SMALL, *overrides])
     assert message in str(caught.value)
-
-
-# rewards that learn, in runs
 
 
 @pytest.fixture
@@ -223,8 +220,8 @@ def learning(reds: Path, *overrides: str) -> list[str]:
     return [*SMALL, f"rewards={{brightness: 1.0, adversarial: {settings}}}", *overrides]
 
 
-def test_stopping_and_going_on_equals_never_stopping(reds, tmp_path):
-    """With a multiplier that grows, and a reward that learns."""
+def test_a_resumed_run_equals_an_uninterrupted_one(reds, tmp_path):
+    """The run has a multiplier that grows and a reward that learns."""
     (tmp_path / "few.txt").write_text("a red circle")
     constrained = "combine={name: constrained, at_least: {brightness: 1}, rate: 1}"
     few = [
@@ -252,10 +249,10 @@ def test_stopping_and_going_on_equals_never_stopping(reds, tmp_path):
     assert all(f"{name}/loss" in line for line in lines)
 
 
-def test_a_reward_that_learns_cannot_be_evaluated_by(reds):
+def test_a_reward_that_learns_cannot_evaluate(reds):
     with pytest.raises(
         UserError,
-        match=r"adversarial learns as training goes.*name rewards that do not in evaluation\.rewards",
+        match=r"adversarial learns as training goes.*rewards that do not in evaluation\.rewards",
     ):
         assembly.rewards_of(load_config(TINY, learning(reds, "evaluation.rewards={}")))
 
@@ -293,9 +290,7 @@ def spread(images, prompts, metadata):
         ("spread", "evaluation.images_per_prompt is 1, but spread compares"),
     ],
 )
-def test_rewards_that_say_nothing_of_single_images_do_not_judge_an_evaluation_of_them(
-    name, message, tmp_path
-):
+def test_rewards_that_compare_images_cannot_evaluate_single_ones(name, message, tmp_path):
     (tmp_path / "mine.py").write_text(GROUPS)
     reward = f'{{"{tmp_path}/mine.py:{name}": 1.0}}'
     config = load_config(TINY, [*SMALL, f"rewards={reward}", f"evaluation.rewards={reward}"])

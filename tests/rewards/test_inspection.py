@@ -1,7 +1,9 @@
-"""`flowalign reward test` and `list`: what is said of a good reward and of bad ones, and about which pictures."""
+"""`flowalign reward test` and `list`: findings about good and bad rewards, and the images used."""
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from flowalign.rewards.registry import load_reward, load_rewards
 from flowalign.training.setup import score_noise
 from tests.tiny import ROOT, sd3_config
 
-NOTHING_WRONG = "Nothing wrong was found."
+NO_PROBLEM = "No problem found."
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +39,10 @@ def in_the_repository(monkeypatch):
         "vendi",
     ],
 )
-def test_nothing_is_wrong_with_a_bundled_reward(spec, capsys):
+def test_built_in_rewards_have_no_problem(spec, capsys):
     assert main(["reward", "test", spec]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == NOTHING_WRONG
+    assert lines[-1] == NO_PROBLEM
     assert not [line for line in lines if line.startswith("!")]
     subjects = [
         "scores",
@@ -54,18 +56,18 @@ def test_nothing_is_wrong_with_a_bundled_reward(spec, capsys):
     assert len(lines) < 20
 
 
-def test_the_screen_says_what_the_reward_is_and_what_every_picture_gets(capsys):
+def test_the_screen_shows_the_traits_and_every_score(capsys):
     main(["reward", "test", "brightness"])
     lines = capsys.readouterr().out.splitlines()
     samples = bundled_samples()
-    assert lines[0] == "brightness: pointwise, of tensors"
+    assert lines[0] == "brightness: pointwise, takes tensors"
     for line, image, prompt in zip(lines[1:9], samples.images, samples.prompts, strict=True):
         assert line.split(maxsplit=1) == [f"{image.mean():.4f}", prompt.text]
-    assert "8 numbers, one an image, declared to lie in [0, 1]" in lines[9]
-    assert "reaches 8 of 8 pictures" in lines[-2]
+    assert "8 numbers, one per image, declared range [0, 1]" in lines[9]
+    assert "reaches 8 of 8 images" in lines[-2]
 
 
-REWARDS_OF_MINE = """
+OWN_REWARDS = """
 import torch
 from flowalign.rewards.base import traits
 
@@ -132,42 +134,50 @@ def of_one_prompt(images, prompts, metadata):
 
 @pytest.fixture
 def mine(tmp_path) -> str:
-    (tmp_path / "mine.py").write_text(REWARDS_OF_MINE)
+    (tmp_path / "mine.py").write_text(OWN_REWARDS)
     return f"{tmp_path}/mine.py:"
 
 
 @pytest.mark.parametrize(
-    ("name", "finding", "look_at"),
+    ("name", "finding", "problems"),
     [
         (
             "constant",
-            "! spread:      constant: every picture gets 1, so nothing can be learned from it",
+            "! spread:      constant: every image gets 1, so there is nothing to learn from it",
             "spread",
         ),
-        ("random", "! determinism: asked twice, scores differ by up to", "determinism, batch size"),
-        ("of_the_batch", "! batch size:  one by one, scores differ by up to", "batch size"),
+        (
+            "random",
+            "! determinism: in a second call, scores differ by up to",
+            "determinism, batch size",
+        ),
+        (
+            "of_the_batch",
+            "! batch size:  one image at a time, scores differ by up to",
+            "batch size",
+        ),
         (
             "never",
-            "! spread:      no picture was scored; give pictures it is made for with --images",
+            "! spread:      no image was scored; use --images with images made for the reward",
             "spread",
         ),
         (
             "by_turns",
-            "! determinism: asked twice, scores differ: a picture is scored one way and not the other",
+            "! determinism: in a second call, other images are scored",
             "spread, determ",
         ),
         (
             "of_endless_slope",
-            "! gradient:    does not reach the pictures, or is not finite",
+            "! gradient:    does not reach the images, or is not finite",
             "gradient",
         ),
     ],
 )
-def test_what_is_wrong_with_a_reward_is_named(name, finding, look_at, mine, capsys):
+def test_a_problem_of_a_reward_is_named(name, finding, problems, mine, capsys):
     assert main(["reward", "test", mine + name]) == 1
     output = capsys.readouterr().out
     assert finding in output
-    assert f"Look at: {look_at}" in output.splitlines()[-1]
+    assert f"Problems found: {problems}" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +187,7 @@ def test_what_is_wrong_with_a_reward_is_named(name, finding, look_at, mine, caps
         ("wrong_shape", "rewards.wrong_shape returned shape (8, 3)"),
     ],
 )
-def test_a_reward_that_gives_no_scores_ends_with_one_message(name, message, mine, capsys):
+def test_a_reward_without_scores_ends_with_one_message(name, message, mine, capsys):
     assert main(["reward", "test", mine + name]) == 1
     assert capsys.readouterr().err.startswith(message)
 
@@ -187,18 +197,15 @@ def test_a_reward_that_gives_no_scores_ends_with_one_message(name, message, mine
     [
         (
             "of_arrays",
-            "gradient:    none; objectives that backpropagate through the reward cannot use it: rewards.of_arrays raised",
+            "gradient:    none, so an objective cannot backpropagate through it: rewards.of_",
         ),
         ("sometimes", "not scored"),
-        ("of_one_prompt", "gradient:    reaches 8 of 8 pictures"),
+        ("of_one_prompt", "gradient:    reaches 8 of 8 images"),
     ],
 )
-def test_what_is_merely_so_is_not_wrong(name, finding, mine, capsys):
+def test_a_property_is_not_a_problem(name, finding, mine, capsys):
     assert main(["reward", "test", mine + name]) == 0
     assert finding in capsys.readouterr().out
-
-
-# pictures of one's own
 
 
 @pytest.fixture
@@ -215,7 +222,7 @@ def describe(folder: Path, *entries: dict) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
 
 
-def test_pictures_without_metadata_are_named_by_their_prompts(folder, capsys):
+def test_file_names_are_prompts_without_metadata(folder, capsys):
     assert main(["reward", "test", "brightness", "--images", str(folder)]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4]]
     assert [prompt for _, prompt in lines] == ["a red circle", "blue square", "three"]
@@ -224,7 +231,7 @@ def test_pictures_without_metadata_are_named_by_their_prompts(folder, capsys):
     )
 
 
-def test_metadata_gives_pictures_their_prompts_and_fields(folder, mine, capsys):
+def test_metadata_gives_prompts_and_fields(folder, mine, capsys):
     describe(
         folder,
         {"file_name": "three.webp", "prompt": "a white wall", "wanted": 3.5},
@@ -239,7 +246,7 @@ def test_metadata_gives_pictures_their_prompts_and_fields(folder, mine, capsys):
     ]
 
 
-def test_rewards_of_groups_are_asked_about_one_prompt_at_a_time(folder, mine, capsys):
+def test_a_reward_of_groups_sees_one_prompt_at_a_time(folder, mine, capsys):
     names = ["a_red_circle.png", "blue square.jpg", "three.webp"]
     describe(
         folder,
@@ -253,32 +260,33 @@ def test_rewards_of_groups_are_asked_about_one_prompt_at_a_time(folder, mine, ca
     assert scores == pytest.approx([2 * 50 / 255, 150 / 255, 2 * 250 / 255], abs=0.01)
 
 
-def test_a_reward_of_groups_that_scores_places_is_named_as_such(tmp_path, capsys):
+def test_a_reward_of_groups_that_depends_on_the_order_is_named(tmp_path, capsys):
     (tmp_path / "places.py").write_text(
         "from flowalign.rewards.base import traits\n\n"
-        "@traits(level='group')\ndef first(images, prompts, metadata):\n    return [float(i == 0) for i in range(len(images))]\n"
+        "@traits(level='group')\ndef first(images, prompts, metadata):\n"
+        "    return [float(i == 0) for i in range(len(images))]\n"
     )
     assert main(["reward", "test", f"{tmp_path}/places.py:first"]) == 1
-    assert "in another order, scores differ" in capsys.readouterr().out
+    assert "in reverse order, scores differ" in capsys.readouterr().out
 
 
-def test_pictures_are_shown_as_large_as_they_are(folder, capsys):
+def test_images_keep_their_size(folder, capsys):
     assert samples_from(str(folder)).images.shape == (3, 3, 30, 40)
     assert main(["reward", "test", "brightness", "--images", str(folder)]) == 0
-    assert "  pictures:    3 of 3\n" in capsys.readouterr().out
+    assert "  images:      3 of 3\n" in capsys.readouterr().out
 
 
-def test_pictures_of_several_sizes_are_scaled_and_that_is_said(folder, capsys):
+def test_images_of_several_sizes_are_scaled_with_a_note(folder, capsys):
     Image.new("RGB", (80, 80)).save(folder / "zebra.png")
     assert samples_from(str(folder)).images.shape == (4, 3, 30, 40)
     main(["reward", "test", "brightness", "--images", str(folder)])
     assert (
-        "pictures:    4 of 4, of several sizes, scaled and cut to the first one's 40 x 30"
+        "images:      4 of 4, of several sizes, scaled and cropped to the first one's 40 x 30"
         in capsys.readouterr().out
     )
 
 
-def test_of_many_pictures_a_few_are_looked_at(folder):
+def test_a_few_images_are_taken_from_a_large_folder(folder):
     describe(folder, *({"file_name": "three.webp", "prompt": str(i)} for i in range(300)))
     samples = samples_from(str(folder))
     assert [prompt.text for prompt in samples.prompts] == [
@@ -297,16 +305,16 @@ def test_of_many_pictures_a_few_are_looked_at(folder):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([{"file_name": "four.png", "prompt": "x"}], "--images: there is no picture"),
-        ([{"prompt": "x"}], 'metadata.jsonl, line 1 has no "file_name"; write for example'),
+        ([{"file_name": "four.png", "prompt": "x"}], "--images: there is no image"),
+        ([{"prompt": "x"}], 'metadata.jsonl, line 1 has no "file_name". Write for example'),
         (
             [{"file_name": "three.webp"}],
-            'metadata.jsonl, line 1 has no "prompt"; write for example',
+            'metadata.jsonl, line 1 has no "prompt". Write for example',
         ),
-        ([{"file_name": "notes.txt", "prompt": "x"}], "notes.txt is no picture"),
+        ([{"file_name": "notes.txt", "prompt": "x"}], "notes.txt cannot be opened as an image"),
     ],
 )
-def test_metadata_that_does_not_fit_the_folder_is_answered(entries, message, folder, capsys):
+def test_metadata_that_does_not_fit_the_folder_is_an_error(entries, message, folder, capsys):
     describe(folder, *entries)
     assert main(["reward", "test", "brightness", "--images", str(folder)]) == 2
     assert message in capsys.readouterr().err
@@ -316,64 +324,68 @@ def test_metadata_that_does_not_fit_the_folder_is_answered(entries, message, fol
     ("arguments", "message"),
     [
         (["brightness", "--images", "nowhere"], "--images: there is no folder nowhere"),
-        (["brightness", "--images", "configs"], "--images: configs has no pictures (.png, .jpg"),
+        (
+            ["brightness", "--images", "configs"],
+            "--images: configs has no images. Use a folder of .png, .jpg",
+        ),
         (["brightnes"], "Did you mean 'brightness'"),
-        (["{brightness: 1, jpeg_size: 1}"], "names 2 rewards; write one"),
+        (["{brightness: 1, jpeg_size: 1}"], "names 2 rewards. Write one"),
         (["{brightness: "], "'{brightness: ' is not YAML"),
         (["{jpeg_size: {qualty: 3}}"], "Did you mean 'quality'"),
         (["nowhere.py:mine"], "there is no file nowhere.py"),
         (["http://127.0.0.1:9"], "http://127.0.0.1:9/health did not answer"),
     ],
 )
-def test_what_users_get_wrong_ends_with_one_message_and_status_2(arguments, message, capsys):
+def test_a_mistake_of_the_user_ends_with_one_message_and_status_2(arguments, message, capsys):
     assert main(["reward", "test", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-# before a run
-
 PROMPTS = [Prompt("a red circle"), Prompt("a blue square"), Prompt("two stars")]
 
 
-def seen(reward, **settings) -> None:
+def inspect(reward, **settings) -> None:
     score_noise([reward], PROMPTS, sd3_config(), **settings)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "line"),
     [
-        ("random", "rewards.random, determinism: asked twice, scores differ by up to"),
+        ("random", "rewards.random, determinism: in a second call, scores differ by up to"),
         (
             "by_turns",
-            "rewards.by_turns, determinism: asked twice, scores differ: a picture is scored one way and not the other",
+            "rewards.by_turns, determinism: in a second call, other images are scored",
         ),
-        ("of_the_batch", "rewards.of_the_batch, batch size: one by one, scores differ by up to"),
+        (
+            "of_the_batch",
+            "rewards.of_the_batch, batch size: one image at a time, scores differ by up to",
+        ),
         ("constant", ""),
     ],
 )
-def test_what_cannot_be_relied_on_is_said_before_a_run(name, said, mine, capsys):
-    seen(load_reward(mine + name))
+def test_an_unreliable_reward_is_named_before_a_run(name, line, mine, capsys):
+    inspect(load_reward(mine + name))
     output = capsys.readouterr().out
-    assert said in output if said else not output
+    assert line in output if line else not output
 
 
-def test_a_picture_is_asked_about_three_times_before_a_run_and_once_more_with_other_prompts():
-    asked = []
+def test_an_image_is_scored_three_times_before_a_run_and_once_if_the_reward_is_known():
+    sizes = []
     reward = make_reward(
         "counts",
-        lambda images, prompts, metadata: asked.append(len(images)) or images.mean((1, 2, 3)),
+        lambda images, prompts, metadata: sizes.append(len(images)) or images.mean((1, 2, 3)),
     )
-    seen(reward)
-    assert asked == [4, 4, 1, 1, 1, 1]
-    seen(reward, known=[reward])
-    assert asked[6:] == [4]
+    inspect(reward)
+    assert sizes == [4, 4, 1, 1, 1, 1]
+    inspect(reward, known=[reward])
+    assert sizes[6:] == [4]
 
 
 def test_an_infinite_score_ends_a_run_before_it_begins():
-    with pytest.raises(UserError, match=r"rewards\.endless returned inf; expected numbers"):
-        seen(make_reward("endless", lambda images, prompts, metadata: [math.inf] * len(images)))
+    with pytest.raises(UserError, match=r"rewards\.endless returned inf\. Return finite numbers"):
+        inspect(make_reward("endless", lambda images, prompts, metadata: [math.inf] * len(images)))
 
 
 @pytest.mark.parametrize(
@@ -383,30 +395,38 @@ def test_an_infinite_score_ends_a_run_before_it_begins():
         ("constant", "rewards.constant carries no gradient from its scores to the images"),
         (
             "of_endless_slope",
-            "rewards.of_endless_slope: the gradient of its scores does not reach the pictures, or is not finite",
+            "rewards.of_endless_slope: the gradient of its scores does not reach the images, or is",
         ),
         (
             "of_a_parameter",
-            "rewards.of_a_parameter: the gradient of its scores does not reach the pictures",
+            "rewards.of_a_parameter: the gradient of its scores does not reach the images",
         ),
     ],
 )
-def test_a_reward_whose_gradient_does_not_reach_the_pictures_is_refused_where_that_is_needed(
-    name, message, mine
-):
-    seen(load_reward(mine + name))
+def test_a_missing_gradient_is_an_error_where_it_is_needed(name, message, mine):
+    inspect(load_reward(mine + name))
     with pytest.raises(UserError, match=message):
-        seen(load_reward(mine + name), needs_gradient=True)
+        inspect(load_reward(mine + name), needs_gradient=True)
 
 
-def test_the_bundled_clip_is_refused_for_large_pictures_before_the_model_loads():
+def test_the_bundled_clip_refuses_large_images_before_the_model_loads():
     (reward,) = load_rewards({"clip_score": 1.0})
     with pytest.raises(UserError, match=r"rewards\.clip_score\.path is the bundled CLIP"):
         score_noise([reward], PROMPTS, sd3_config(height=512, width=512))
 
 
-def test_every_built_in_reward_is_listed_with_a_sentence(capsys):
+def test_every_built_in_reward_is_listed_with_its_first_line(capsys):
     assert main(["reward", "list"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [name for name, _ in lines] == list(REWARDS)
     assert all(text.endswith(".") for _, text in lines)
+
+
+def test_rewards_are_listed_without_importing_torch():
+    code = (
+        "import sys; from flowalign.rewards.registry import describe_rewards as describe; "
+        "print(len(describe()), {'torch', 'transformers'} & set(sys.modules))"
+    )
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"{len(REWARDS)} set()"

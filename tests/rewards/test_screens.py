@@ -1,4 +1,4 @@
-"""Every built-in reward has its screen, on small random models of the real classes."""
+"""`flowalign reward test` for every built-in reward, on small random models of the real classes."""
 
 import json
 from pathlib import Path
@@ -18,19 +18,19 @@ from tests.rewards.vlm.test_server import completion, Reply, serving, text_of
 
 __all__ = ["blip", "clip", "original"]
 CAPTIONS = ("a red circle", "a blue square", "two green triangles")
-SAY_NOTHING = {"geneval": "spread", "geneval_graded": "spread", "rubric": "spread"}
-"""What random weights find and write is the same for every picture, or no score."""
+UNDECIDED = {"geneval": "spread", "geneval_graded": "spread", "rubric": "spread"}
+"""Random weights detect and write the same for every image, or no score."""
 
 
 def reply(body: dict[str, Any], count: int) -> Reply:
-    """Another for every caption."""
+    """A chat completion that differs from caption to caption."""
     score = len(text_of(body)) % 5 + 1
     return 200, completion(f"Final Score: {score}", top={"Yes": -score, "No": -1})
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """A folder of pictures with words, and with every field that a reward reads."""
+    """A folder of images with words, and metadata with every field that a reward reads."""
     folder = tmp_path_factory.mktemp("pictures")
     lines = []
     for caption, color, word in zip(
@@ -62,39 +62,39 @@ def judge(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, clip, blip, judge, pictures) -> dict[str, dict[str, Any]]:
-    """By name, what a reward needs here."""
+    """The settings that each reward needs here, by name."""
     models = tmp_path_factory.mktemp("models")
-    examined = {
+    detection = {
         "detector": random_yolos(models / "yolos"),
         "clip": random_color_clip(models / "clip"),
     }
-    local, tower = {"path": judge, "dtype": "float32"}, {"path": str(clip)}
-    both = {**tower, "processor": str(clip)}
+    local, backbone = {"path": judge, "dtype": "float32"}, {"path": str(clip)}
+    both = {**backbone, "processor": str(clip)}
     return {
-        **dict.fromkeys(("clip_score", "clip_image", "vendi"), tower),
+        **dict.fromkeys(("clip_score", "clip_image", "vendi"), backbone),
         "pick_score": both,
         "hps": both,
         "aesthetic": {"path": str(clip), "head": str(clip / "head.pth")},
         "image_reward": {"path": str(blip / "ImageReward.pt"), "tokenizer": str(blip)},
-        **dict.fromkeys(("geneval", "geneval_graded"), examined),
+        **dict.fromkeys(("geneval", "geneval_graded"), detection),
         **dict.fromkeys(("vqa_score", "reward_dance", "prompt_echo"), local),
         "rubric": {**local, "max_new_tokens": 4},
         **{
-            name: {**tower, "pictures": str(pictures)}
+            name: {**backbone, "pictures": str(pictures)}
             for name in ("adversarial", "feature_distance")
         },
     }
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_every_built_in_reward_has_its_screen(name, settings, pictures, capsys):
+def test_every_built_in_reward_can_be_inspected(name, settings, pictures, capsys):
     with serving(reply) as server:
         own = server.settings() if name.endswith("_server") else settings.get(name, {})
         spec = json.dumps({name: own}) if own else name
         status = main(["reward", "test", spec, "--images", str(pictures)])
     screen = capsys.readouterr().out
-    told = f"Look at: {SAY_NOTHING[name]}." if name in SAY_NOTHING else "Nothing wrong was found."
-    assert (status, screen.splitlines()[-1]) == (int(name in SAY_NOTHING), told)
+    verdict = f"Problems found: {UNDECIDED[name]}." if name in UNDECIDED else "No problem found."
+    assert (status, screen.splitlines()[-1]) == (int(name in UNDECIDED), verdict)
     for part in (
         f"{name}: ",
         "scores:",

@@ -139,7 +139,7 @@ class Server:
 
 
 @dataclass
-class WebReward(Server):
+class RemoteReward(Server):
     """A reward behind `flowalign reward serve`; its level and range are those of the reward served."""
 
     batch: int = 32

@@ -21,7 +21,7 @@ from flowalign.rewards.base import Reward, traits
 from flowalign.rewards.inspection import bundled_samples
 from flowalign.rewards.registry import load_reward
 from flowalign.rewards.remote import client as web_module
-from flowalign.rewards.remote.client import token_in, WebReward
+from flowalign.rewards.remote.client import token_in, RemoteReward
 from flowalign.rewards.remote.server import make_app
 
 IMAGES = torch.tensor([10, 250, 90, 30, 170, 60, 200])[:, None, None, None].expand(7, 3, 8, 8) / 255
@@ -47,7 +47,7 @@ def served(
 
 
 def web(url: str, **settings: Any) -> Reward:
-    return make_reward("far", WebReward(url, **settings))
+    return make_reward("far", RemoteReward(url, **settings))
 
 
 def score(reward: Reward, images: Tensor = IMAGES) -> Tensor:
@@ -205,7 +205,7 @@ def test_what_passes_is_asked_for_again(first):
 def test_an_answer_that_is_too_late_is_not_waited_for():
     late, asked = Event(), []
     with answering(lambda body: asked.append(body) or late) as url:
-        reward = WebReward(url)
+        reward = RemoteReward(url)
         reward.seconds = 0.1
         with pytest.raises(RunError, match=rf"{url}/v1/score did not answer: .*Read timed out"):
             score(make_reward("late", reward))
@@ -227,7 +227,7 @@ def test_an_answer_that_drips_is_not_waited_for():
             yield b" "
 
     with answering(lambda body: drips()) as url:
-        reward = WebReward(url)
+        reward = RemoteReward(url)
         reward.seconds = 0.2
         with pytest.raises(
             RunError,
@@ -284,7 +284,7 @@ def test_what_is_no_server_of_rewards_is_named(health):
 def test_a_token_that_cannot_be_sent_is_named_by_its_variable_alone(monkeypatch):
     monkeypatch.setenv("MINE", "geheim\nwort")
     with pytest.raises(UserError) as caught:
-        WebReward("http://127.0.0.1:1", token_variable="MINE")
+        RemoteReward("http://127.0.0.1:1", token_variable="MINE")
     assert "MINE holds what no token has" in str(caught.value)
     assert "geheim" not in str(caught.value)
     monkeypatch.setenv("MINE", " geheim\n")
@@ -297,4 +297,4 @@ def test_a_token_that_cannot_be_sent_is_named_by_its_variable_alone(monkeypatch)
 )
 def test_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
-        WebReward(**{"url": "http://127.0.0.1:1", **settings})
+        RemoteReward(**{"url": "http://127.0.0.1:1", **settings})

@@ -527,7 +527,7 @@ def test_a_missing_reference_is_answered_with_what_to_write(chain):
     with pytest.raises(RunError, match=r"'a red circle' has no field 'ref_image'"):
         dance(pictures(1), PROMPTS[:1], [{}])
     with pytest.raises(
-        RunError, match=r"rewards\.reward_dance: ref_image nowhere\.png cannot be read"
+        RunError, match=r"rewards\.reward_dance: ref_image nowhere\.png does not exist"
     ):
         dance(pictures(1), PROMPTS[:1], [{"ref_image": "nowhere.png"}])
 
