@@ -1,4 +1,4 @@
-"""python sample.py RUN_OR_MODEL [prompts ...]: the same noise before and after, side by side."""
+"""python sample.py RUN_OR_MODEL_OR_ADAPTER [PROMPT ...]: the same as `flowalign sample`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""python train.py CONFIG.yaml [section.key=value ...]"""
+"""python train.py CONFIG.yaml [section.key=value ...]: the same as `flowalign train`."""
 
 import sys
 

@@ -1,3 +1,119 @@
-"""Align text-to-image flow models (SD3, SD3.5, Flux) with rewards and preferences."""
+"""Align text-to-image flow models with rewards and preferences.
+
+    import flowalign
+
+    config = flowalign.load_config("configs/tiny/crd.yaml", ["train.steps=20"])
+    summary = flowalign.train(config)
+    samples = flowalign.sample(config.output, ["a red circle above a blue square"], images=4)
+    samples.save("samples")
+
+Importing the package costs nothing: each name is imported from its module when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowalign.advantages import RewardTable
+    from flowalign.api import evaluate, load_config, load_model, sample, train
+    from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts, Rollout
+    from flowalign.config.sections import Config
+    from flowalign.data.prompts import Prompt
+    from flowalign.dynamics import Gaussian
+    from flowalign.errors import RunError, UserError
+    from flowalign.evaluation.results import EvaluationResult
+    from flowalign.models.base import FlowModel
+    from flowalign.models.config import Lora, ModelConfig
+    from flowalign.objectives.base import Loss, Objective
+    from flowalign.policy import Decay, Policy, Sampler
+    from flowalign.reporting.trackers import Tracker
+    from flowalign.rewards.base import LearnedReward, Reward, traits
+    from flowalign.rewards.registry import load_reward
+    from flowalign.sampling import SampleResult
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "batch",
+    "Cond": "batch",
+    "Config": "config.sections",
+    "Decay": "policy",
+    "EvaluationResult": "evaluation.results",
+    "Examples": "batch",
+    "FlowModel": "models.base",
+    "Gaussian": "dynamics",
+    "LearnedReward": "rewards.base",
+    "Lora": "models.config",
+    "Loss": "objectives.base",
+    "ModelConfig": "models.config",
+    "Objective": "objectives.base",
+    "Pairs": "batch",
+    "Policy": "policy",
+    "Prompt": "data.prompts",
+    "Prompts": "batch",
+    "Reward": "rewards.base",
+    "RewardTable": "advantages",
+    "Rollout": "batch",
+    "RunError": "errors",
+    "SampleResult": "sampling",
+    "Sampler": "policy",
+    "Tracker": "reporting.trackers",
+    "UserError": "errors",
+    "evaluate": "api",
+    "load_config": "api",
+    "load_model": "api",
+    "load_reward": "rewards.registry",
+    "sample": "api",
+    "train": "api",
+    "traits": "rewards.base",
+}
+"""The module that defines each public name. A test compares this table with `__all__`."""
+
+__all__ = [
+    "Batch",
+    "Cond",
+    "Config",
+    "Decay",
+    "EvaluationResult",
+    "Examples",
+    "FlowModel",
+    "Gaussian",
+    "LearnedReward",
+    "Lora",
+    "Loss",
+    "ModelConfig",
+    "Objective",
+    "Pairs",
+    "Policy",
+    "Prompt",
+    "Prompts",
+    "Reward",
+    "RewardTable",
+    "Rollout",
+    "RunError",
+    "SampleResult",
+    "Sampler",
+    "Tracker",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "load_reward",
+    "sample",
+    "train",
+    "traits",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,94 +1,230 @@
-"""Pictures of a model, or of a run: the same prompts from the same noise with and without its adapter."""
+"""Make pictures with a model, and with an adapter from the same noise: before and after."""
 
-from argparse import Namespace
-from dataclasses import replace
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+from torch import Tensor
+
 from flowalign import distributed
+from flowalign.advantages import ADVANTAGES
 from flowalign.config.load import load_config
+from flowalign.config.sections import Config
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
+from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
-from flowalign.files import to_json
+from flowalign.files import to_json, write_file
 from flowalign.models import load_model
+from flowalign.models.config import Lora, ModelConfig
 from flowalign.models.loading import describe
 from flowalign.policy import Policy, Sampler
-from flowalign.reporting.console import print_differences
-from flowalign.reporting.images import save_before_after, save_sheet
+from flowalign.reporting.header import device_fact, model_fact, plural
+from flowalign.reporting.images import save_before_after, save_picture, save_sheet, to_pil
+from flowalign.rewards.combine import COMBINE
 from flowalign.rewards.registry import load_rewards
-from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.rollouts.scoring import RolloutScorer
-from flowalign.runs.adapter import load_adapter
+from flowalign.runs.adapter import ADAPTER_FILE, load_adapter
+from flowalign.runs.adapter_card import base_model, lora_settings
 from flowalign.runs.checkpoint import checkpoints
 
-AT_ONCE = 16
-PROMPTS = 18
+IMAGES_PER_PASS = 16
+"""For a model without a run."""
+STEPS = 28
+"""Sampler steps for a model without a run."""
+DEFAULT_PROMPTS = 18
+"""Evaluation prompts of a run that are used if no prompt is given."""
+PROMPT_FILES = (".txt", ".jsonl")
+BEFORE_AFTER, SHEET, SCORES, REWARDS = (
+    *("before-after.png", "pictures.png", "scores.json", "rewards.json"),
+)
+NAMES = (BEFORE_AFTER, SHEET, SCORES, REWARDS, "before", "after", "pictures")
+"""Everything that `SampleResult.save` may write into its folder."""
+
+Interval = tuple[float, float, float]
 
 
-def sample(options: Namespace) -> None:
-    """What `sample.py` does. Raises UserError when the source is neither a run nor a model."""
-    source = Path(options.source)
-    if (source / "config.yaml").is_file():
-        sample_run(source, options)
-    elif source.is_dir() and not (source / "model_index.json").is_file():
+@dataclass(frozen=True)
+class SampleSettings:
+    """How many pictures to make, and how."""
+
+    images: int = 1
+    """Pictures per prompt."""
+    seed: int = 0
+    """First part of the key that all noise is drawn from."""
+    steps: int | None = None
+    """Sampler steps; those of the source if None."""
+    guidance: float | None = None
+    """Guidance scale; that of the source if None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What pictures are made with: a model, perhaps with an adapter and the run that trained it."""
+
+    model: ModelConfig
+    """The model, with the LoRA settings of the adapter."""
+    sampler: Sampler
+    """How pictures are made by default."""
+    adapter: Path | None = None
+    """Folder of the adapter's weights."""
+    config: Config | None = None
+    """The run, which brings prompts and rewards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult:
+    """Pictures with their prompts and scores; all lists have one entry per picture."""
+
+    images: Tensor
+    """(N, 3, H, W) in bytes, prompt by prompt."""
+    prompts: list[str]
+    """Text of each picture."""
+    prompt_numbers: list[int]
+    """Position of each picture's prompt in the list of prompts, from 0."""
+    image_numbers: list[int]
+    """Number of each picture among those of its prompt, from 0."""
+    seed: int
+    """Seed of all pictures. Noise is drawn from seed, prompt number and image number."""
+    scores: dict[str, list[float]]
+    """Each reward of each picture; NaN if a reward gave no score."""
+    means: dict[str, float]
+    """Mean of each reward."""
+    adapter: Path | None = None
+    """Folder of the adapter that was used."""
+    before: "SampleResult | None" = None
+    """The same prompts and noise without the adapter."""
+    difference: dict[str, Interval]
+    """Low end, mean and high end of the 95 % interval of each reward's change."""
+
+    @property
+    def prompt_count(self) -> int:
+        """Number of prompts: what the intervals rest on."""
+        return len(set(self.prompt_numbers))
+
+    @property
+    def names(self) -> list[str]:
+        """File names without ending, such as "003-a-red-circle-image0-seed0"."""
+        keys = zip(self.prompt_numbers, self.prompts, self.image_numbers, strict=True)
+        return [
+            f"{number:03d}-{_slug(prompt)}-image{image}-seed{self.seed}"
+            for number, prompt, image in keys
+        ]
+
+    def pil(self) -> list[Image.Image]:
+        """Return the pictures as PIL images."""
+        return [to_pil(image) for image in self.images]
+
+    def save(self, folder: str | Path) -> Path:
+        """Save single pictures, a labelled sheet and a JSON file of scores.
+
+        Returns the path of the sheet. Raises UserError if the folder holds such files already.
+        """
+        folder = free_folder(Path(folder))
+        if self.before:
+            self.before._save_pictures(folder / "before")
+            self._save_pictures(folder / "after")
+            sheet = folder / BEFORE_AFTER
+            save_before_after(self.before.images, self.images, self.prompts, sheet)
+            entries = self.before._entries("before") + self._entries("after")
+            write_file(folder / REWARDS, to_json(self._rewards(), indent=2).encode())
+        else:
+            entries = self._entries("pictures")
+            self._save_pictures(folder / "pictures")
+            sheet = folder / SHEET
+            save_sheet({"": self.images}, self.prompts, sheet)
+        write_file(folder / SCORES, to_json(entries, indent=2).encode())
+        return sheet
+
+    def _save_pictures(self, folder: Path) -> None:
+        for name, image in zip(self.names, self.images, strict=True):
+            save_picture(image, folder / f"{name}.png")
+
+    def _rewards(self) -> dict[str, object]:
+        assert self.before is not None
+        return {
+            "before": self.before.means,
+            "after": self.means,
+            "difference": self.difference,
+            "adapter": str(self.adapter),
+            "prompts": self.prompt_count,
+        }
+
+    def _entries(self, folder: str) -> list[dict[str, object]]:
+        """Return one entry per picture: its file, what it was made from, and its scores."""
+        return [
+            {
+                "file": f"{folder}/{name}.png",
+                "prompt": self.prompts[i],
+                "seed": self.seed,
+                "image": self.image_numbers[i],
+                "scores": {reward: values[i] for reward, values in self.scores.items()},
+            }
+            for i, name in enumerate(self.names)
+        ]
+
+
+def find_source(source: str, model: str | None = None) -> Source:
+    """Find out what a path holds: a run, a checkpoint, an adapter, or a model.
+
+    Args:
+        source: A folder, the weights file of an adapter, or a repository on the hub.
+        model: The base model of an adapter, if its model card does not name it.
+
+    Raises:
+        UserError: The path is none of these.
+    """
+    folder = Path(source).expanduser()
+    folder = folder.parent if folder.name == ADAPTER_FILE else folder
+    if (folder / ADAPTER_FILE).is_file():
+        run = None if model else enclosing_run(folder)
+        return from_run(run, trained_weights(folder)) if run else from_adapter(folder, model)
+    if (folder / "config.yaml").is_file():
+        return from_run(folder, run_adapter(folder))
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(
-            f"{source} is neither a run folder (it has no config.yaml) nor a model (it has no model_index.json)."
+            f"{source} holds no run (config.yaml), adapter ({ADAPTER_FILE}) or model "
+            "(model_index.json). Give the folder of one of these."
         )
-    else:
-        sample_model(options)
+    return from_model(source)
 
 
-def sample_run(run: Path, options: Namespace) -> None:
-    """Before and after as one labelled grid, the rewards of both, and their paired difference."""
+def from_run(run: Path, adapter: Path) -> Source:
+    """Return the source of a run folder with one of its adapters."""
     config = load_config(run / "config.yaml")
-    adapter = adapter_of(run)
-    device = distributed.device()
-    settings = {"steps": options.steps, guidance_key(config.model.name): options.guidance}
-    sampler = replace(
-        config.evaluation_sampler,
-        **{name: value for name, value in settings.items() if value is not None},
-    )
-    policy = Policy(load_model(config.model, str(device)), sampler)
-    load_adapter(policy, adapter)
-    prompts = asked(options) or spread(
-        read_prompts(config.evaluation.prompts or config.data.prompts), PROMPTS
-    )
-    at_once, count = config.train.images_per_pass, len(prompts) * options.images
-    rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
-    judge = RolloutScorer(rewards, config.combine, config.advantage, at_once, device)
-    evaluator = Evaluator(prompts, options.images, judge, at_once, options.seed, shown=count)
-    made, remade = (
-        list(evaluator.passes(policy.at(weights))) for weights in ("reference", "policy")
-    )
-    images, shown = evaluator.pictures(made)
-    folder = Path(options.output or run / "samples")
-    labels = [prompts[i].text for i in shown.tolist()]
-    save_before_after(images, evaluator.pictures(remade)[0], labels, folder / "before-after.png")
-    print(f"Pictures: {folder / 'before-after.png'}")
-    before, after = evaluator.judged(made), evaluator.judged(remade)
-    difference = paired_difference(before, after)
-    figures = {
-        "before": before.means,
-        "after": after.means,
-        "difference": difference,
-        "adapter": str(adapter),
-    }
-    (folder / "rewards.json").write_text(to_json(figures, indent=2))
-    print_differences(before.means, after.means, difference, len(prompts))
+    return from_config(config, adapter)
 
 
-def adapter_of(run: Path) -> Path:
-    """The adapter that the run handed over, or what its last checkpoint would."""
-    if (run / "adapter").is_dir():
-        return run / "adapter"
-    saved = checkpoints(run)
-    if not saved:
+def from_config(config: Config, adapter: str | Path | None = None) -> Source:
+    """Return the source of a configuration, with an adapter or without."""
+    return Source(
+        model=config.model,
+        sampler=config.evaluation_sampler,
+        adapter=Path(adapter) if adapter else None,
+        config=config,
+    )
+
+
+def from_adapter(folder: Path, model: str | None) -> Source:
+    """Return the source of an adapter without a run. Raises UserError if its model is unknown."""
+    base = model or base_model(folder)
+    if base is None:
         raise UserError(
-            f"{run} has no adapter and no checkpoint yet; let python train.py make one first."
+            f"{folder} does not say which model the adapter belongs to. Name it: --model MODEL, or "
+            "write base_model: MODEL into the head of its README.md."
         )
-    average = saved[-1] / "snapshots" / "ema"
-    return average if average.is_dir() else saved[-1]
+    return replace(from_model(base, lora_settings(folder)), adapter=folder)
+
+
+def from_model(model: str, lora: Lora | None = None) -> Source:
+    """Return the source of a model folder or repository."""
+    config = describe(model)
+    sampler = Sampler(steps=STEPS)
+    sampler = replace(sampler, **{guidance_key(config.name): 4.5 if config.name == "sd3" else 3.5})
+    return Source(model=replace(config, lora=lora) if lora else config, sampler=sampler)
 
 
 def guidance_key(model: str) -> str:
@@ -96,41 +232,177 @@ def guidance_key(model: str) -> str:
     return "embedded_guidance" if model == "flux" else "guidance"
 
 
-def sample_model(options: Namespace) -> None:
-    """One labelled grid of a model's pictures."""
-    config = describe(options.source)
-    device = distributed.device()
-    guidance = (
-        (4.5 if config.name == "sd3" else 3.5) if options.guidance is None else options.guidance
-    )
-    sampler = Sampler(steps=options.steps or 28)
-    sampler = replace(sampler, **{guidance_key(config.name): guidance})
-    policy = Policy(load_model(config, str(device)), sampler)
-    prompts = asked(options)
-    if not prompts:
+def enclosing_run(folder: Path) -> Path | None:
+    """Return the run folder that an adapter or a checkpoint lies in, or None."""
+    for parent in folder.absolute().parents[:4]:  # RUN/checkpoints/step-000100/snapshots/ema
+        if (parent / "config.yaml").is_file() and (parent / "environment.json").is_file():
+            return parent
+    return None
+
+
+def run_adapter(run: Path) -> Path:
+    """Return the exported adapter of a run, or that of its last checkpoint.
+
+    Raises UserError if there is neither.
+    """
+    if (run / "adapter").is_dir():
+        return run / "adapter"
+    saved = checkpoints(run)
+    if not saved:
         raise UserError(
-            'give prompts or a prompt file: python sample.py MODEL "a red circle left of a blue square".'
+            f"{run} has no adapter and no checkpoint yet. Train it first: python train.py CONFIG."
         )
-    members = [(p, i) for p in range(len(prompts)) for i in range(options.images)]
-    keys = [(options.seed, -1, prompt, image) for prompt, image in members]
-    batch = make_prompts(policy, [prompts[p] for p, _ in members], keys)
-    images = collect(policy.at("reference"), batch, AT_ONCE).images
-    path = Path(options.output or Path("outputs") / "samples") / "pictures.png"
-    save_sheet({"": images}, batch.prompts, path)
-    print(f"Pictures: {path}")
+    return trained_weights(saved[-1])
 
 
-def asked(options: Namespace) -> list[Prompt]:
-    """The prompts of the command line: texts, or one file of them."""
-    if len(options.prompts) == 1 and Path(options.prompts[0]).suffix in (".txt", ".jsonl"):
-        return read_prompts(options.prompts[0], "prompts")
-    return [Prompt(text) for text in options.prompts]
+def trained_weights(checkpoint: Path) -> Path:
+    """Return the weights that a run would export: the moving average if there is one."""
+    average = checkpoint / "snapshots" / "ema"
+    return average if average.is_dir() else checkpoint
 
 
-def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """`count` of the prompts, spread evenly over the file."""
-    return (
-        [prompts[i * len(prompts) // count] for i in range(count)]
-        if len(prompts) > count
-        else prompts
+def read_texts(prompts: Iterable[str | Prompt] | str | Path | None) -> list[Prompt]:
+    """Return prompts: texts, or one file of them. None gives an empty list."""
+    if prompts is None:
+        return []
+    texts = [prompts] if isinstance(prompts, str | Path) else list(prompts)
+    if len(texts) == 1 and not isinstance(texts[0], Prompt):
+        if Path(texts[0]).suffix in PROMPT_FILES:
+            return read_prompts(str(texts[0]), "prompts")
+    return [text if isinstance(text, Prompt) else Prompt(str(text)) for text in texts]
+
+
+def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> SampleResult:
+    """Make pictures. Without prompts, a run uses some of its evaluation prompts."""
+    prompts = prompts or default_prompts(source)
+    policy = load_policy(source, settings)
+    evaluator = make_evaluator(source, prompts, settings)
+    before = evaluator.judged(evaluator.passes(policy.at("reference")))
+    if not source.adapter:
+        return _result(before, prompts, settings)
+    after = evaluator.judged(evaluator.passes(policy.at("policy")))
+    return replace(
+        _result(after, prompts, settings),
+        adapter=source.adapter,
+        before=_result(before, prompts, settings),
+        difference=paired_difference(before, after),
     )
+
+
+def evaluate(source: Source) -> EvaluationResult:
+    """Score the evaluation prompts of a run, with its adapter if there is one."""
+    config = source.config
+    if config is None:
+        raise UserError("The source has no evaluation prompts. Give a run folder or a YAML file.")
+    settings = SampleSettings(config.evaluation.images_per_prompt, config.train.seed)
+    policy = load_policy(source, settings)
+    evaluator = make_evaluator(source, evaluation_prompts(config), settings)
+    return evaluator(policy.at("policy" if source.adapter else "reference"))
+
+
+def describe_source(
+    source: Source, prompts: list[Prompt], settings: SampleSettings
+) -> dict[str, str]:
+    """Return what will be sampled, by the name of the fact."""
+    sampler = sampler_of(source, settings)
+    guidance = getattr(sampler, guidance_key(source.model.name))
+    prompts = prompts or default_prompts(source)
+    images = f"{plural(len(prompts), 'prompt')} x {plural(settings.images, 'image')}"
+    facts = {
+        "model": model_fact(source.model),
+        "sampling": f"{images}, {plural(sampler.steps, 'step')}, guidance {guidance:g}",
+        "device": device_fact(distributed.count(), distributed.device()),
+    }
+    return {**facts, "adapter": str(source.adapter)} if source.adapter else facts
+
+
+def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
+    """Return the sampler of a source with the settings of the user."""
+    changes = {"steps": settings.steps, guidance_key(source.model.name): settings.guidance}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(source.sampler, **changes)
+
+
+def load_policy(source: Source, settings: SampleSettings) -> Policy:
+    """Load the model and its adapter."""
+    model = load_model(source.model, str(distributed.device()))
+    policy = Policy(model, sampler_of(source, settings))
+    if source.adapter:
+        load_adapter(policy, source.adapter)
+    return policy
+
+
+def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettings) -> Evaluator:
+    """Return what makes and scores the pictures, each from noise that its key decides."""
+    config = source.config
+    if config is None:
+        rewards, rules = [], (COMBINE["weighted_sum"](), ADVANTAGES["group"])
+        images_per_pass = IMAGES_PER_PASS
+    else:
+        rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
+        rules, images_per_pass = (config.combine, config.advantage), config.train.images_per_pass
+    scorer = RolloutScorer(rewards, *rules, images_per_pass, distributed.device())
+    count = len(prompts) * settings.images
+    return Evaluator(prompts, settings.images, scorer, images_per_pass, settings.seed, shown=count)
+
+
+def evaluation_prompts(config: Config) -> list[Prompt]:
+    """Return the evaluation prompts of a run, or else its training prompts."""
+    return read_prompts(config.evaluation.prompts or config.data.prompts)
+
+
+def default_prompts(source: Source) -> list[Prompt]:
+    """Return a few evaluation prompts, spread evenly over the file."""
+    if source.config is None:
+        raise UserError(
+            "There are no prompts. Give some, or a prompt file: "
+            'python sample.py MODEL "a red circle left of a blue square".'
+        )
+    prompts = evaluation_prompts(source.config)
+    count = min(DEFAULT_PROMPTS, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def free_folder(folder: Path) -> Path:
+    """Return the folder. Raises UserError if pictures of an earlier call are in it."""
+    present = [name for name in NAMES if (folder / name).exists()]
+    if present:
+        raise UserError(f"{folder} holds {present[0]} already. Choose another folder: --output.")
+    return folder
+
+
+def default_folder(source: str) -> Path:
+    """Return a new folder for the pictures of a source: in its run folder, or in `outputs`."""
+    folder = Path(source).expanduser()
+    run = folder if (folder / "config.yaml").is_file() else enclosing_run(folder)
+    return next_folder((run or Path("outputs")) / "samples")
+
+
+def next_folder(folder: Path) -> Path:
+    """Return the folder, or the first of folder-2, folder-3, ... that does not exist."""
+    number = 2
+    candidate = folder
+    while candidate.exists():
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate
+
+
+def _result(
+    result: EvaluationResult, prompts: list[Prompt], settings: SampleSettings
+) -> SampleResult:
+    numbers = [number for number in range(len(prompts)) for _ in range(settings.images)]
+    return SampleResult(
+        images=result.images,
+        prompts=[prompts[number].text for number in numbers],
+        prompt_numbers=numbers,
+        image_numbers=list(range(settings.images)) * len(prompts),
+        seed=settings.seed,
+        scores={name: values.tolist() for name, values in result.rewards.items()},
+        means=result.means,
+        difference={},
+    )
+
+
+def _slug(text: str) -> str:
+    """Return the start of a text in characters that every file system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-")

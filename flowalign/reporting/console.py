@@ -4,6 +4,7 @@ On a terminal, rich draws progress in place. Everywhere else (a pipe, a log file
 printed as plain lines, at most one every few seconds, without colours or carriage returns.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from flowalign import progress
 
@@ -52,13 +54,11 @@ def make_console() -> Console:
 
 def print_facts(console: Console, title: str, facts: Mapping[str, str]) -> None:
     """Print what is about to run: a title and one line per fact."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(f"  {name}", value)
     console.print(title, style="bold")
-    console.print(table)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        # Lines are not wrapped here, so that a path can be copied whole.
+        console.print(Text.assemble((f"  {name:{width}}  ", "cyan"), value), soft_wrap=True)
 
 
 def print_differences(
@@ -88,7 +88,9 @@ def print_differences(
     )
     for name, (low, mean, high) in difference.items():
         numbers = f"{before[name]:.3f}", f"{after[name]:.3f}", f"{mean:+.3f}"
-        table.add_row(name, *numbers, f"{low:+.3f} to {high:+.3f}")
+        # One image of one prompt has no spread, so nothing bounds its interval.
+        known = math.isfinite(low) and math.isfinite(high)
+        table.add_row(name, *numbers, f"{low:+.3f} to {high:+.3f}" if known else "unknown")
     console = console or make_console()
     console.print(table)
     console.print(interval_note(prompts), style="dim", soft_wrap=True)
@@ -97,7 +99,7 @@ def print_differences(
 def interval_note(prompts: int) -> str:
     """Say how many prompts an interval rests on, and warn if they are few."""
     if prompts == 1:
-        return "The interval compares images of 1 prompt. Use several prompts to compare models."
+        return "The intervals rest on 1 prompt. Use several prompts to compare models."
     few = " Use 20 or more prompts for a narrow interval." if prompts < 20 else ""
     return f"The intervals rest on {prompts} prompts.{few}"
 

@@ -452,40 +452,6 @@ def test_a_failing_reward_ends_with_status_1(user_rewards, tmp_path, capsys):
     assert "resumes from there" in capsys.readouterr().err
 
 
-def test_sampling_a_run_writes_the_grid_and_the_figures(run, capsys):
-    assert main(["sample", str(run), "a red circle", "two blue squares"]) == 0
-    assert "Pictures:" in capsys.readouterr().out
-    figures = json.loads((run / "samples" / "rewards.json").read_text())
-    assert set(figures) == {"before", "after", "difference", "adapter"}
-    assert (run / "samples" / "before-after.png").exists()
-
-
-def test_sampling_a_model_writes_pictures(tmp_path):
-    assert (
-        main(
-            [
-                "sample",
-                "assets/tiny-sd3",
-                "a red circle",
-                "--steps",
-                "2",
-                "--images",
-                "2",
-                "--output",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
-    assert (tmp_path / "pictures.png").exists()
-
-
-@pytest.mark.parametrize("source", ["assets/prompts", "nowhere/at/all"])
-def test_sampling_something_else_is_answered(source, capsys):
-    assert main(["sample", source, "a red circle"]) == 2
-    assert source in capsys.readouterr().err
-
-
 def test_a_damaged_checkpoint_is_named(run, tmp_path):
     policy = make_policy(Sampler(), lora=small_config(run).model.lora)
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not tensors")

@@ -1,0 +1,291 @@
+"""Functions of the Python API: `flowalign.train`, `flowalign.sample` and their kind.
+
+The command line calls the same functions. Everything heavy is imported inside them, so that a
+misspelt key in a YAML file is answered before PyTorch's models are imported.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TYPE_CHECKING, TypedDict, Unpack
+
+from flowalign import progress
+from flowalign.reporting import console as screen
+
+if TYPE_CHECKING:
+    from flowalign.config.sections import Config
+    from flowalign.data.prompts import Prompt
+    from flowalign.evaluation.results import EvaluationResult
+    from flowalign.models.base import FlowModel
+    from flowalign.models.config import ModelConfig
+    from flowalign.sampling import SampleResult
+
+
+class SampleOptions(TypedDict, total=False):
+    """Keyword arguments of `sample`."""
+
+    images: int
+    seed: int
+    steps: int | None
+    guidance: float | None
+    model: str | None
+
+
+Overrides = Iterable[str] | Mapping[str, Any]
+"""Settings that replace those of a file: `["train.steps=3"]` or `{"train.steps": 3}`."""
+
+
+def load_config(path: str | Path, overrides: Overrides = ()) -> "Config":
+    """Read and check a YAML file. No weights are loaded.
+
+    Args:
+        path: The file. `tiny/crd.yaml` also finds a configuration that comes with the package.
+        overrides: Settings that replace those of the file, by dotted key.
+
+    Raises:
+        UserError: A key or a value is wrong. The message says what to write instead.
+
+    Example:
+        >>> config = flowalign.load_config("configs/tiny/crd.yaml", ["train.steps=3"])
+        >>> config.train.steps
+        3
+        >>> flowalign.load_config("configs/tiny/crd.yaml", {"train.ema.decay": 0.9}).train.ema.decay
+        0.9
+    """
+    from flowalign.config.load import load_config
+
+    return load_config(path, _as_strings(overrides))
+
+
+def train(config: "Config | str | Path", overrides: Overrides = ()) -> dict[str, Any]:
+    """Train an adapter and return the content of `summary.json`.
+
+    A run that was interrupted is resumed from its last checkpoint. The adapter, the report and all
+    metrics are written to the folder `config.output`.
+
+    Args:
+        config: A configuration, or the path of a YAML file.
+        overrides: Settings that replace those of the file. Only for a path.
+
+    Returns:
+        `before` and `after`: the mean of each evaluation reward. `difference`: low end, mean and
+        high end of the 95 % interval of its change. Further keys: `images`, `seconds`,
+        `peak_memory_bytes`, `stopped`, `weights`, `step`.
+
+    Raises:
+        UserError: The configuration cannot work. The message says what to write instead.
+        RunError: The run failed, for example because a reward raised an error.
+
+    Example:
+        >>> config = flowalign.load_config(
+        ...     "configs/tiny/crd.yaml",
+        ...     ["train.steps=1", "evaluation.images_per_prompt=1", "output=outputs/first"],
+        ... )
+        >>> summary = flowalign.train(config)
+        >>> summary["stopped"], summary["step"]
+        ('finished', 1)
+    """
+    with screen.shown() as console, _checked_config(config, overrides) as checked:
+        with progress.task("importing PyTorch and diffusers"):
+            from flowalign import distributed
+            from flowalign.reporting.header import run_facts
+            from flowalign.training import trainer
+
+            facts = run_facts(checked, distributed.count(), distributed.device())
+        screen.print_facts(console, "flowalign train", facts)
+        return trainer.train(checked)
+
+
+def check(config: "Config | str | Path", overrides: Overrides = ()) -> bool:
+    """Measure on the model itself whether a run would work, and print the findings.
+
+    Returns True if nothing is wrong.
+    """
+    with screen.shown(), _checked_config(config, overrides) as checked:
+        with progress.task("importing PyTorch and diffusers"):
+            from flowalign.diagnostics.check import check
+        return check(checked)
+
+
+def plan(
+    config: "Config | str | Path",
+    overrides: Overrides = (),
+    gpu: str | None = None,
+    memory: float | None = None,
+) -> list[str]:
+    """Predict memory and time of a run without loading weights. Returns lines of text.
+
+    Args:
+        config: A configuration, or the path of a YAML file.
+        overrides: Settings that replace those of the file. Only for a path.
+        gpu: Name of a GPU, such as "h100", whose speed the times are for.
+        memory: Memory in GB that `train.images_per_pass` should fit; that of the GPU by default.
+    """
+    with _checked_config(config, overrides) as checked:
+        from flowalign.diagnostics.plan import report
+
+        return list(report(checked, gpu, memory))
+
+
+def evaluate(
+    source: "Config | str | Path", adapter: str | Path | None = None
+) -> "EvaluationResult":
+    """Score the evaluation prompts of a run or of a configuration.
+
+    The prompts, noise and sampler are those of `evaluation` in the configuration, so results of the
+    same configuration can be compared image by image.
+
+    Args:
+        source: A run folder, the path of a YAML file, or a configuration.
+        adapter: An adapter folder. A run folder brings its own; a configuration without adapter
+            evaluates the model as it is.
+
+    Returns:
+        The rewards of every image (`rewards`), their means (`means`), and some of the images.
+
+    Example:
+        >>> small = {"evaluation.images_per_prompt": 1, "evaluation.sampler.steps": 2}
+        >>> config = flowalign.load_config("configs/tiny/crd.yaml", small)
+        >>> result = flowalign.evaluate(config)
+        >>> 0 <= result.means["scene_match"] <= 1
+        True
+    """
+    with screen.shown():
+        with progress.task("importing PyTorch and diffusers"):
+            from flowalign import sampling
+            from flowalign.config.sections import Config
+
+        if isinstance(source, Config):
+            origin = sampling.from_config(source, adapter)
+        elif Path(source).suffix == ".yaml":
+            origin = sampling.from_config(load_config(source), adapter)
+        else:
+            origin = sampling.find_source(str(source))
+        return sampling.evaluate(origin)
+
+
+def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers pipeline
+    source: str | Path,
+    prompts: "Iterable[str | Prompt] | str | Path | None" = None,
+    images: int = 1,
+    seed: int = 0,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    model: str | None = None,
+) -> "SampleResult":
+    """Make pictures with a model, and with its adapter from the same noise.
+
+    Args:
+        source: A run folder, a checkpoint folder, an adapter folder, a model folder, or a model on
+            the Hugging Face hub.
+        prompts: Texts, or one .txt or .jsonl file. A run has its evaluation prompts as default.
+        images: Pictures per prompt.
+        seed: The noise of a picture depends on the seed, the position of its prompt, and the number
+            of the picture, and on nothing else.
+        steps: Sampler steps; those of the run's evaluation, or 28.
+        guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
+        model: The base model of an adapter whose model card does not name it.
+
+    Returns:
+        Pictures, prompts and scores. `result.before` holds the same without the adapter, or None
+        for a model. `result.save(folder)` writes PNG files.
+
+    Raises:
+        UserError: The source is none of these, or an adapter does not fit its model.
+
+    Example:
+        >>> samples = flowalign.sample("assets/tiny-sd3", ["a red circle"], images=2, steps=4)
+        >>> samples.images.shape, samples.images.dtype
+        (torch.Size([2, 3, 64, 64]), torch.uint8)
+        >>> [picture.size for picture in samples.pil()]
+        [(64, 64), (64, 64)]
+    """
+    with screen.shown() as console:
+        with progress.task("importing PyTorch and diffusers"):
+            from flowalign import sampling
+
+        settings = sampling.SampleSettings(images=images, seed=seed, steps=steps, guidance=guidance)
+        origin, texts = sampling.find_source(str(source), model), sampling.read_texts(prompts)
+        facts = sampling.describe_source(origin, texts, settings)
+        screen.print_facts(console, "flowalign sample", facts)
+        return sampling.sample(origin, texts, settings)
+
+
+def sample_to_folder(
+    source: str | Path,
+    prompts: "Iterable[str | Prompt] | None",
+    output: str | Path | None,
+    **settings: Unpack[SampleOptions],
+) -> Path:
+    """Make pictures as `sample` does, save them, and print the scores. Returns the folder.
+
+    Args:
+        source: As for `sample`.
+        prompts: As for `sample`.
+        output: A folder without such pictures. By default `samples` in the run folder or in
+            `outputs`, with a number at its end if it exists.
+        settings: Further arguments of `sample`.
+    """
+    from flowalign import sampling
+    from flowalign.reporting.header import plural
+
+    # The folder is checked first: an hour of sampling must not end with a refusal.
+    folder = sampling.free_folder(Path(output)) if output else sampling.default_folder(str(source))
+    result = sample(source, prompts, **settings)
+    console = screen.make_console()
+    if console.quiet:
+        return folder
+    sheet = result.save(folder)
+    if result.difference:
+        assert result.before is not None
+        screen.print_differences(
+            result.before.means, result.means, result.difference, result.prompt_count
+        )
+    pictures = plural(len(result.images), "picture")
+    console.print(f"Pictures: {sheet} and {pictures} in {folder}", soft_wrap=True)
+    return folder
+
+
+def load_model(source: "str | Path | ModelConfig", device: str | None = None) -> "FlowModel":
+    """Load a model: from a folder, from the Hugging Face hub, or as a configuration says.
+
+    Args:
+        source: A folder in diffusers' layout, the name of a repository, or `config.model`.
+        device: Such as "cuda:1"; a GPU if there is one by default.
+
+    Example:
+        >>> model = flowalign.load_model("assets/tiny-sd3")
+        >>> policy = flowalign.Policy(model, flowalign.Sampler(steps=4))
+        >>> policy.encode(["a red circle"]).guidance
+        1.0
+    """
+    from flowalign import distributed
+    from flowalign.models import load_model
+    from flowalign.models.config import ModelConfig
+    from flowalign.models.loading import describe
+
+    config = source if isinstance(source, ModelConfig) else describe(str(source))
+    with screen.shown():
+        return load_model(config, device or str(distributed.device()))
+
+
+@contextmanager
+def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Iterator[Config]":
+    """Load a configuration if only its path is known, and name the file in every user error."""
+    if not isinstance(config, str | Path):
+        yield config
+        return
+    from flowalign.config.load import naming
+
+    checked = load_config(config, overrides)
+    with naming(config):
+        yield checked
+
+
+def _as_strings(overrides: Overrides) -> list[str]:
+    """Return overrides as the command line has them; JSON is YAML, so values keep their type."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return list(overrides)

@@ -1,0 +1,129 @@
+"""The Python API: public names, and the examples of their docstrings, run as they are printed."""
+
+import doctest
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flowalign
+from flowalign import api, progress
+from tests.tiny import ROOT
+
+FUNCTIONS = [
+    *(api.load_config, api.train, api.evaluate, api.sample, api.load_model),
+    *(progress.task, progress.track),
+]
+QUICK = [
+    *("train.steps=1", "train.prompts_per_step=2", "train.images_per_prompt=2"),
+    *("train.images_per_pass=4", "evaluation.prompts=tests/prompts.jsonl"),
+    *("evaluation.images_per_prompt=1", "evaluation.sampler.steps=2", "sampler.steps=2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_a_copy_of_the_repository(tmp_path, monkeypatch):
+    """Examples write to outputs/, so they run in an empty folder with links to the files."""
+    for name in ("configs", "assets", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+
+
+def run_example(text):
+    """Run the lines of a docstring; where it shows a value, the value must be that."""
+    examples = doctest.DocTestParser().get_examples(text)
+    names = {"flowalign": flowalign, "task": progress.task, "track": progress.track}
+    for example in examples:
+        if example.want:
+            assert f"{eval(example.source, names)!r}\n" == example.want
+        else:
+            exec(example.source, names)
+    return examples
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_example_of_a_function_gives_what_it_shows(function, monkeypatch):
+    text = inspect.getdoc(function)
+    assert run_example(text)
+
+
+def test_the_lines_of_the_package_train_and_sample(tmp_path):
+    text = inspect.getdoc(flowalign).partition("\n\n")[2].partition("\nImporting")[0]
+    code = inspect.cleandoc(text)
+    assert '["train.steps=20"]' in code
+    exec(code.replace('["train.steps=20"]', repr([*QUICK, "output=outputs/crd"])), {})
+    assert (tmp_path / "outputs" / "crd" / "report.html").exists()
+    assert len(list((tmp_path / "samples" / "after").iterdir())) == 4
+
+
+def test_every_public_name_is_documented_and_comes_from_its_module():
+    for name in flowalign.__all__:
+        value = getattr(flowalign, name)
+        if name != "__version__":
+            assert inspect.getdoc(value), name
+            assert flowalign._HOMES[name] in value.__module__
+
+
+def test_the_lists_of_public_names_agree():
+    assert set(flowalign.__all__) == {*flowalign._HOMES, "__version__"}
+    source = inspect.getsource(flowalign)
+    imported = source.partition("if TYPE_CHECKING:")[2].partition("__version__ =")[0]
+    for name in flowalign._HOMES:
+        assert f" {name}" in imported, name
+
+
+def test_names_are_listed_and_nothing_heavy_is_imported_for_it():
+    code = (
+        "import flowalign, sys; assert 'train' in dir(flowalign); flowalign.UserError; "
+        "print({'torch', 'rich', 'pydantic'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == "set()\n"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        flowalign.trian  # noqa: B018 - the access is what is tested
+
+
+def test_overrides_keep_their_types():
+    overrides = {
+        "train.steps": 3,
+        "train.learning_rate": 1e-4,
+        "train.drop_equal_groups": True,
+        "rewards": {"brightness": 0.5},
+        "model.revision": None,
+        "output": "outputs/a b",
+    }
+    config = flowalign.load_config("configs/tiny/flow_grpo.yaml", overrides)
+    assert (config.train.steps, config.train.learning_rate) == (3, 1e-4)
+    assert config.train.drop_equal_groups is True
+    assert config.rewards == {"brightness": 0.5}
+    assert config.output == "outputs/a b"
+
+
+def test_a_user_error_names_the_file():
+    with pytest.raises(flowalign.UserError, match=r"^configs/tiny/crd\.yaml: .*stepz"):
+        flowalign.train("configs/tiny/crd.yaml", {"train.stepz": 1})
+
+
+def test_an_objective_of_the_user_is_a_subclass_of_the_public_types():
+    class Imitate(flowalign.Objective):
+        """Move towards every image."""
+
+        learns_from = flowalign.Rollout
+
+        def loss(self, policy, rollout, draw):
+            return flowalign.Loss(torch.zeros(()))
+
+    assert issubclass(Imitate, flowalign.Objective)
+    assert flowalign.Gaussian(torch.zeros(1, 2), std=1.0).log_prob(torch.zeros(1, 2)).shape == (1,)
+
+
+def test_a_reward_is_loaded_by_its_name_and_called():
+    reward = flowalign.load_reward("brightness")
+    scores = reward(torch.ones(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert scores.tolist() == pytest.approx([1.0, 1.0])

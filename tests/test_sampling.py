@@ -1,0 +1,204 @@
+"""Pictures from a run, a checkpoint, an adapter or a model: which are made, and where they go."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+import flowalign
+from flowalign.cli import main
+from flowalign.errors import UserError
+from flowalign.runs.adapter_card import base_model, lora_settings
+from flowalign.sampling import find_source, next_folder, read_texts
+from flowalign.training import trainer
+from tests.tiny import ROOT, small_config
+
+FEW_STEPS = ["--steps", "2"]
+PROMPT = "a red circle"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run whose adapter changes pictures visibly."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        trainer.train(small_config(folder, "train.learning_rate=1e-1", "train.ema.decay=0.5"))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, so that a test may write into it."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """Its adapter, far from the run."""
+    return shutil.copytree(trained / "adapter", tmp_path / "adapter")
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def test_a_run_gives_a_sheet_single_pictures_and_scores(run, capsys):
+    assert main(["sample", str(run), PROMPT, "two blue squares", "--images", "2"]) == 0
+    folder = run / "samples"
+    rewards, scores = (read_json(folder / f"{name}.json") for name in ("rewards", "scores"))
+    assert (folder / "before-after.png").exists()
+    assert set(rewards) == {"before", "after", "difference", "adapter", "prompts"}
+    assert rewards["prompts"] == 2
+    assert len(scores) == 2 * 2 * 2
+    for entry in scores:
+        assert Image.open(folder / entry["file"]).size == (64, 64)
+        assert f"image{entry['image']}-seed0" in entry["file"]
+        assert set(entry["scores"]) == set(rewards["after"])
+    after = [entry["scores"]["scene_match"] for entry in scores if "after/" in entry["file"]]
+    assert sum(after) / len(after) == pytest.approx(rewards["after"]["scene_match"])
+    out = capsys.readouterr().out
+    assert "The intervals rest on 2 prompts." in out
+    assert f"Pictures: {folder / 'before-after.png'}" in out
+
+
+def test_pictures_of_an_earlier_call_are_never_replaced(run, tmp_path, capsys):
+    command = ["sample", str(run), PROMPT, *FEW_STEPS]
+    for name in ("samples", "samples-2", "samples-3"):
+        assert main(command) == 0
+        assert (run / name / "before-after.png").exists()
+    assert main([*command, "--output", str(run / "samples")]) == 2
+    assert f"{run / 'samples'} holds before-after.png already" in capsys.readouterr().err
+
+
+def test_the_next_folder_has_the_first_free_number(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples-2").mkdir()
+    assert next_folder(tmp_path / "samples").name == "samples-3"
+    assert next_folder(tmp_path / "other").name == "other"
+
+
+def test_a_checkpoint_is_sampled_with_its_average_and_saved_in_its_run(run):
+    checkpoint = run / "checkpoints" / "step-000002"
+    assert find_source(str(checkpoint)).adapter == checkpoint / "snapshots" / "ema"
+    assert main(["sample", str(checkpoint), PROMPT, *FEW_STEPS]) == 0
+    rewards = read_json(run / "samples" / "rewards.json")
+    assert rewards["adapter"] == str(checkpoint / "snapshots" / "ema")
+
+
+def test_the_adapter_of_a_run_knows_its_run(run):
+    source = find_source(str(run / "adapter"))
+    assert source.config is not None
+    assert source.adapter == run / "adapter"
+    weights = run / "adapter" / "pytorch_lora_weights.safetensors"
+    assert find_source(str(weights)).adapter == run / "adapter"
+
+
+def test_an_adapter_alone_brings_its_rank_and_makes_the_pictures_of_diffusers(adapter):
+    options = {"steps": 4, "guidance": 3.0, "model": "assets/tiny-sd3"}
+    samples = flowalign.sample(adapter, [PROMPT], **options)
+    assert samples.before is not None
+    assert not torch.equal(samples.images, samples.before.images)
+    reference = flowalign.sample("assets/tiny-sd3", [PROMPT], steps=4, guidance=3.0)
+    assert torch.equal(samples.before.images, reference.images)
+    assert samples.scores == {}
+    lora = lora_settings(adapter)
+    assert (lora.rank, lora.alpha) == (32, 64)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        "assets/tiny-sd3", text_encoder_3=None, tokenizer_3=None
+    )
+    pipe.load_lora_weights(adapter)
+    layers = pipe.transformer.peft_config["default_0"]
+    assert (layers.r, layers.lora_alpha) == (lora.rank, lora.alpha)
+
+
+def test_an_adapter_without_a_model_is_answered(adapter, capsys):
+    (adapter / "README.md").write_text("# An adapter\n")
+    assert main(["sample", str(adapter), PROMPT]) == 2
+    assert "--model MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("card", "model"),
+    [
+        ("---\nbase_model: assets/tiny-sd3\ntags: [lora]\n---\n# Title\n", "assets/tiny-sd3"),
+        ("# No head\n", None),
+        ("---\nbase_model: [a, b]\n---\n", None),
+        ("---\n{ not yaml\n---\n", None),
+        ("---\nbase_model: a\n", None),
+    ],
+)
+def test_the_base_model_is_read_from_the_card(card, model, tmp_path):
+    (tmp_path / "README.md").write_text(card)
+    assert base_model(tmp_path) == model
+    assert base_model(tmp_path / "missing") is None
+
+
+def test_a_damaged_adapter_is_named(tmp_path, capsys):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not tensors")
+    assert main(["sample", str(tmp_path), PROMPT, "--model", "assets/tiny-sd3"]) == 2
+    assert "pytorch_lora_weights.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_a_model_gives_pictures_without_scores(tmp_path):
+    arguments = ["sample", "assets/tiny-sd3", PROMPT, *FEW_STEPS, "--images", "2", "--seed", "7"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "pictures.png").exists()
+    names = sorted(file.name for file in (tmp_path / "pictures").iterdir())
+    assert names == [f"000-a-red-circle-image{i}-seed7.png" for i in range(2)]
+    assert [entry["seed"] for entry in read_json(tmp_path / "scores.json")] == [7, 7]
+
+
+def test_the_same_seed_gives_the_same_picture_however_many_are_made():
+    one = flowalign.sample("assets/tiny-sd3", [PROMPT], images=1, steps=2)
+    three = flowalign.sample("assets/tiny-sd3", [PROMPT], images=3, steps=2)
+    other = flowalign.sample("assets/tiny-sd3", [PROMPT], seed=1, steps=2)
+    assert torch.equal(one.images[0], three.images[0])
+    assert not torch.equal(one.images[0], other.images[0])
+
+
+def test_a_model_needs_prompts(capsys):
+    assert main(["sample", "assets/tiny-sd3"]) == 2
+    assert "There are no prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["assets/prompts", "nowhere/at/all"])
+def test_a_path_that_is_nothing_to_sample_from_is_answered(source, capsys):
+    assert main(["sample", source, PROMPT]) == 2
+    assert source in capsys.readouterr().err
+
+
+def test_a_run_without_weights_is_answered(run):
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no adapter and no checkpoint yet"):
+        find_source(str(run))
+
+
+def test_a_run_without_an_exported_adapter_uses_its_last_checkpoint(run):
+    shutil.rmtree(run / "adapter")
+    last = run / "checkpoints" / "step-000002" / "snapshots" / "ema"
+    assert find_source(str(run)).adapter == last
+
+
+def test_prompts_are_texts_or_one_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\n")
+    assert [prompt.text for prompt in read_texts([str(file)])] == ["a red circle", "a blue square"]
+    assert [prompt.text for prompt in read_texts(file)] == ["a red circle", "a blue square"]
+    assert [prompt.text for prompt in read_texts("a red circle")] == ["a red circle"]
+    assert read_texts([flowalign.Prompt("a", {"b": 1})])[0].metadata == {"b": 1}
+    assert read_texts(None) == []
+
+
+def test_evaluating_a_run_gives_what_its_summary_says(trained):
+    result = flowalign.evaluate(trained)
+    assert result.means == pytest.approx(read_json(trained / "summary.json")["after"], abs=1e-6)
