@@ -153,7 +153,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
+        raise UserError(f"{file} is damaged: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it does not hold a JSON object.")
     return content
@@ -166,7 +166,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
+        raise UserError(f"{file} is damaged: {error}.") from None
 
 
 def read_matching_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:

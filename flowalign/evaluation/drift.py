@@ -1,8 +1,9 @@
-"""How far the policy has moved from the model it started from."""
+"""How far the policy has moved from the model it started from: signs of over-optimisation."""
 
 import math
 
 import torch
+from torch.nn import functional as F
 
 from flowalign import distributed
 from flowalign.batch import Rollout
@@ -11,50 +12,64 @@ from flowalign.objectives.draws import ForwardTimes
 from flowalign.policy import Policy
 
 SHOWN = 18
+"""The most images of each rank whose velocities are compared."""
+TIMES = ForwardTimes(count=4)
+"""Times at which velocities are compared; with their noise, functions of the images' keys."""
+SIDE = 16
+"""Pixels. Images are compared at this size, so that diversity measures content and not texture."""
 
 
 @torch.no_grad()
 def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
-    """How different the pictures of a prompt are, and how far the velocities stand from the base model's, over all processes.
+    """Measure diversity and velocities, as means over ranks. All ranks call this together.
 
-    `diversity`: the mean over prompts of the root mean square difference of two of its pictures, of 16 × 16 pixels in [0, 1],
-    where prompts have several. `velocity_norm`: ‖v‖ / ‖v_ref‖, `velocity_moved`: ‖v - v_ref‖² / ‖v_ref‖²; the means over
-    `SHOWN` pictures of each process, evenly taken, at fixed times and noise.
+    Args:
+        policy: The policy under the weights to measure.
+        rollout: The evaluation images of this rank, or None if it has none.
+
+    Returns:
+        `diversity`, if prompts have several images, `velocity_norm` and `velocity_moved`; see
+        `diversity` and `velocity_drift`.
     """
-    mine = []
+    rows = []
     if rollout:
-        few = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / SHOWN)))]
-        mine = [[diversity(rollout), *velocity_drift(policy, few)]]
-    everyone = distributed.gather(torch.tensor(mine).view(-1, 3)).nanmean(0)
+        some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / SHOWN)))]
+        rows = [[diversity(rollout), *velocity_drift(policy, some)]]
+    means = distributed.gather(torch.tensor(rows).view(-1, 3)).nanmean(0).tolist()
     names = "diversity", "velocity_norm", "velocity_moved"
     return {
-        name: value
-        for name, value in zip(names, everyone.tolist(), strict=True)
-        if not math.isnan(value)
+        name: value for name, value in zip(names, means, strict=True) if not math.isnan(value)
     }
 
 
 def velocity_drift(policy: Policy, rollout: Rollout) -> tuple[float, float]:
-    """`velocity_norm` and `velocity_moved` of a few pictures."""
+    """Compare the policy's velocities with those of the model without adapter.
+
+    Returns:
+        The means of ‖v‖ / ‖v_ref‖ and of ‖v - v_ref‖² / ‖v_ref‖² over images and fixed times.
+    """
     cond = policy.encode(rollout.prompts)
+    reference = policy.at("reference")
     norm, moved = [], []
-    for draw in ForwardTimes(count=4)(rollout):
+    for draw in TIMES(rollout):
         xt, _ = add_noise(rollout.x0, draw.t, draw.noise)
-        v, v_ref = (
-            policy.velocity(xt, draw.t, cond),
-            policy.at("reference").velocity(xt, draw.t, cond),
-        )
+        v, v_ref = policy.velocity(xt, draw.t, cond), reference.velocity(xt, draw.t, cond)
         norm.append((mean_square(v) / mean_square(v_ref)).sqrt())
         moved.append(mean_square(v - v_ref) / mean_square(v_ref))
     return torch.stack(norm).mean().item(), torch.stack(moved).mean().item()
 
 
 def diversity(rollout: Rollout) -> float:
-    """Of this process's pictures; NaN where no prompt has two."""
-    small = torch.nn.functional.adaptive_avg_pool2d(rollout.images.float() / 255, 16).flatten(1)
+    """Measure how different the images of a prompt are.
+
+    Returns:
+        The root mean square difference of two images of a prompt, in [0, 1], as the mean over
+        pairs and then over prompts. NaN if every prompt has a single image.
+    """
+    small = F.adaptive_avg_pool2d(rollout.images.float() / 255, SIDE).flatten(1)
     means = []
     for label in rollout.group.unique():
         pixels = small[rollout.group == label]
         if len(pixels) > 1:
-            means.append(torch.nn.functional.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
+            means.append(F.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
     return torch.stack(means).mean().item() if means else math.nan

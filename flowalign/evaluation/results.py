@@ -1,4 +1,4 @@
-"""Scores of one evaluation."""
+"""The result of one evaluation, in memory and as a file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,25 +10,32 @@ from flowalign.errors import UserError
 from flowalign.files import read_tensors, write_file
 from flowalign.flow import PerImage
 
+TENSORS = ("prompt", "images", "shown")
+"""Names in the file of what is neither a reward nor a held-out figure."""
+
 
 @dataclass
 class EvaluationResult:
-    """Every reward of every evaluation picture, in the order prompt, image, and some of the pictures."""
+    """Scores of all evaluation images, ordered by prompt and image, and some of the images."""
 
-    prompt: Tensor  # (N,)  index of the prompt
+    prompt: Tensor  # (N,)
+    """Index of the prompt of each image."""
     rewards: dict[str, PerImage]
-    images: Tensor  # (n, 3, H, W)  bytes, of prompts spread over all
-    shown: Tensor  # (n,)  index of their prompts
+    """Scores (N,) by reward; NaN for an image that was not scored."""
+    images: Tensor  # (n, 3, H, W)
+    """Some of the images, in bytes, spread over the prompts."""
+    shown: Tensor  # (n,)
+    """Index of the prompt of each of these images."""
     held_out: dict[str, Tensor] = field(default_factory=dict)
-    """(M,) each: figures of every entry of evaluation.pairs."""
+    """Figures (M,) of each entry of `evaluation.pairs`, by name."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What tells of over-optimisation: `diversity`, `velocity_norm` and `velocity_moved`."""
+    """Signs of over-optimisation: `diversity`, `velocity_norm` and `velocity_moved`."""
 
     @property
     def means(self) -> dict[str, float]:
-        return {
-            name: score.nanmean().item() for name, score in (self.rewards | self.held_out).items()
-        }
+        """The mean of every reward and held-out figure, without images that were not scored."""
+        scores = self.rewards | self.held_out
+        return {name: values.nanmean().item() for name, values in scores.items()}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -36,27 +43,36 @@ class EvaluationResult:
         return {f"eval/{name}": value for name, value in (self.means | self.figures).items()}
 
     def save(self, path: Path) -> None:
-        figures = {"reward": self.rewards, "held_out": self.held_out}
-        named = {
-            f"{kind}/{name}": score.contiguous()
-            for kind, scores in figures.items()
-            for name, score in scores.items()
-        }
-        write_file(
-            path, save({"prompt": self.prompt, "images": self.images, "shown": self.shown, **named})
-        )
+        """Write everything but `figures` into a safetensors file."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        for name, values in self.rewards.items():
+            tensors[f"reward/{name}"] = values.contiguous()
+        for name, values in self.held_out.items():
+            tensors[f"held_out/{name}"] = values.contiguous()
+        write_file(path, save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> "EvaluationResult":
-        """UserError when the file is damaged."""
+        """Read what `save` wrote. Raises UserError if the file is missing or damaged."""
         try:
-            found = read_tensors(path)
-            if missing := {"prompt", "images", "shown"} - set(found):
-                raise UserError(f"{path} is damaged: it has no {min(missing)}")
+            tensors = read_tensors(path)
+            missing = sorted(set(TENSORS) - set(tensors))
+            if missing:
+                raise UserError(f"{path} is damaged: the tensor {missing[0]} is missing.")
         except UserError as error:
-            raise UserError(f"{error}. Remove it: the same command makes it again.") from None
-        rewards, held_out = (
-            {name.removeprefix(kind): found[name] for name in found if name.startswith(kind)}
-            for kind in ("reward/", "held_out/")
+            raise UserError(f"{error} Remove the file; the same command makes it again.") from None
+        return cls(
+            prompt=tensors["prompt"],
+            rewards=_with_prefix(tensors, "reward/"),
+            images=tensors["images"],
+            shown=tensors["shown"],
+            held_out=_with_prefix(tensors, "held_out/"),
         )
-        return cls(found["prompt"], rewards, found["images"], found["shown"], held_out)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,4 +1,4 @@
-"""Paired differences and their confidence intervals."""
+"""Paired differences between two evaluations, with confidence intervals."""
 
 import math
 
@@ -8,38 +8,46 @@ from torch import Tensor
 
 from flowalign.evaluation.results import EvaluationResult
 
+CONFIDENCE = 0.95
 
-def paired_difference(
-    before: EvaluationResult, after: EvaluationResult
-) -> dict[str, tuple[float, float, float]]:
-    """{reward: (low, mean, high)}: the 95 % t-interval of the mean difference.
+Interval = tuple[float, float, float]
+"""Low end, mean and high end."""
 
-    Pictures of one prompt are not independent, so prompts are the units; pictures are where there is one prompt only.
-    Pictures that were not scored before or after are left out.
+
+def paired_difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, Interval]:
+    """Return the mean difference of every reward and held-out figure, with its 95 % t-interval.
+
+    Both evaluations must be of the same prompts and noise. Images of one prompt are not independent,
+    so the interval is over prompts; with a single prompt it is over images. Images without a score
+    before or after do not count.
     """
     differences = {
-        name: _interval((score - before.held_out[name]).double())
-        for name, score in after.held_out.items()
+        name: _interval((values - before.held_out[name]).double())
+        for name, values in after.held_out.items()
     }
-    for name, score in after.rewards.items():
-        difference = (score - before.rewards[name]).double()
+    for name, values in after.rewards.items():
+        difference = (values - before.rewards[name]).double()
         scored = ~difference.isnan()
-        difference, (_, unit) = (
-            difference[scored],
-            before.prompt[scored].unique(return_inverse=True),
-        )
-        if unit.numel() and unit.max() > 0:
-            total = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(
-                0, unit, difference
-            )
-            difference = total / torch.bincount(unit)
-        differences[name] = _interval(difference)
+        units = _mean_by_prompt(difference[scored], before.prompt[scored])
+        differences[name] = _interval(units)
     return differences
 
 
-def _interval(values: Tensor) -> tuple[float, float, float]:
+def _mean_by_prompt(values: Tensor, prompt: Tensor) -> Tensor:
+    """Return the mean of each prompt's values, or the values if they are all of one prompt."""
+    prompts, unit = prompt.unique(return_inverse=True)
+    if len(prompts) < 2:
+        return values
+    total = torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, unit, values)
+    return total / torch.bincount(unit)
+
+
+def _interval(values: Tensor) -> Interval:
+    """Return Student's t-interval of the mean of independent values."""
     mean, count = values.mean().item(), len(values)
+    # One value has a mean but says nothing about its spread.
     if count < 2:
         return -math.inf, mean, math.inf
-    half = float(stats.t.ppf(0.975, count - 1)) * values.std().item() / math.sqrt(count)
-    return mean - half, mean, mean + half
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    half_width = quantile * values.std().item() / math.sqrt(count)
+    return mean - half_width, mean, mean + half_width

@@ -1,0 +1,113 @@
+"""A disk that is full at any write costs at most the step that was being written."""
+
+import errno
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from flowalign import files
+from flowalign.cli import main
+from flowalign.files import verify_checksums
+from flowalign.reporting import html as report
+from flowalign.reporting.trackers import JsonLines, read_metrics
+from flowalign.runs import checkpoint
+from flowalign.runs.checkpoint import checkpoints
+from flowalign.training import setup
+from tests.runs.damage import (
+    again,
+    FILES,
+    same_adapter,
+    STEPS,
+)
+from tests.tiny import SMALL, TINY
+
+
+class Failing:
+    """Stands before what writes files; the n-th call and all after it find the disk full, when half of the file is written."""
+
+    def __init__(self, monkeypatch, first):
+        self.calls, self.first = 0, first
+        for owner, name, file_of in (
+            (checkpoint, "save_file", lambda tensors, file: file),
+            (Path, "write_text", lambda file, *_: file),
+            (Path, "write_bytes", lambda file, *_: file),
+            (Image.Image, "save", lambda image, file: file),
+            (JsonLines, "log", lambda tracker, step, metrics: tracker.file),
+            (files, "flush", None),
+            (Path, "rename", None),
+            (Path, "replace", None),
+        ):
+            monkeypatch.setattr(owner, name, self.before(getattr(owner, name), file_of))
+
+    def before(self, function, file_of):
+        def write(*arguments, **settings):
+            self.calls += 1
+            if self.calls < self.first:
+                return function(*arguments, **settings)
+            if file_of:
+                file = file_of(*arguments)
+                kept = file.stat().st_size if function.__name__ == "log" and file.exists() else 0
+                function(*arguments, **settings)
+                os.truncate(file, (kept + file.stat().st_size) // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+        return write
+
+
+QUICK = [
+    *(
+        "rewards={brightness: 1.0}",
+        "evaluation.rewards={brightness: 1.0}",
+        "train.save_every=1",
+        "train.ema.decay=0.5",
+    ),
+    *("sampler.steps=2", "sampler.window.range=[0, 1]", "evaluation.sampler.steps=2"),
+]
+
+
+def quick(run, steps):
+    return main(["train", str(TINY), *SMALL, *QUICK, f"train.steps={steps}", f"output={run}"])
+
+
+def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "draw_curves", lambda *_: [])
+    monkeypatch.setattr(setup, "score_noise", lambda *_, **__: None)
+    assert quick(tmp_path / "begun", 1) == quick(tmp_path / "whole", 2) == 0
+    for first in itertools.count(1):
+        run = shutil.copytree(tmp_path / "begun", tmp_path / f"run-{first}")
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            failing = Failing(patched, first)
+            status = quick(run, 2)
+        error = capsys.readouterr().err
+        if failing.calls < first:
+            break
+        assert status in (1, 2), first
+        assert "No space left on device" in error
+        assert "Traceback" not in error
+        assert (run / "checkpoints" / "step-000001").is_dir()
+        for saved in checkpoints(run):
+            verify_checksums(saved, FILES[:-1])
+        assert quick(run, 2) == 0, first
+        assert same_adapter(run, tmp_path / "whole")
+        assert [line["step"] for line in read_metrics(run)] == [1, 2]
+    assert first > 30
+
+
+def test_a_file_that_may_grow_no_larger_is_named_and_the_run_goes_on_afterwards(run, finished):
+    """A real failing write: the system refuses bytes beyond a limit, as a quota does."""
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    command = [sys.executable, "train.py", str(TINY), *SMALL, *STEPS, f"output={run}"]
+    limited = ["bash", "-c", 'ulimit -f 1000; trap "" XFSZ; exec "$@"', "bash", *command]
+    ended = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "File too large" in ended.stderr
+    assert f"The finished steps are in {run / 'checkpoints' / 'step-000003'}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert again(run) == 0
+    assert same_adapter(run, finished)
