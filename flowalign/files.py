@@ -125,13 +125,12 @@ def _files_below(folder: Path) -> list[str]:
     )
 
 
-def read_text(file: Path, subject: str = "", expected: str = "a text file") -> str:
+def read_text(file: Path, key: str) -> str:
     """Read a text file that a user named.
 
     Args:
         file: The file, in UTF-8, with or without a byte order mark.
-        subject: What the message begins with, such as a configuration key: "data.prompts: ".
-        expected: What the file should be, for the message: "a YAML file".
+        key: The configuration key that names the file, such as `data.prompts`.
 
     Raises:
         UserError: The file does not exist or cannot be read.
@@ -139,10 +138,12 @@ def read_text(file: Path, subject: str = "", expected: str = "a text file") -> s
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{subject}{file} does not exist.{similar_file(file)}") from None
+        raise UserError(
+            f"{key}: there is no file {file}. Correct the path.{similar_file(file)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{subject}{file} cannot be read: {error}. Give {expected}, saved as UTF-8."
+            f"{key}: {file} cannot be read: {error}. Give a text file in UTF-8."
         ) from None
 
 

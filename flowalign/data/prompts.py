@@ -6,7 +6,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from flowalign.errors import similar_file, UserError
+from flowalign.errors import UserError
+from flowalign.files import read_text
 
 Metadata = dict[str, Any]
 """The fields beside the prompt in a line of a prompt file. Values are what JSON holds."""
@@ -58,17 +59,8 @@ def read_objects(path: Path, key: str) -> list[tuple[Metadata, str]]:
 
 def _lines(path: Path, key: str) -> list[tuple[str, str]]:
     """Return the lines that are not empty, each with the words that name it in an error."""
-    try:
-        # Not `splitlines`: it also splits at characters that may stand inside a prompt (U+2028).
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(
-            f"{key}: there is no file {path}. Correct the path.{similar_file(path)}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: {path} cannot be read: {error}. Give a text file in UTF-8."
-        ) from None
+    # Not `splitlines`: it also splits at characters that may stand inside a prompt (U+2028).
+    lines = read_text(path, key).split("\n")
     numbered = enumerate(lines, 1)
     return [(line, f"{key}: {path}, line {number}") for number, line in numbered if line.strip()]
 

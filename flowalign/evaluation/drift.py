@@ -37,9 +37,7 @@ def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
         rows = [[diversity(rollout), *velocity_drift(policy, some)]]
     means = distributed.gather(torch.tensor(rows).view(-1, 3)).nanmean(0).tolist()
     names = "diversity", "velocity_norm", "velocity_moved"
-    return {
-        name: value for name, value in zip(names, means, strict=True) if not math.isnan(value)
-    }
+    return {name: value for name, value in zip(names, means, strict=True) if not math.isnan(value)}
 
 
 def velocity_drift(policy: Policy, rollout: Rollout) -> tuple[float, float]:

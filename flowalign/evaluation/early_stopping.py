@@ -85,7 +85,7 @@ def metric_values(name: str, evaluations: Evaluations) -> list[float]:
     """
     if evaluations and not any(name in entry for entry in evaluations):
         raise RunError(
-            f"train.stop: the metric {name!r} does not exist. This run logs {', '.join(evaluations[-1])}."
+            f"train.stop: there is no metric {name!r}. This run logs {', '.join(evaluations[-1])}."
         )
     values = [entry.get(name, math.nan) for entry in evaluations]
     return [value for value in values if not math.isnan(value)]

@@ -107,6 +107,13 @@ def test_a_file_without_a_sum_is_refused(run, capsys):
     )
 
 
+def test_a_note_beside_the_weights_damages_nothing(run, finished):
+    for folder in (checkpoints(run)[-1], checkpoints(run)[-1] / "snapshots" / "ema"):
+        (folder / "notes.txt").write_text("the best one so far")
+    assert again(run) == 0
+    assert same_adapter(run, finished)
+
+
 def test_a_state_with_a_figure_that_is_not_finite_is_read_again(tmp_path):
     state = Progress(evaluations=[{"step": 1, "loss": float("nan"), "kl": 1.0}])
     (tmp_path / "state.json").write_text(json.dumps(asdict(state)))

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from flowalign.errors import RunError, UserError
 from flowalign.files import read_tensors, to_json
 from flowalign.policy import Policy, Sampler
 from flowalign.reporting.trackers import read_metrics
-from flowalign.runs.adapter import load_adapter
+from flowalign.runs.adapter import ADAPTER_FILE, load_adapter
 from flowalign.runs.checkpoint import checkpoints
+from flowalign.runs.lock import FolderLock
 from flowalign.training import trainer
 from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
 
@@ -187,9 +189,22 @@ def test_copies_follow_by_the_updates_so_far(tmp_path, monkeypatch):
     assert followed == pytest.approx([0.0, 0.0, 0.2, 0.4, 0.5])  # the first as it begins
 
 
-def test_another_experiment_in_the_same_folder_is_refused(run):
+def test_another_experiment_in_the_same_folder_is_refused_and_leaves_it_unlocked(run):
     with pytest.raises(UserError, match=r"another .*train\.prompts_per_step"):
         trainer.train(small_config(run, "train.prompts_per_step=4"))
+    with FolderLock(run) as lock:
+        lock.acquire()
+
+
+def test_two_runs_train_one_after_the_other_in_a_thread(tmp_path):
+    """A notebook's thread, for example, in which Python forbids signal handlers."""
+    configs = [small_config(tmp_path / name, "train.steps=1") for name in ("first", "second")]
+    with ThreadPoolExecutor(1) as thread:
+        first, second = thread.map(trainer.train, configs)
+    assert first["stopped"] == "finished"
+    assert first["after"] == second["after"]
+    adapters = [(tmp_path / name / "adapter" / ADAPTER_FILE) for name in ("first", "second")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
