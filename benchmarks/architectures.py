@@ -1,8 +1,11 @@
-"""Published networks with random weights and random prompt embeddings: their cost without their files."""
+"""Build published networks with random weights and random prompt embeddings.
+
+They cost what the published models cost, and need no download. Their pictures are noise.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -20,6 +23,8 @@ from torch import Tensor
 from flowalign.models.base import FlowModel
 from flowalign.models.flux import Flux
 from flowalign.models.sd3 import SD3
+
+Dtypes = dict[str, torch.dtype]
 
 SD35_MEDIUM = {
     "sample_size": 128,
@@ -59,61 +64,67 @@ AUTOENCODER = {
 
 
 class RandomSD35MediumPipeline(StableDiffusion3Pipeline):
-    """Built where others are loaded, without text encoders."""
+    """A pipeline of SD3.5 medium's shapes without text encoders."""
 
     @classmethod
-    def from_pretrained(cls, *_: Any, **settings: Any) -> Any:
-        with _building(settings["dtype"]["default"]):
+    def from_pretrained(cls, *_: object, dtype: Dtypes, **__: object) -> Self:
+        """Build the networks, where the package would load them."""
+        with _building(dtype["default"]):
             transformer = SD3Transformer2DModel(**SD35_MEDIUM)
-        with _building(settings["dtype"]["vae"]):
+        with _building(dtype["vae"]):
             vae = AutoencoderKL(**AUTOENCODER, scaling_factor=1.5305, shift_factor=0.0609)
+        # The pipeline is typed as if text encoders could not be missing.
         texts: Any = [None] * 6
         return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *texts)
 
 
 class RandomFluxDevPipeline(FluxPipeline):
-    """Built where others are loaded, without text encoders."""
+    """A pipeline of Flux-dev's shapes without text encoders."""
 
     @classmethod
-    def from_pretrained(cls, *_: Any, **settings: Any) -> Any:
-        with _building(settings["dtype"]["default"]):
+    def from_pretrained(cls, *_: object, dtype: Dtypes, **__: object) -> Self:
+        """Build the networks, where the package would load them."""
+        with _building(dtype["default"]):
             transformer = FluxTransformer2DModel(**FLUX_DEV)
-        with _building(settings["dtype"]["vae"]):
+        with _building(dtype["vae"]):
             vae = AutoencoderKL(**AUTOENCODER, scaling_factor=0.3611, shift_factor=0.1159)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        # See above.
         texts: Any = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
         return cls(scheduler=scheduler, vae=vae, transformer=transformer, **texts)
 
 
 @contextmanager
 def _building(dtype: torch.dtype) -> Iterator[None]:
-    """Modules appear in the dtype asked for, and on the GPU, where random weights are quick."""
-    before = torch.get_default_dtype()
+    """Create modules in a dtype, and on the GPU if there is one, where random weights are fast."""
+    default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)
 
 
 class RandomSD35Medium(SD3):
-    """Stable Diffusion 3.5 medium."""
+    """Stable Diffusion 3.5 medium with random weights and embeddings."""
 
     pipeline_class: ClassVar = RandomSD35MediumPipeline
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return random embeddings of the published shapes."""
         return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(
             len(texts), 2048
         )
 
 
 class RandomFluxDev(Flux):
-    """Flux-dev."""
+    """Flux-dev with random weights and embeddings."""
 
     pipeline_class: ClassVar = RandomFluxDevPipeline
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return random embeddings of the published shapes."""
         return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(
             len(texts), 768
         )
@@ -123,4 +134,4 @@ ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {
     "sd3.5-medium": ("sd3", RandomSD35Medium),
     "flux-dev": ("flux", RandomFluxDev),
 }
-"""Names to the family's name in a configuration and the class."""
+"""For each architecture, the family's name in a configuration and the class."""

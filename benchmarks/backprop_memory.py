@@ -1,17 +1,19 @@
-"""What a reward's gradient through the sampler keeps for the backward pass: python benchmarks/backprop_memory.py
+"""Measure what the gradient of a reward through the sampler keeps for its backward pass.
 
-Bytes of the tensors saved by one loss of AlignProp on the bundled SD3 with the bundled CLIP as reward, by the number of
-backpropagated steps; and the same with nothing recomputed.
+    python benchmarks/backprop_memory.py
+
+Prints the bytes of the tensors that one loss of AlignProp saves, by the number of steps with
+gradient, with recomputation and without it. The model is the bundled SD3, the reward the tiny CLIP.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 from flowalign.advantages import group_advantage
 from flowalign.config.load import load_config
@@ -32,58 +34,72 @@ DEPTHS = (1, 2, 5, 10)
 
 
 def main() -> None:
+    """Print the table, and write it where --output says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(ROOT / "configs" / "tiny" / "alignprop.yaml")
-    policy = Policy(load_model(config.model), Sampler(steps=STEPS))
-    judge = RolloutScorer(
-        load_rewards(config.rewards), WeightedSum(), group_advantage, IMAGES, torch.device("cpu")
-    )
-    prompts, counts = read_prompts(config.data.prompts), BatchPlan(IMAGES, 1, 1, IMAGES)
-    context = SourceContext(policy, judge, prompts, [], counts, 0, "policy", Ranking())
-    batch, _ = differentiable_prompts(context)(0)
-
-    def kept(depth: int) -> int:
-        return saved_bytes(policy, lambda: AlignProp(depth=depth).loss(policy, batch, 0).total)
-
-    recomputed = {depth: kept(depth) for depth in DEPTHS}
-    with patch(
-        "flowalign.policy.checkpoint",
-        lambda function, *arguments, use_reentrant: function(*arguments),
-    ):
-        plain = {depth: kept(depth) for depth in DEPTHS}
+    context = make_context()
+    recomputed = kept_by_depth(context)
+    with patch("flowalign.policy.checkpoint", call_without_recomputation):
+        plain = kept_by_depth(context)
     print(f"{IMAGES} images, {STEPS} sampler steps; MB kept for the backward pass")
     print(f"{'steps with gradient':>20}{'recomputed':>12}{'plain':>10}")
     for depth in DEPTHS:
         print(f"{depth:20}{recomputed[depth] / 1e6:12.2f}{plain[depth] / 1e6:10.2f}")
-    print(
-        f"ten steps over two: {recomputed[10] / recomputed[2]:.2f} recomputed, {plain[10] / plain[2]:.2f} plain"
-    )
+    growth = recomputed[10] / recomputed[2], plain[10] / plain[2]
+    print(f"ten steps over two: {growth[0]:.2f} recomputed, {growth[1]:.2f} plain")
     if options.output:
         options.output.write_text(json.dumps({"recomputed": recomputed, "plain": plain}, indent=2))
 
 
+def make_context() -> SourceContext:
+    """Return what a step of configs/tiny/alignprop.yaml needs, for IMAGES prompts."""
+    config = load_config(ROOT / "configs" / "tiny" / "alignprop.yaml")
+    rewards, device = load_rewards(config.rewards), torch.device("cpu")
+    judge = RolloutScorer(rewards, WeightedSum(), group_advantage, IMAGES, device)
+    return SourceContext(
+        Policy(load_model(config.model), Sampler(steps=STEPS)),
+        judge,
+        read_prompts(config.data.prompts),
+        [],
+        BatchPlan(IMAGES, 1, 1, IMAGES),
+        0,
+        "policy",
+        Ranking(),
+    )
+
+
+def kept_by_depth(context: SourceContext) -> dict[int, int]:
+    """Return the bytes that one loss keeps, by the number of steps with gradient."""
+    batch, _ = differentiable_prompts(context)(0)
+    kept = {}
+    for depth in DEPTHS:
+        objective = AlignProp(depth=depth)
+        kept[depth] = saved_bytes(
+            context.policy, lambda o=objective: o.loss(context.policy, batch, 0).total
+        )
+    return kept
+
+
+def call_without_recomputation(
+    function: Callable[..., Tensor], *arguments: object, use_reentrant: bool
+) -> Tensor:
+    """Replace `torch.utils.checkpoint.checkpoint` by a plain call."""
+    return function(*arguments)
+
+
 def saved_bytes(policy: Policy, loss: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps once the loss is there, without those of weights, or views of them."""
-    modules = [
-        module
-        for module in policy.model.pipe.components.values()
-        if isinstance(module, torch.nn.Module)
-    ]
-    weights = {
-        parameter.untyped_storage().data_ptr()
-        for module in modules
-        for parameter in module.parameters()
-    }
+    """Return the bytes of the storages that autograd keeps for a loss, weights not counted."""
+    weights = {weight.untyped_storage().data_ptr() for weight in weights_of(policy)}
     storages: dict[int, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not isinstance(tensor, torch.nn.Parameter):
+        # Views of a weight have its storage, and are not new memory either.
+        if storage.data_ptr() not in weights and not isinstance(tensor, nn.Parameter):
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -91,6 +107,13 @@ def saved_bytes(policy: Policy, loss: Callable[[], Tensor]) -> int:
         total = loss()
     del total
     return sum(storages.values())
+
+
+def weights_of(policy: Policy) -> Iterator[nn.Parameter]:
+    """Yield the parameters of all networks of the model."""
+    for part in policy.model.pipe.components.values():
+        if isinstance(part, nn.Module):
+            yield from part.parameters()
 
 
 if __name__ == "__main__":

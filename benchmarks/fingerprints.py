@@ -1,6 +1,7 @@
-"""Train every configs/tiny/*.yaml for three steps and print a SHA-256 of its adapter and of its evaluation scores.
+"""Train every configs/tiny/*.yaml for three steps, and print hashes of its results.
 
-A change that should not change any number proves it by equal output before and after, on the same machine:
+The hashes are SHA-256 of the adapter and of the evaluation scores. A change that should not change
+any number is verified by equal output before and after, on the same machine:
 
     python benchmarks/fingerprints.py > before.txt
     python benchmarks/fingerprints.py > after.txt && diff before.txt after.txt
@@ -20,12 +21,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
-    *("train.steps=3", "train.evaluate_every=0", "train.save_every=3", "train.stop={}"),
+    "train.steps=3",
+    "train.evaluate_every=0",
+    "train.save_every=3",
+    "train.stop={}",
     "evaluation.images_per_prompt=2",
 ]
 
 
 def main() -> None:
+    """Print one line for every configuration."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,14 +44,15 @@ def main() -> None:
     )
     # One thread in every process: sums over several threads may be taken in another order.
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(ROOT))  # which the processes inherit: this tree, not an installed one
+    # The processes inherit the path, so that they import this tree and not an installed package.
+    sys.path.insert(0, str(ROOT))
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for line in pool.map(fingerprint, names):
             print(line, flush=True)
 
 
 def fingerprint(name: str) -> str:
-    """Train one configuration; return its name, the adapter's hash and the hash of the scores before and after."""
+    """Train one configuration, and return its name and the two hashes as a line."""
     import torch
 
     from flowalign.cli import main as flowalign
@@ -62,7 +68,7 @@ def fingerprint(name: str) -> str:
 
 
 def hash_of_adapter(run: Path) -> str:
-    """Hash the names and values of the adapter's matrices; neither their order nor the file's metadata counts."""
+    """Hash the names and values of the adapter's matrices, whatever their order in the file."""
     from safetensors.torch import load_file
 
     tensors = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")

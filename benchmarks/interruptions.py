@@ -1,8 +1,10 @@
-"""Runs killed at random moments: python benchmarks/interruptions.py [--runs 30] [--processes 1] [--seed 0] [--output FILE.json]
+"""Kill runs at random moments, continue them, and compare them with runs that were never killed.
 
-Each run of a small configuration of the bundled model is killed with SIGKILL one to three times, every third time while a
-checkpoint is being written, and continued by the same command. Its adapter must have the SHA-256 of the run that was never
-killed. Exit status 1 when one has not.
+    python benchmarks/interruptions.py [--runs 30] [--processes 1] [--seed 0] [--output FILE.json]
+
+Each run trains a small configuration of the bundled model. It is killed with SIGKILL one to three
+times, every third time while a checkpoint is being written, and resumed by the same command. Its
+adapter must have the SHA-256 of the run that was never killed. The exit status is 1 if one differs.
 """
 
 import argparse
@@ -25,24 +27,42 @@ from flowalign.runs.checkpoint import checkpoints
 ROOT = Path(__file__).parents[1]
 NAMES = "flow_grpo", "crd"
 SMALL = [
-    *(
-        "train.steps=8",
-        "train.prompts_per_step=4",
-        "train.images_per_prompt=3",
-        "train.images_per_pass=6",
-    ),
-    *(
-        "sampler.steps=4",
-        "train.save_every=1",
-        "train.evaluate_every=3",
-        "train.ema.decay=0.5",
-        "evaluation.images_per_prompt=1",
-    ),
+    "train.steps=8",
+    "train.prompts_per_step=4",
+    "train.images_per_prompt=3",
+    "train.images_per_pass=6",
+    "train.save_every=1",
+    "train.evaluate_every=3",
+    "train.ema.decay=0.5",
+    "sampler.steps=4",
+    "evaluation.images_per_prompt=1",
     "evaluation.prompts=tests/prompts.jsonl",
 ]
 
 
 def main() -> None:
+    """Kill and resume runs, and print how many end with the expected adapter."""
+    options = parse_options()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [interrupted_run(number, Path(folder), options) for number in range(options.runs)]
+    same = sum(run["same"] for run in runs)
+    kills = sum(run["kills"] for run in runs)
+    while_writing = sum(run["while_writing"] for run in runs)
+    print(
+        f"{same} of {len(runs)} runs end with the adapter of the run that was never killed; "
+        f"{kills} kills, {while_writing} of them while a checkpoint was being written"
+    )
+    if options.output:
+        record = {"processes": options.processes, "seed": options.seed, "runs": runs}
+        options.output.write_text(json.dumps(record, indent=2))
+    sys.exit(same != len(runs))
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,52 +70,26 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.chdir(ROOT)
-    with tempfile.TemporaryDirectory() as folder:
-        found = [interrupted(number, Path(folder), options) for number in range(options.runs)]
-    same = sum(run["same"] for run in found)
-    kills, while_writing = (sum(run[key] for run in found) for key in ("kills", "while_writing"))
-    print(
-        f"{same} of {len(found)} runs end with the adapter of the run that was never killed; {kills} kills, ",
-        end="",
-    )
-    print(f"{while_writing} of them while a checkpoint was being written")
-    if options.output:
-        options.output.write_text(
-            json.dumps(
-                {"processes": options.processes, "seed": options.seed, "runs": found}, indent=2
-            )
-        )
-    sys.exit(same != len(found))
+    return parser.parse_args()
 
 
-def interrupted(
+def interrupted_run(
     number: int, folder: Path, options: argparse.Namespace
 ) -> dict[str, int | bool | str]:
-    """One run, killed and continued to its end."""
+    """Start a run, kill and resume it, and compare its result."""
     random, name = Random(f"{options.seed}/{number}"), NAMES[number % len(NAMES)]
-    whole, run = folder / f"{name}-whole", folder / f"run-{number}"
-    if not whole.exists():
-        began = time.monotonic()
-        assert finished(start(name, whole, options.processes)), (
-            f"{name} failed without being killed"
-        )
-        (whole / "took").write_text(str(time.monotonic() - began))
-    took, kills, while_writing = float((whole / "took").read_text()), 0, 0
+    reference, run = folder / f"{name}-whole", folder / f"run-{number}"
+    duration = reference_duration(name, reference, options.processes)
+    kills = while_writing = 0
     for _ in range(random.randint(1, 3)):
-        running = start(name, run, options.processes)
+        leader = start(name, run, options.processes)
         writing = random.randrange(3) == 0
-        if killed(running, run, time.monotonic() + took * random.random(), writing):
+        if kill(leader, run, time.monotonic() + duration * random.random(), writing):
             kills, while_writing = kills + 1, while_writing + writing
-    assert finished(start(name, run, options.processes)), f"run {number} did not go on"
-    same = digest(run) == digest(whole)
-    print(
-        f"run {number:2} ({name}): killed {kills} times, {'the same adapter' if same else 'ANOTHER ADAPTER'}",
-        flush=True,
-    )
+    assert succeeded(start(name, run, options.processes)), f"run {number} failed after resuming"
+    same = digest(run) == digest(reference)
+    result = "the same adapter" if same else "ANOTHER ADAPTER"
+    print(f"run {number:2} ({name}): killed {kills} times, {result}", flush=True)
     return {
         "name": name,
         "kills": kills,
@@ -105,30 +99,38 @@ def interrupted(
     }
 
 
+def reference_duration(name: str, folder: Path, processes: int) -> float:
+    """Return the seconds of a run that is not killed. The first call trains it."""
+    record = folder / "took"
+    if not record.exists():
+        start_time = time.monotonic()
+        assert succeeded(start(name, folder, processes)), f"{name} failed without being killed"
+        record.write_text(str(time.monotonic() - start_time))
+    return float(record.read_text())
+
+
 def start(name: str, folder: Path, processes: int) -> int:
-    """The run, in a process group of its own: its leader."""
+    """Start a run in a process group of its own, and return the id of its leader."""
     command = ["train", f"configs/tiny/{name}.yaml", *SMALL, f"output={folder}"]
     if processes > 1:
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={processes}",
-            "train.py",
-            *command[1:],
-        ]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        launch = [*torchrun, f"--nproc-per-node={processes}", "train.py", *command[1:]]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(launch, start_new_session=True, **quiet).pid
-    if leader := os.fork():  # what is imported need not be imported again
+    # A fork already has everything imported, which would otherwise take most of the run's time.
+    if leader := os.fork():
         return leader
     os.setsid()
     sys.stdout = sys.stderr = Path(os.devnull).open("w")
     os._exit(flowalign(command))
 
 
-def killed(leader: int, run: Path, at: float, writing: bool) -> bool:
-    """Kill the group at a time, or while the next checkpoint is written. Whether that came before the run ended."""
-    while time.monotonic() < at or (writing and not any(run.glob("checkpoints/.step-*.part/*"))):
+def kill(leader: int, run: Path, when: float, writing: bool) -> bool:
+    """Kill the group at a time, or with `writing` while the next checkpoint is written after it.
+
+    Returns False if the run ended first.
+    """
+    while time.monotonic() < when or (writing and not any(run.glob("checkpoints/.step-*.part/*"))):
         if os.waitpid(leader, os.WNOHANG)[0]:
             return False
         time.sleep(0.0005)
@@ -137,16 +139,15 @@ def killed(leader: int, run: Path, at: float, writing: bool) -> bool:
     return True
 
 
-def finished(leader: int) -> bool:
+def succeeded(leader: int) -> bool:
+    """Wait for a run, and return True if its exit status is 0."""
     return os.waitpid(leader, 0)[1] == 0
 
 
 def digest(run: Path) -> str:
-    """Of what the run handed over and of its last checkpoint."""
-    files = [
-        run / "adapter" / "pytorch_lora_weights.safetensors",
-        *sorted(checkpoints(run)[-1].rglob("*.safetensors")),
-    ]
+    """Hash the exported adapter and the last checkpoint of a run."""
+    adapter = run / "adapter" / "pytorch_lora_weights.safetensors"
+    files = [adapter, *sorted(checkpoints(run)[-1].rglob("*.safetensors"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

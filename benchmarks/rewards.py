@@ -1,7 +1,10 @@
-"""What rewards cost: python benchmarks/rewards.py [--repetitions 5] [--output FILE.json]
+"""Measure what rewards cost.
 
-On the bundled model: the share of a step that each bundled reward takes by itself, and how much longer a rollout takes with a
-reward behind HTTP that needs 0.2 s a request, beside both by themselves.
+    python benchmarks/rewards.py [--repetitions 5] [--output FILE.json]
+
+Prints the share of a step of the bundled model that scoring by each bundled reward takes. Then it
+scores a rollout by an HTTP server that takes 0.2 s for a request, while the rollout is made and
+afterwards, and compares the times.
 """
 
 import argparse
@@ -9,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +23,7 @@ import torch
 import uvicorn
 from torch import Tensor
 
+from flowalign.batch import Prompts
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.data.prompts import read_prompts
@@ -29,7 +34,7 @@ from flowalign.rewards.remote.server import make_app
 from flowalign.rollouts.collect import make_prompts, passes
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.environment import environment
-from flowalign.training.run import prepare
+from flowalign.training.run import prepare, Run
 from flowalign.training.update import update
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +50,16 @@ BUNDLED = (
 
 
 def slow(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Score by brightness, after a wait."""
     time.sleep(SECONDS)
     return images.mean((1, 2, 3))
 
 
 @contextmanager
-def served(reward: Reward) -> Any:
-    """The address of a reward behind HTTP."""
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(reward, None, 2**26), port=0, log_level="warning")
-    )
+def serve(reward: Reward) -> Iterator[str]:
+    """Serve a reward over HTTP, and give its address."""
+    app = make_app(reward, None, 2**26)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -64,83 +69,84 @@ def served(reward: Reward) -> Any:
     thread.join()
 
 
-def timed(action: Any, repetitions: int) -> float:
-    """Median seconds."""
+def median_seconds(action: Callable[[], object], repetitions: int) -> float:
+    """Return the median time of an action."""
     seconds = []
     for _ in range(repetitions):
-        began = time.perf_counter()
+        start = time.perf_counter()
         action()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
 def main() -> None:
+    """Print the costs, and write them where --output says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--images", type=int, default=240, help="a step")
+    parser.add_argument("--images", type=int, default=240, help="images of a step")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(
-        ROOT / "configs" / "tiny" / "flow_grpo.yaml",
-        [f"train.prompts_per_step={options.images // 12}"],
-    )
-    found = measure(config, options)
-    if options.output:
-        about = {"environment": environment(torch.device("cpu"), 1), "results": found}
-        options.output.write_text(json.dumps(about, indent=2))
-
-
-def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    overrides = [f"train.prompts_per_step={options.images // 12}"]
+    config = load_config(ROOT / "configs" / "tiny" / "flow_grpo.yaml", overrides)
     with tempfile.TemporaryDirectory() as folder:
         config.output = folder
         run = prepare(config)
-        view, each = run.state.policy.at("policy"), config.train.images_per_pass
-        texts = read_prompts(config.data.prompts)
-        members = [
-            (slot, image)
-            for slot in range(config.train.prompts_per_step)
-            for image in range(config.train.images_per_prompt)
-        ]
-        prompts = make_prompts(
-            view,
-            [texts[slot] for slot, _ in members],
-            [(0, 0, slot, image) for slot, image in members],
-        )
-        rollouts = list(passes(view, prompts, each))
+        results = measure(run, options.repetitions)
+    if options.output:
+        record = {"environment": environment(torch.device("cpu"), 1), "results": results}
+        options.output.write_text(json.dumps(record, indent=2))
 
-        def make_step() -> None:
-            batch, _ = run.source(0)
-            update(run.state, config.objective, batch, config.train, run.skip_update)
 
-        step = timed(make_step, options.repetitions)
-        print(f"a step of {options.images} images: {step:.2f} s")
+def measure(run: Run, repetitions: int) -> dict[str, Any]:
+    """Time a step, every bundled reward, and a rollout scored over HTTP."""
+    config = run.config
+    view, images_per_pass = run.state.policy.at("policy"), config.train.images_per_pass
+    prompts = prompts_of_a_step(run)
+    rollouts = list(passes(view, prompts, images_per_pass))
 
-        def judge(rewards: list[Reward]) -> RolloutScorer:
-            return RolloutScorer(
-                rewards, config.combine, config.advantage, each, torch.device("cpu")
-            )
+    def make_step() -> None:
+        batch, _ = run.source(0)
+        update(run.state, config.objective, batch, config.train, run.skip_update)
 
-        shares = {}
-        for name in BUNDLED:
-            scorer = judge(load_rewards({name: 1.0}))
-            shares[name] = timed(partial(scorer.score, rollouts), options.repetitions) / step
-            print(f"  {name:24}{shares[name]:7.1%} of a step")
+    step = median_seconds(make_step, repetitions)
+    print(f"a step of {len(prompts)} images: {step:.2f} s")
+    shares = {}
+    for name in BUNDLED:
+        judge = make_judge(config, name)
+        shares[name] = median_seconds(partial(judge.score, rollouts), repetitions) / step
+        print(f"  {name:24}{shares[name]:7.1%} of a step")
+    with serve(make_reward("slow", slow)) as url:
+        judge = make_judge(config, url)
+        time_of = partial(median_seconds, repetitions=repetitions)
+        making = time_of(lambda: list(passes(view, prompts, images_per_pass)))
+        scoring = time_of(lambda: judge.score(rollouts))
+        both = time_of(lambda: judge.score(passes(view, prompts, images_per_pass)))
+    hidden = (making + scoring - both) / scoring
+    print(f"a rollout of {len(rollouts)} passes: {making:.2f} s")
+    print(f"scoring it over HTTP, {SECONDS} s a request: {scoring:.2f} s")
+    print(f"scoring while the next pass is made: {both:.2f} s, {hidden:.0%} of the scoring hidden")
+    return {"step": step, "shares": shares, "making": making, "scoring": scoring, "both": both}
 
-        with served(make_reward("slow", slow)) as url:
-            remote = judge(load_rewards({url: 1.0}))
-            making = timed(lambda: list(passes(view, prompts, each)), options.repetitions)
-            scoring = timed(lambda: remote.score(rollouts), options.repetitions)
-            both = timed(lambda: remote.score(passes(view, prompts, each)), options.repetitions)
-        print(
-            f"a rollout of {len(rollouts)} passes: {making:.2f} s; scoring it behind HTTP, {SECONDS} s a request: {scoring:.2f} s"
-        )
-        print(
-            f"scoring while the next is made: {both:.2f} s, {(making + scoring - both) / scoring:.0%} of the scoring hidden"
-        )
-        return {"step": step, "shares": shares, "making": making, "scoring": scoring, "both": both}
+
+def make_judge(config: Config, name: str) -> RolloutScorer:
+    """Return a scorer of one reward."""
+    train, rewards = config.train, load_rewards({name: 1.0})
+    return RolloutScorer(
+        rewards, config.combine, config.advantage, train.images_per_pass, torch.device("cpu")
+    )
+
+
+def prompts_of_a_step(run: Run) -> Prompts:
+    """Return the first prompts of the file, as one step would train on them."""
+    train, prompts = run.config.train, read_prompts(run.config.data.prompts)
+    texts, keys = [], []
+    for slot in range(train.prompts_per_step):
+        texts += [prompts[slot]] * train.images_per_prompt
+        keys += [(0, 0, slot, image) for image in range(train.images_per_prompt)]
+    return make_prompts(run.state.policy.at("policy"), texts, keys)
 
 
 if __name__ == "__main__":

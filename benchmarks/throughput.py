@@ -1,8 +1,11 @@
-"""How much of a training step is the model's own work: python benchmarks/throughput.py [MODEL_FOLDER] [options]
+"""Measure how much of a training step is the model's own work.
 
-Measures rollouts (`experience.collect`) and whole steps (`source` and `update`), and in the same process, turn by turn, the
-bare work they consist of: the very same transformer and decoder calls, with the adapter on, in a loop with nothing else.
-`--architecture sd3.5-medium` or `flux-dev` builds the published network with random weights instead of loading a folder.
+    python benchmarks/throughput.py [MODEL_FOLDER] [options]
+
+Times rollouts (`collect`) and whole steps (`source` and `update`). In the same process, by turns, it times the
+bare work they consist of: the same calls of transformer and decoder, with the adapter active, and
+nothing else. `--architecture sd3.5-medium` or `flux-dev` builds the published network with random
+weights instead of loading a folder.
 """
 
 import argparse
@@ -13,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from flowalign.config.sections import Config
 from flowalign.data.prompts import Prompt
 from flowalign.errors import UserError
 from flowalign.models import load_model
+from flowalign.models.base import FlowModel
 from flowalign.models.loading import describe
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
@@ -35,27 +40,31 @@ from flowalign.runs.failures import SkippedUpdate
 from flowalign.training.setup import assemble, Assembly, Inputs
 from flowalign.training.update import update
 
-PROMPTS = [
-    Prompt(f"a {color} {shape}")
-    for color in ("red", "green", "blue", "yellow")
-    for shape in ("circle", "square", "triangle")
-]
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
+PROMPTS = [Prompt(f"a {colour} {shape}") for colour, shape in product(COLOURS, SHAPES)]
+
+Kind = tuple[bool, tuple[torch.Size, ...]]
+"""What calls must share to cost the same: whether there is a gradient, and the shapes."""
+Seconds = dict[str, list[float]]
+"""Times of every part, one for each repetition."""
 
 
 @dataclass
 class Calls:
-    """The calls of a module while something else runs: an example of every kind, and how often."""
+    """The calls of a module while a step runs: an example of every kind, and its number."""
 
     module: nn.Module
-    kinds: dict[Any, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
-    counts: Counter[Any] = field(default_factory=Counter)
+    examples: dict[Kind, tuple[tuple, dict]] = field(default_factory=dict)
+    counts: Counter[Kind] = field(default_factory=Counter)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        def remember(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Record the calls made inside."""
+
+        def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
             tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
-            kind = torch.is_grad_enabled(), *(x.shape for x in tensors)
-            self.kinds.setdefault(kind, (args, kwargs))
+            kind = torch.is_grad_enabled(), tuple(x.shape for x in tensors)
+            self.examples.setdefault(kind, (args, kwargs))
             self.counts[kind] += 1
 
         handle = self.module.register_forward_pre_hook(remember, with_kwargs=True)
@@ -65,18 +74,21 @@ class Calls:
             handle.remove()
 
     def count(self, gradient: bool) -> int:
+        """Return the number of calls with or without gradient."""
         return sum(count for kind, count in self.counts.items() if kind[0] == gradient)
 
     def replay(self, gradient: bool) -> None:
-        """The same calls again and nothing else; with `gradient`, those that were trained, and their backward passes."""
-        for kind, (args, kwargs) in self.kinds.items():
-            if kind[0] != gradient:
-                continue
-            for _ in range(self.counts[kind]):
-                with torch.set_grad_enabled(gradient):
-                    out = self.module(*args, **kwargs)
-                if gradient:
-                    out[0].backward(torch.ones_like(out[0]))
+        """Repeat the calls with or without gradient; those with gradient also run backward."""
+        for kind, (args, kwargs) in self.examples.items():
+            if kind[0] == gradient:
+                for _ in range(self.counts[kind]):
+                    self._call(args, kwargs, gradient)
+
+    def _call(self, args: tuple, kwargs: dict, gradient: bool) -> None:
+        with torch.set_grad_enabled(gradient):
+            out = self.module(*args, **kwargs)
+        if gradient:
+            out[0].backward(torch.ones_like(out[0]))
 
 
 @dataclass
@@ -87,21 +99,23 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.counts, self.context = self.run.counts, self.run.context
-        model, train = self.run.policy.model, self.run.config.train
+        model = self.run.policy.model
         self.batch = self.context.step_prompts(0)
         self.rollout = self.collect()
         self.network, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
         with self.network.recording(), self.decoder.recording():
             self.step()
         self.peak_memory = peak_memory(model.device)
-        passes = self.counts.images_per_step // train.images_per_pass
-        made, trained = self.network.count(gradient=False), self.network.count(gradient=True)
-        assert made == passes * self.run.config.sampler.steps, (
-            f"{made} forwards for {passes} passes"
-        )
-        assert trained == passes * len(self.rollout.steps), (
-            f"{trained} trained forwards for {passes} passes"
-        )
+        self.verify_calls()
+
+    def verify_calls(self) -> None:
+        """Fail if the step made other calls than its sampler and its objective need."""
+        passes = self.counts.images_per_step // self.run.config.train.images_per_pass
+        sampled, trained = self.network.count(gradient=False), self.network.count(gradient=True)
+        steps, trained_steps = self.run.config.sampler.steps, len(self.rollout.steps)
+        assert sampled == passes * steps, f"{sampled} forwards for {passes} passes"
+        assert trained == passes * trained_steps, f"{trained} trained forwards for {passes} passes"
+        # The decoder takes a pass at once, or image by image.
         assert self.decoder.count(gradient=False) in (passes, self.counts.images_per_step)
 
     def step(self) -> None:
@@ -110,13 +124,13 @@ class Bench:
         update(self.run.state, self.run.config.objective, batch, self.run.config.train, fail)
 
     def collect(self) -> Rollout:
-        return collect(
-            self.run.policy.at("policy"), self.batch, self.run.config.train.images_per_pass
-        )
+        """Make the images of a step."""
+        images_per_pass = self.run.config.train.images_per_pass
+        return collect(self.run.policy.at("policy"), self.batch, images_per_pass)
 
-    def measure(self, repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-        """Seconds of every part, turn by turn, in an order that is reversed every other time."""
-        parts: dict[str, Callable[[], Any]] = {
+    def measure(self, repetitions: int, clock: Callable[[], float]) -> Seconds:
+        """Time every part. Its order is reversed every other time."""
+        parts: dict[str, Callable[[], object]] = {
             "rollout": self.collect,
             "bare forwards": lambda: self.network.replay(gradient=False),
             "bare decode": lambda: self.decoder.replay(gradient=False),
@@ -124,8 +138,9 @@ class Bench:
             "step": self.step,
             "bare backwards": lambda: self.network.replay(gradient=True),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        seconds: Seconds = {name: [] for name in parts}
         for repetition in range(repetitions):
+            # The machine's speed may drift: in both orders, no part is always measured last.
             for name in list(parts)[:: -1 if repetition % 2 else 1]:
                 self.run.state.optimizer.zero_grad()
                 seconds[name].append(timed(parts[name], clock, self.run.policy.model.device))
@@ -137,32 +152,35 @@ def fail(skipped: SkippedUpdate) -> None:
     raise RuntimeError(skipped.reason)
 
 
-def timed(action: Callable[[], Any], clock: Callable[[], float], device: torch.device) -> float:
+def timed(action: Callable[[], object], clock: Callable[[], float], device: torch.device) -> float:
+    """Return the seconds of an action, by a clock."""
+
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return clock()
 
-    began = now()
+    start = now()
     action()
-    return now() - began
+    return now() - start
 
 
-def results(bench: Bench, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians over the repetitions; a ratio is the median of every repetition's own."""
-    sums = [dict(zip(seconds, row, strict=True)) for row in zip(*seconds.values(), strict=True)]
-    bare_rollout = [row["bare forwards"] + row["bare decode"] for row in sums]
-    bare_step = [bare + row["bare backwards"] for bare, row in zip(bare_rollout, sums, strict=True)]
+def ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Return the median of the ratios of every repetition."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
-    def ratio(above: list[float], below: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
+def summarise(bench: Bench, seconds: Seconds) -> dict[str, Any]:
+    """Return medians over the repetitions, and ratios of the package's time to the bare work."""
+    forwards, decodes = seconds["bare forwards"], seconds["bare decode"]
+    bare_rollout = list(map(sum, zip(forwards, decodes, strict=True)))
+    bare_step = list(map(sum, zip(bare_rollout, seconds["bare backwards"], strict=True)))
     return {
         "images_per_second": bench.counts.images_per_step / statistics.median(seconds["rollout"]),
         "step_seconds": statistics.median(seconds["step"]),
         "rollout_ratio": ratio(seconds["rollout"], bare_rollout),
         "step_ratio": ratio(seconds["step"], bare_step),
-        "decode_share": ratio(seconds["bare decode"], seconds["step"]),
+        "decode_share": ratio(decodes, seconds["step"]),
         "reward_share": ratio(seconds["reward"], seconds["step"]),
         "peak_memory_bytes": bench.peak_memory,
         "images_per_step": bench.counts.images_per_step,
@@ -173,11 +191,9 @@ def results(bench: Bench, seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def build(options: argparse.Namespace) -> Bench:
-    """Build a run without a folder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = configuration(options)
-    family = ARCHITECTURES[options.architecture][1] if options.architecture else None
-    model = family(config.model, device) if family else load_model(config.model, device)
+    """Set up a run without a run folder."""
+    config = make_config(options)
+    model = make_model(options.architecture, config)
     train, rewards = config.train, load_rewards(config.rewards)
     counts = BatchPlan(
         train.prompts_per_step,
@@ -198,27 +214,16 @@ def build(options: argparse.Namespace) -> Bench:
     return Bench(assemble(inputs, model))
 
 
-def configuration(options: argparse.Namespace) -> Config:
-    if options.architecture:
-        family, path = ARCHITECTURES[options.architecture][0], f"random/{options.architecture}"
-        model = {
-            "name": family,
-            "path": path,
-            "dtype": "bfloat16",
-            "height": 512,
-            "width": 512,
-            "max_sequence_length": 128,
-        }
-    else:
-        model = asdict(describe(options.model))
-    asked = {
-        "dtype": options.dtype,
-        "height": options.side,
-        "width": options.side,
-        "max_sequence_length": options.tokens,
-    }
-    model |= {key: value for key, value in asked.items() if value is not None}
-    model |= {"gradient_checkpointing": options.gradient_checkpointing}
+def make_model(architecture: str | None, config: Config) -> FlowModel:
+    """Load the model of the configuration, or build a published one with random weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if architecture is None:
+        return load_model(config.model, device)
+    return ARCHITECTURES[architecture][1](config.model, device)
+
+
+def make_config(options: argparse.Namespace) -> Config:
+    """Build the configuration that the command line describes."""
     images = options.prompts * options.images_per_prompt
     train = {
         "prompts_per_step": options.prompts,
@@ -226,83 +231,95 @@ def configuration(options: argparse.Namespace) -> Config:
         "images_per_pass": images // options.passes,
         "max_bad_steps": 10**6,
     }
-    dynamics = {"name": "flow_sde", "eta": 0.7}
     sampler = {
         "steps": options.steps,
         "guidance": options.guidance,
         "window": {"size": options.window},
-        "dynamics": dynamics,
+        "dynamics": {"name": "flow_sde", "eta": 0.7},
     }
     sections = {
-        "model": model,
+        "model": model_section(options),
         "sampler": sampler,
         "train": train,
         "rewards": {options.reward: 1.0},
-        "data": {"prompts": "those above"},
+        "data": {"prompts": "PROMPTS of this file"},
     }
     return build_config(sections, Path("throughput"))
 
 
-def main() -> None:
+def model_section(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the `model` section: that of the folder or architecture, with the options."""
+    if options.architecture:
+        section = {
+            "name": ARCHITECTURES[options.architecture][0],
+            "path": f"random/{options.architecture}",
+            "dtype": "bfloat16",
+            "height": 512,
+            "width": 512,
+            "max_sequence_length": 128,
+        }
+    else:
+        section = asdict(describe(options.model))
+    overrides = {
+        "dtype": options.dtype,
+        "height": options.side,
+        "width": options.side,
+        "max_sequence_length": options.tokens,
+    }
+    section |= {key: value for key, value in overrides.items() if value is not None}
+    return section | {"gradient_checkpointing": options.gradient_checkpointing}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", default="assets/tiny-sd3", metavar="MODEL_FOLDER")
-    parser.add_argument(
-        "--architecture", choices=ARCHITECTURES, help="random weights instead of a folder"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="of the sampler")
-    parser.add_argument("--prompts", type=int, default=8, help="a step")
-    parser.add_argument("--images-per-prompt", type=int, default=8)
-    parser.add_argument(
-        "--passes", type=int, default=1, help="in which a step's images are made and trained"
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=0,
-        help="stochastic steps, which are the trained ones; 0 for all but the last",
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, help="above 1, every call has a doubled batch"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--side", type=int, help="height and width of the pictures")
-    parser.add_argument("--tokens", type=int, help="model.max_sequence_length")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--reward", default="scene_match_graded")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="the process's own time, where others share the processor",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    add = parser.add_argument
+    add("model", nargs="?", default="assets/tiny-sd3", metavar="MODEL_FOLDER")
+    add("--architecture", choices=ARCHITECTURES, help="random weights instead of a folder")
+    add("--steps", type=int, default=10, help="sampler steps")
+    add("--prompts", type=int, default=8, help="prompts of a training step")
+    add("--images-per-prompt", type=int, default=8)
+    add("--passes", type=int, default=1, help="passes that a step's images are split into")
+    add("--window", type=int, default=0, help="number of stochastic steps; 0: all but the last")
+    add("--guidance", type=float, default=1.0, help="above 1, every call has a doubled batch")
+    add("--dtype", choices=("float32", "bfloat16", "float16"))
+    add("--side", type=int, help="height and width of the pictures")
+    add("--tokens", type=int, help="model.max_sequence_length")
+    add("--gradient-checkpointing", action="store_true")
+    add("--reward", default="scene_match_graded")
+    add("--repetitions", type=int, default=5)
+    add("--cpu-time", action="store_true", help="time of this process, on a shared machine")
+    add("--output", type=Path, metavar="FILE.json")
+    return parser
+
+
+def main() -> None:
+    """Print the figures, and write them where --output says."""
+    parser = make_parser()
     options = parser.parse_args()
     try:
         bench = build(options)
     except UserError as error:
         parser.error(str(error))
-    device = bench.run.policy.model.device
-    measured = bench.measure(
-        options.repetitions, time.process_time if options.cpu_time else time.perf_counter
-    )
-    found = results(bench, measured)
-    for name, value in found.items():
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    seconds = bench.measure(options.repetitions, clock)
+    results = summarise(bench, seconds)
+    for name, value in results.items():
         if not isinstance(value, dict):
-            print(
-                f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.3f}"
-            )
+            form = "," if isinstance(value, int) else ".3f"
+            print(f"{name:24}{value:>12{form}}")
     if options.output:
         settings = {key: value for key, value in vars(options).items() if key != "output"}
-        about = {
+        record = {
             "settings": settings,
-            "environment": environment(device, 1),
-            "results": found,
-            "repetitions": measured,
+            "environment": environment(bench.run.policy.model.device, 1),
+            "results": results,
+            "repetitions": seconds,
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(about, indent=2))
+        options.output.write_text(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":
