@@ -1,8 +1,12 @@
-"""What `flowalign plan` says against what is measured: python benchmarks/plan.py [CASE ...] [--output FILE.json]
+"""Compare what `flowalign plan` says with what is measured.
 
-Runs the bundled models, prints a row for every case, and as a ratio plan / measured: what one pass keeps for its backward pass,
-the most that pass allocates, the most there is in a whole step (weights, adapters, optimiser, the step's latents and
-embeddings included), floating-point operations of a step, and the calls of the transformer.
+    python benchmarks/plan.py [CASE ...] [--output FILE.json]
+
+Runs the bundled models and prints a row for each case. A cell holds the measured figure and, in
+parentheses, plan / measured. The figures are the bytes that one pass keeps for its backward pass,
+the most that the pass allocates, the most that a whole step needs (with weights, adapters, the
+optimiser, and the step's latents and embeddings), and the floating-point operations of a step. The
+last column says whether the calls of the transformer agree.
 """
 
 import argparse
@@ -13,11 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn, Tensor
 from torch.profiler import profile, ProfilerActivity, record_function
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -64,7 +69,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["train.images_per_pass=4", "sampler.steps=2", "rewards={brightness: 1.0}"],
     ),
 }
-"""Names to a file of configs/tiny and overrides."""
+"""For each case, a file of configs/tiny and overrides."""
 COLUMNS = {
     "parameters": "parameters, M",
     "weights": "weights, MB",
@@ -75,13 +80,16 @@ COLUMNS = {
 }
 
 
-def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+Shape = torch.Size
+
+
+def attention_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
     """Count the operations of attention from the shapes of its inputs."""
     return sdpa_flop_count(query, key, value)
 
 
 def attention_backward_flops(
-    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+    gradient: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object
 ) -> int:
     """Count the operations of attention's gradient from the shapes of its inputs."""
     return sdpa_backward_flop_count(gradient, query, key, value)
@@ -98,66 +106,85 @@ CPU_ATTENTION = {
 
 @dataclass
 class Figures:
-    """Of a run's step, in bytes where nothing else is said."""
+    """Figures of one training step, in bytes unless the name says otherwise."""
 
     parameters: int
+    """Number of parameters of all networks."""
     weights: int
     kept: int
+    """Saved by one pass for its backward pass."""
     pass_peak: int
+    """The most that one pass allocates."""
     peak: int
+    """The most that a step needs in all."""
     flops: int
     calls: dict[str, int]
+    """Calls of the transformer by kind."""
+
+
+Comparison = TypedDict(
+    "Comparison",
+    {
+        "plan": dict[str, Any],
+        "measured": dict[str, Any],
+        "ratios": dict[str, float],
+        "same calls": bool,
+    },
+)
+"""The two sides of a case, plan / measured for every figure of COLUMNS, and whether calls agree."""
 
 
 def planned(config: Config) -> Figures:
+    """Return the figures that the plan says."""
     plan = rehearse(config)
-    weights, calls = sum(plan.weights.values()), {name: plan.work[name] for name in CALLS}
-    peak = max(plan.peaks["while images are made"], plan.peaks["in an update"])
     return Figures(
-        sum(plan.parameters.values()), weights, plan.kept, plan.pass_peak, peak, plan.flops, calls
+        parameters=sum(plan.parameters.values()),
+        weights=sum(plan.weights.values()),
+        kept=plan.kept,
+        pass_peak=plan.pass_peak,
+        peak=max(plan.peaks["while images are made"], plan.peaks["in an update"]),
+        flops=plan.flops,
+        calls={name: plan.work[name] for name in CALLS},
     )
 
 
 def measured(config: Config) -> Figures:
-    """Of the run's first step, the optimiser's moments in place."""
-    gc.collect()  # what goes while allocations are watched would count as given back
-    inputs, model = (
-        read_inputs(config),
-        load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    """Measure the run's first step. The optimiser already has its moments."""
+    # Memory that is freed while allocations are watched would be subtracted.
+    gc.collect()
+    inputs = read_inputs(config)
+    model = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     networks = [part for part in model.pipe.components.values() if isinstance(part, nn.Module)]
-    tensors = [tensor for part in networks for tensor in [*part.parameters(), *part.buffers()]]
-    parameters, weights = (
-        sum(p.numel() for part in networks for p in part.parameters()),
-        total(tensors),
-    )
-    resident = total(
-        [
-            x
-            for part in (model.transformer, model.vae)
-            for x in [*part.parameters(), *part.buffers()]
-        ]
-    )
-    runs, calls = list[Assembly](), Counter[str]()
-    operations = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    # Counted now: the policy adds adapters to the transformer, which the plan counts separately.
+    parameters = sum(p.numel() for network in networks for p in network.parameters())
+    weights = sum(size(tensors_of(network)) for network in networks)
+    # Text encoders are on the device only while prompts are encoded.
+    resident = size([*tensors_of(model.transformer), *tensors_of(model.vae)])
+    runs = list[Assembly]()
 
-    def begin() -> None:
+    def prepare() -> None:
         runs.append(assemble(inputs, model))
         for parameter in runs[0].policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        runs[0].state.optimizer.step()  # makes the moments
+        # AdamW makes its moments in its first step.
+        runs[0].state.optimizer.step()
 
-    peak = resident + allocated(model.device, begin, lambda: step(runs[0]))
-    with operations, counted(model.transformer, calls):
-        step(runs[0])
-    kept, pass_peak = of_one_pass(runs[0])
+    peak = resident + peak_of(model.device, lambda: step(runs[0]), prepare)
+    flops, calls = count_work(runs[0])
+    kept, pass_peak = memory_of_one_pass(runs[0])
     return Figures(
-        parameters, weights, kept, pass_peak, peak, operations.get_total_flops(), dict(calls)
+        parameters=parameters,
+        weights=weights,
+        kept=kept,
+        pass_peak=pass_peak,
+        peak=peak,
+        flops=flops,
+        calls=calls,
     )
 
 
 def step(run: Assembly) -> None:
-    """The first, as the trainer's."""
+    """Make the first training step, as the trainer does."""
     train = run.config.train
     batch, _ = run.source(0)
     for piece in batch.pieces(len(batch) // train.updates_per_step):
@@ -168,33 +195,35 @@ def step(run: Assembly) -> None:
         run.state.optimizer.step()
 
 
-def of_one_pass(run: Assembly) -> tuple[int, int]:
-    """Bytes that the first pass of an update keeps, and the most it allocates."""
+def count_work(run: Assembly) -> tuple[int, dict[str, int]]:
+    """Return the operations of a step, and the calls of the transformer by kind."""
+    operations = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with operations, counted_calls(run.policy.model.transformer) as calls:
+        step(run)
+    return operations.get_total_flops(), dict(calls)
+
+
+def memory_of_one_pass(run: Assembly) -> tuple[int, int]:
+    """Return the bytes that the first pass of an update keeps, and the most it allocates."""
     objective, policy, train = run.config.objective, run.policy, run.config.train
     batch, _ = run.source(0)
-    taught = batch[: len(batch) // train.updates_per_step].trainable_rows()
-    piece = objective.prepare(policy.at("policy"), taught).passes(train.images_per_pass)[0]
+    rows = batch[: len(batch) // train.updates_per_step].trainable_rows()
+    piece = objective.prepare(policy.at("policy"), rows).passes(train.images_per_pass)[0]
     draw = next(iter(objective.draws(piece)))
-    model = policy.model
-    given = [
-        x for x in [*vars(piece).values(), *vars(piece.cond).values()] if isinstance(x, Tensor)
-    ]
-    known = [
-        *given,
-        *model.transformer.parameters(),
-        *model.transformer.buffers(),
-        *model.vae.parameters(),
-    ]
-    kept = saved(lambda: objective.loss(policy, piece, draw).total, known)
-    peak = allocated(
-        model.device, lambda: None, lambda: objective.loss(policy, piece, draw).total.backward()
-    )
-    return kept, peak
+
+    def loss() -> Tensor:
+        return objective.loss(policy, piece, draw).total
+
+    inputs = [x for x in tree_leaves([vars(piece), vars(piece.cond)]) if isinstance(x, Tensor)]
+    networks = policy.model.transformer, policy.model.vae
+    kept = saved_bytes(loss, [*inputs, *tensors_of(networks[0]), *tensors_of(networks[1])])
+    return kept, peak_of(policy.model.device, lambda: loss().backward())
 
 
-def saved(loss: Callable[[], Tensor], known: list[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps once the loss is there, but for those known before."""
-    before, storages = {tensor.untyped_storage().data_ptr() for tensor in known}, dict[int, int]()
+def saved_bytes(loss: Callable[[], Tensor], known: list[Tensor]) -> int:
+    """Return the bytes of the storages that autograd keeps, without those of known tensors."""
+    before = {tensor.untyped_storage().data_ptr() for tensor in known}
+    storages = dict[int, int]()
 
     def remember(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -202,86 +231,105 @@ def saved(loss: Callable[[], Tensor], known: list[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         total = loss()
+    # While the graph lives, no address can be given out a second time.
     total.backward()
-    return sum(size for place, size in storages.items() if place not in before)
+    return sum(size for address, size in storages.items() if address not in before)
 
 
-def allocated(device: torch.device, prepare: Callable[[], None], action: Callable[[], None]) -> int:
-    """The most bytes there are while `action` runs, of those that the allocator gave out since before `prepare`."""
+def peak_of(
+    device: torch.device, action: Callable[[], None], prepare: Callable[[], None] = lambda: None
+) -> int:
+    """Return the most bytes that are allocated during `action`, since before `prepare`."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         prepare()
         torch.cuda.reset_peak_memory_stats(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         prepare()
         with record_function("action"):
             action()
-    assert seen.profiler is not None
-    assert seen.profiler.kineto_results is not None
-    results = [
-        event
-        for event in seen.profiler.kineto_results.events()
-        if event.name() in ("[memory]", "action")
-    ]
-    began = next(event.start_ns() for event in results if event.name() == "action")
-    live = most = 0
-    for event in sorted(results, key=lambda event: event.start_ns()):
-        live += event.nbytes() if event.name() == "[memory]" else 0
-        most = max(most, live) if event.start_ns() >= began else 0
-    return most
+    return peak_of_profile(profiler)
+
+
+def peak_of_profile(profiler: profile) -> int:
+    """Return the most bytes allocated after "action" began."""
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == "action")
+    allocations = [event for event in events if event.name() == "[memory]"]
+    # The action may allocate nothing before it frees: what is there at its start counts too.
+    live = sum(event.nbytes() for event in allocations if event.start_ns() < start)
+    peak = live
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        if event.start_ns() >= start:
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 @contextmanager
-def counted(transformer: nn.Module, calls: Counter[str]) -> Iterator[None]:
-    """Its calls, by kind."""
+def counted_calls(transformer: nn.Module) -> Iterator[Counter[str]]:
+    """Count the calls of the transformer by kind while the context is open."""
+    calls = Counter[str]()
 
-    def answered(_: nn.Module, __: Any, out: Any) -> None:
+    def before(_: nn.Module, __: tuple) -> None:
+        calls[CALLS[torch.is_grad_enabled()]] += 1
+
+    def after(_: nn.Module, __: tuple, out: tuple[Tensor, ...]) -> None:
         if out[0].requires_grad:
             out[0].register_hook(lambda _: calls.update([CALLS[2]]))
 
+    # A hook on the output counts backward passes: with recomputation, a forward runs twice.
     handles = [
-        transformer.register_forward_pre_hook(
-            lambda _, __: calls.update([CALLS[torch.is_grad_enabled()]])
-        ),
-        transformer.register_forward_hook(answered),
+        transformer.register_forward_pre_hook(before),
+        transformer.register_forward_hook(after),
     ]
     try:
-        yield
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def total(tensors: list[Tensor]) -> int:
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a network."""
+    return [*network.parameters(), *network.buffers()]
+
+
+def size(tensors: list[Tensor]) -> int:
+    """Return the bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def compared(name: str) -> dict[str, Any]:
-    """The figures of a case, and every plan over its measurement."""
+def compare(name: str) -> Comparison:
+    """Plan and measure a case."""
     file, overrides = CASES[name]
     config = load_config(ROOT / "configs" / "tiny" / f"{file}.yaml", [*SMALL, *overrides])
-    plan, found = planned(config), measured(config)
-    ratios = {key: getattr(plan, key) / max(1, getattr(found, key)) for key in COLUMNS}
+    plan, figures = planned(config), measured(config)
+    ratios = {key: getattr(plan, key) / max(1, getattr(figures, key)) for key in COLUMNS}
     return {
         "plan": asdict(plan),
-        "measured": asdict(found),
+        "measured": asdict(figures),
         "ratios": ratios,
-        "same calls": plan.calls == found.calls,
+        "same calls": plan.calls == figures.calls,
     }
 
 
-def line(name: str, found: dict[str, Any]) -> str:
-    cells = [f"{found['measured'][key] / 1e6:,.2f} ({found['ratios'][key]:.3f})" for key in COLUMNS]
-    return f"| {name} | {' | '.join(cells)} | {'yes' if found['same calls'] else 'no'} |"
+def table_row(name: str, case: Comparison) -> str:
+    """Return the row of a case."""
+    cells = [f"{case['measured'][key] / 1e6:,.2f} ({case['ratios'][key]:.3f})" for key in COLUMNS]
+    return f"| {name} | {' | '.join(cells)} | {'yes' if case['same calls'] else 'no'} |"
 
 
 def main() -> None:
+    """Print the table, and write it where --output says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {'; '.join(CASES)}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of {'; '.join(CASES)}")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -289,8 +337,8 @@ def main() -> None:
     print(f"| measured, and plan / measured | {' | '.join(COLUMNS.values())} | equal calls |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for name in options.cases or CASES:
-        results[name] = compared(name)
-        print(line(name, results[name]), flush=True)
+        results[name] = compare(name)
+        print(table_row(name, results[name]), flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=2))

@@ -118,6 +118,7 @@ def measure(run: Run, repetitions: int) -> dict[str, Any]:
         judge = make_judge(config, name)
         shares[name] = median_seconds(partial(judge.score, rollouts), repetitions) / step
         print(f"  {name:24}{shares[name]:7.1%} of a step")
+    # Passes are made lazily, so that `score` can score one while the next is made.
     with serve(make_reward("slow", slow)) as url:
         judge = make_judge(config, url)
         time_of = partial(median_seconds, repetitions=repetitions)

@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py [MODEL_FOLDER] [options]
 
-Times rollouts (`collect`) and whole steps (`source` and `update`). In the same process, by turns, it times the
-bare work they consist of: the same calls of transformer and decoder, with the adapter active, and
-nothing else. `--architecture sd3.5-medium` or `flux-dev` builds the published network with random
-weights instead of loading a folder.
+Times rollouts (`collect`) and whole steps (`source` and `update`). In the same process, by turns,
+it times the bare work they consist of: the same calls of transformer and decoder, with the adapter
+active, and nothing else. `--architecture sd3.5-medium` or `flux-dev` builds the published network
+with random weights instead of loading a folder.
 """
 
 import argparse
@@ -156,6 +156,7 @@ def timed(action: Callable[[], object], clock: Callable[[], float], device: torc
     """Return the seconds of an action, by a clock."""
 
     def now() -> float:
+        # Calls on a GPU return before their work is done.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return clock()

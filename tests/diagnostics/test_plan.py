@@ -40,7 +40,7 @@ def compared(case: str) -> dict:
     """Ratios of plan and measurement, by the benchmark."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        return importlib.import_module("plan").compared(case)
+        return importlib.import_module("plan").compare(case)
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
 
