@@ -5,7 +5,7 @@ They cost what the published models cost, and need no download. Their pictures a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -109,25 +109,29 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
 class RandomSD35Medium(SD3):
     """Stable Diffusion 3.5 medium with random weights and embeddings."""
 
-    pipeline_class: ClassVar = RandomSD35MediumPipeline
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusion3Pipeline]:
+        """Return the pipeline that builds random networks."""
+        return RandomSD35MediumPipeline
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return random embeddings of the published shapes."""
-        return torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096), torch.randn(
-            len(texts), 2048
-        )
+        embeds = torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096)
+        return {"embeds": embeds, "pooled": torch.randn(len(texts), 2048)}
 
 
 class RandomFluxDev(Flux):
     """Flux-dev with random weights and embeddings."""
 
-    pipeline_class: ClassVar = RandomFluxDevPipeline
+    @classmethod
+    def pipeline_class(cls) -> type[FluxPipeline]:
+        """Return the pipeline that builds random networks."""
+        return RandomFluxDevPipeline
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return random embeddings of the published shapes."""
-        return torch.randn(len(texts), self.config.max_sequence_length, 4096), torch.randn(
-            len(texts), 768
-        )
+        embeds = torch.randn(len(texts), self.config.max_sequence_length, 4096)
+        return {"embeds": embeds, "pooled": torch.randn(len(texts), 768)}
 
 
 ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {

@@ -111,7 +111,7 @@ def saved_bytes(policy: Policy, loss: Callable[[], Tensor]) -> int:
 
 def weights_of(policy: Policy) -> Iterator[nn.Parameter]:
     """Yield the parameters of all networks of the model."""
-    for part in policy.model.pipe.components.values():
+    for part in policy.model.networks().values():
         if isinstance(part, nn.Module):
             yield from part.parameters()
 

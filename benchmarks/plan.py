@@ -154,7 +154,7 @@ def measured(config: Config) -> Figures:
     gc.collect()
     inputs = read_inputs(config)
     model = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    networks = [part for part in model.pipe.components.values() if isinstance(part, nn.Module)]
+    networks = model.networks().values()
     # Counted now: the policy adds adapters to the transformer, which the plan counts separately.
     parameters = sum(p.numel() for network in networks for p in network.parameters())
     weights = sum(size(tensors_of(network)) for network in networks)

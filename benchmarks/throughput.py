@@ -31,7 +31,7 @@ from flowalign.data.prompts import Prompt
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
-from flowalign.models.loading import describe
+from flowalign.models.families import describe
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect

@@ -264,7 +264,7 @@ def load_model(source: "str | Path | ModelConfig", device: str | None = None) ->
     from flowalign import distributed
     from flowalign.models import load_model
     from flowalign.models.config import ModelConfig
-    from flowalign.models.loading import describe
+    from flowalign.models.families import describe
 
     config = source if isinstance(source, ModelConfig) else describe(str(source))
     with screen.shown():

@@ -5,7 +5,7 @@ never on processes, passes or history.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -17,35 +17,69 @@ from flowalign.flow import Latent, PerImage
 
 @dataclass(frozen=True)
 class Cond:
-    """What a velocity is conditioned on. Rows are images."""
+    """What a velocity is conditioned on. Rows are images: every tensor is (B, ...).
 
-    embeds: Tensor  # (B, tokens, width)
-    pooled: Tensor  # (B, width)
-    null_embeds: Tensor  # (B, tokens, width)  of the empty prompt
-    null_pooled: Tensor  # (B, width)
+    The names of the inputs are the model family's business; nothing else reads them.
+    """
+
+    inputs: dict[str, Tensor]
+    """Inputs of the network that belong to the prompts, such as embeddings and masks, by name."""
+    null: dict[str, Tensor]
+    """The same inputs for the empty prompt, which classifier-free guidance starts from."""
     guidance: float = 1.0
-    """Classifier-free: v_null + guidance (v - v_null); 1 asks the model once."""
-    embedded_guidance: float = 3.5
-    """What a guidance-distilled model (Flux-dev) is told; others take no notice."""
+    """Scale of classifier-free guidance. 1 means none, and the network runs on the prompts alone."""
 
     def guided(self, guidance: float) -> Self:
+        """Return the same inputs under another guidance scale."""
         return replace(self, guidance=guidance)
 
     def unguided(self) -> Self:
-        return replace(self, guidance=1.0)
+        """Return the same inputs without guidance."""
+        return self.guided(1.0)
 
     def twice(self) -> Self:
-        """For a batch laid behind itself."""
-        return self.map(lambda tensor: torch.cat([tensor, tensor]))
+        """Return all rows and then all rows again, for a batch that is doubled in the same way."""
+        return self.map(lambda rows: torch.cat([rows, rows]))
 
-    def map(self, function: Any) -> Self:
-        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)[:4]})
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor, the null inputs included."""
+        inputs = {name: function(rows) for name, rows in self.inputs.items()}
+        null = {name: function(rows) for name, rows in self.null.items()}
+        return replace(self, inputs=inputs, null=null)
 
-    def __getitem__(self, index: Any) -> Self:
-        return self.map(lambda tensor: tensor[index])
+    @classmethod
+    def concatenate(cls, conds: "Sequence[Cond]") -> "Cond":
+        """Join conditions of one family, which share their guidance, row after row."""
+        first = conds[0]
+        inputs, null = (
+            {name: _join([getattr(cond, side)[name] for cond in conds]) for name in first.inputs}
+            for side in ("inputs", "null")
+        )
+        return replace(first, inputs=inputs, null=null)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the inputs."""
+        return next(iter(self.inputs.values())).device
+
+    def __getitem__(self, index: slice | list[int]) -> Self:
+        return self.map(lambda rows: rows[index])
 
     def __len__(self) -> int:
-        return len(self.embeds)
+        return len(next(iter(self.inputs.values())))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    # All images usually share the empty prompt as views of one row. Copies would double the
+    # memory that embeddings take, so such views are joined into a longer view of that row.
+    first = parts[0]
+    shared = all(
+        part.data_ptr() == first.data_ptr() and (len(part) == 1 or part.stride(0) == 0)
+        for part in parts
+    )
+    if shared and first.numel():
+        return first[:1].expand(sum(map(len, parts)), *first.shape[1:])
+    return torch.cat(parts)
 
 
 @dataclass
@@ -63,7 +97,7 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        return self.cond.embeds.device
+        return self.cond.device
 
     @property
     def group(self) -> Tensor:

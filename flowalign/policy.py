@@ -1,16 +1,14 @@
-"""The policy: a model, named LoRA adapters, and the sampler that makes images with them."""
+"""The policy: a model with named LoRA adapters, and the sampler that makes images with them."""
 
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, cast, Self
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast, Self, TYPE_CHECKING
 
 import torch
-from peft import get_peft_model_state_dict, LoraConfig, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
@@ -30,52 +28,73 @@ from flowalign.settings.types import (
     WrongSetting,
 )
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 
 @dataclass
 class Sampler(Settings):
-    """How images are made."""
+    """How images are made from noise."""
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Steps from noise to image, each one forward of the transformer."""
     dynamics: Any = None
-    """(x, v, t, s) -> Gaussian; the ODE when there is none. In a YAML by name, with its fields: {name: flow_sde, eta: 0.7}."""
+    """A step (x, v, t, s) -> Gaussian; None is the ODE.
+
+    In a YAML file it is a name with its settings: {name: flow_sde, eta: 0.7}.
+    """
     guidance: Guidance = 1.0
-    """Classifier-free; 1 for none."""
+    """Scale of classifier-free guidance; 1 means none."""
     embedded_guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
-    """What Flux-dev is told."""
+    """Guidance scale that a model with distilled guidance takes as an input."""
     window: Window = field(default_factory=Window)
+    """Which steps of the path are stochastic."""
     same_noise: bool = False
-    """Whether the rollouts of a group start from one noise and differ by their stochastic steps alone (DanceGRPO)."""
+    """If true, all images of a prompt start from one noise (DanceGRPO, arXiv 2505.07818).
+
+    They then differ by their stochastic steps alone.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.dynamics = self.dynamics or ode
 
     def stochastic_steps(self, step: int, seed: int) -> range:
-        """Of a path, in this training step."""
-        return (
-            self.window.steps(self.steps, step, seed) if is_stochastic(self.dynamics) else range(0)
-        )
+        """Return the stochastic steps of a path in this training step."""
+        if not is_stochastic(self.dynamics):
+            return range(0)
+        return self.window.steps(self.steps, step, seed)
 
 
 @dataclass
 class Decay(Settings):
-    """How a copy follows the policy: copy ← decay · copy + (1 - decay) · policy, `decay` a function of the updates so far.
+    """How a copy of the adapter follows the one that trains.
 
-    decay(n) = value + slope · (n - start), at most `end`; `value` before `start`. 0 copies, 1 never follows.
+    After n updates,
+        copy ← decay(n) · copy + (1 - decay(n)) · policy,
+        decay(n) = min(end, value + slope · max(0, n - start)).
+    A decay of 0 copies the policy, 1 leaves the copy as it is.
     """
 
     start: CountOrZero = 0
+    """Updates before the decay begins to rise."""
     value: Share = 0.0
+    """Decay until then."""
     slope: NonNegative = 0.0
+    """Rise of the decay per update."""
     end: Share = 1.0
+    """Largest decay."""
     every: Count = 1
+    """The copy changes after every so many updates only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.value > self.end:
-            raise WrongSetting(f"value is {self.value}, but end {self.end}; write value <= end.")
+            raise WrongSetting(f"value is {self.value}, but end is {self.end}. Write value <= end.")
 
     def __call__(self, updates: int) -> float:
+        """Return the decay after a number of updates."""
         if updates % self.every:
             return 1.0
         return min(self.end, self.value + self.slope * max(0, updates - self.start))
@@ -83,26 +102,28 @@ class Decay(Settings):
 
 @dataclass
 class Path:
-    """The latents a sampler visited, and the log-probability of every stochastic step."""
+    """The latents that a sampler visited, and the log-probabilities of its steps."""
 
     x: Latent  # (B, K + 1, *latent)
-    log_prob: Tensor  # (B, K)  0 where the step is deterministic
+    """Latents from noise to x0, (B, K + 1, *latent)."""
+    log_prob: Tensor  # (B, K)
+    """Log-probability of every step, (B, K); 0 where the step is deterministic."""
     steps: range
     """The stochastic steps."""
 
 
 class Policy:
-    """π_θ: velocities and sampler steps under the weights named `weights`.
+    """π_θ: velocities and sampler steps under the weights that `weights` names.
 
-    "policy" is the adapter that trains, "reference" the model without adapters, other names are snapshots. The model's
-    adapters always stand at "policy" between calls, so that a backward pass finds them there.
+    "policy" is the adapter that trains and "reference" the model without adapters; other names are
+    snapshots. Between calls the active adapter is always "policy", so that `backward` finds it.
     """
 
     def __init__(
         self,
         model: FlowModel,
         sampler: Sampler,
-        snapshots: list[str] | None = None,
+        snapshots: Sequence[str] | None = None,
         images_per_pass: int | None = None,
     ):
         self.model, self.sampler, self.images_per_pass = model, sampler, images_per_pass
@@ -110,60 +131,78 @@ class Policy:
         self.times = model.schedule(sampler.steps)
         self.lora = lora_config(model)
         self.snapshots = list(snapshots or [])
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # PEFT warns of a second adapter, which is what is meant
-            for name in [*self.snapshots, "policy"]:
-                model.transformer.add_adapter(self.lora, name)
-        self._layers = [
-            layer for layer in model.transformer.modules() if isinstance(layer, BaseTunerLayer)
-        ]
-        for parameter in model.transformer.parameters():
-            parameter.requires_grad_(False)
-        for name in [*self.snapshots, "policy"]:
-            for parameter in self.parameters(name):
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(name == "policy")
+        self._layers = self._add_adapters()
+        self._train_policy_only()
         for name in self.snapshots:
             self.update_copy(name, 0.0)
 
+    def _add_adapters(self) -> list["BaseTunerLayer"]:
+        """Put all adapters on the model and return the layers that hold them."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds to import
+
+        with warnings.catch_warnings():
+            # PEFT warns about a second adapter, which is intended here.
+            warnings.simplefilter("ignore", UserWarning)
+            # The last adapter that is added is the active one, so the policy comes last.
+            for name in [*self.snapshots, "policy"]:
+                self.model.add_adapter(self.lora, name)
+        modules = self.model.transformer.modules()
+        # Listed once: searching all modules takes 2 ms, as long as a small forward.
+        return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
+    def _train_policy_only(self) -> None:
+        """Make the policy's matrices the only trainable ones, and all adapters float32."""
+        for parameter in self.model.transformer.parameters():
+            parameter.requires_grad_(False)
+        for name in [*self.snapshots, "policy"]:
+            for parameter in self.parameters(name):
+                # Updates are smaller than half precision resolves, so the masters are float32.
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(name == "policy")
+
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
-        """The adapter's matrices, in a fixed order."""
-        found = [p for key, p in self.model.transformer.named_parameters() if f".{name}." in key]
-        if len(found) != 2 * len(self._layers):
+        """Return the matrices of an adapter, in a fixed order."""
+        parameters = self.model.transformer.named_parameters()
+        matrices = [parameter for key, parameter in parameters if f".{name}." in key]
+        if len(matrices) != 2 * len(self._layers):
             raise RuntimeError(
-                f"{len(found)} matrices of adapter {name!r} on {len(self._layers)} layers"
+                f"{len(matrices)} matrices of adapter {name!r} on {len(self._layers)} layers"
             )
-        return found
+        return matrices
 
     def at(self, name: str) -> Self:
-        """A gradient-free view of the policy under other weights: "reference", a snapshot, or "policy" itself."""
+        """Return a gradient-free view under other weights: "reference", a snapshot or "policy"."""
         view = copy.copy(self)
         view.weights, view._gradient = name, False
         return view
 
     def sampling(self, sampler: Sampler) -> Self:
-        """The same weights under another sampler."""
+        """Return a view with the same weights under another sampler."""
         view = copy.copy(self)
         view.sampler, view.times = sampler, self.model.schedule(sampler.steps)
         return view
 
     def update_copy(self, name: str, decay: float) -> None:
-        """Name ← decay · name + (1 - decay) · policy."""
+        """Move a snapshot towards the policy: copy ← decay · copy + (1 - decay) · policy."""
         if decay == 1:
             return
         with torch.no_grad():
             for snapshot, parameter in zip(self.parameters(name), self.parameters(), strict=True):
-                snapshot.lerp_(parameter, 1 - decay) if decay else snapshot.copy_(parameter)
+                if decay:
+                    snapshot.lerp_(parameter, 1 - decay)
+                else:
+                    snapshot.copy_(parameter)  # exact, which lerp with a weight of 1 need not be
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        # The public switch walks every module and changes requires_grad, so the layers are set one by one.
+        # PEFT's public switch walks every module and changes requires_grad, so the layers are set
+        # one by one. They are set back even after an error: a backward pass under other weights
+        # would give the policy no gradient, without a word.
+        reference = self.weights == "reference"
         try:
             for layer in self._layers:
-                layer._disable_adapters = self.weights == "reference"
-                layer._active_adapter = ["policy" if self.weights == "reference" else self.weights]
+                layer._disable_adapters = reference
+                layer._active_adapter = ["policy" if reference else self.weights]
             with torch.set_grad_enabled(self._gradient and torch.is_grad_enabled()):
                 yield
         finally:
@@ -171,18 +210,26 @@ class Policy:
                 layer._disable_adapters, layer._active_adapter = False, ["policy"]
 
     def loss_scale(self, passes: int) -> float:
-        """What a loss is multiplied with before `backward`, so that float16 does not round its gradients to 0: a power of two."""
-        if self.model.transformer.dtype != torch.float16:
+        """Return the power of two that a loss is multiplied by before `backward`.
+
+        It keeps gradients in float16 from rounding to zero; other dtypes need none. A loss is a mean
+        over latent elements and passes, so its gradients are smaller by the product of both.
+        """
+        if self.model.dtype != torch.float16:
             return 1.0
         return 2.0 ** round(math.log2(math.prod(self.model.latent_shape) * max(1, passes)))
 
     def encode(self, prompts: list[str]) -> Cond:
-        """Embeddings of the prompts, with the sampler's guidance."""
-        cond = self.model.encode(prompts).guided(self.sampler.guidance)
-        return replace(cond, embedded_guidance=self.sampler.embedded_guidance)
+        """Return the inputs of the prompts under the sampler's guidance, one row per prompt."""
+        cond = self.model.encode(prompts, self.sampler.embedded_guidance)
+        return cond.guided(self.sampler.guidance)
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """v_θ(x, t), guided as `cond` says. A gradient-free view makes it in passes of `images_per_pass`."""
+        """Return v_θ(x, t), guided as `cond` says.
+
+        A gradient-free view computes it in passes of `images_per_pass`. With a gradient the caller
+        chooses the size of the pass, because that decides what is kept for the backward pass.
+        """
         if not len(x):
             return x
         size = len(x) if self._gradient else self.images_per_pass or len(x)
@@ -193,20 +240,27 @@ class Policy:
             )
 
     def step(self, x: Latent, k: int, cond: Cond, stochastic: bool = True) -> Gaussian:
-        """π_θ(x_{k+1} | x_k, cond); a deterministic step of the ODE where `stochastic` is False."""
+        """Return π_θ(x_{k+1} | x_k, cond); a step of the ODE if `stochastic` is False."""
         t, s = self.times[k], self.times[k + 1]
         v = self.velocity(x, x.new_full((len(x),), t), cond)
         dynamics: Dynamics = self.sampler.dynamics if stochastic else ode
         return dynamics(x, v, t, s)
 
     def generate(self, batch: Batch, purpose: str = "rollout", steps: range = range(0)) -> Path:
-        """Sample from noise to x0; the noise of every step comes from the batch's keys."""
+        """Sample from noise to x0. The noise of every step comes from the keys of the batch.
+
+        Args:
+            batch: One row per image.
+            purpose: Names the stream of noise, so that evaluations differ from rollouts.
+            steps: The stochastic steps; the others are steps of the ODE.
+        """
         shape, device = self.model.latent_shape, self.model.device
         x = self.start(batch, purpose)
         path, log_probs = [x], []
         for k in range(self.sampler.steps):
             gaussian = self.step(x, k, batch.cond, k in steps)
             if k in steps:
+                # Draw 0 is the initial noise, so step k takes draw k + 1.
                 x = gaussian.sample(batch.noise(purpose, k + 1, shape).to(device))
                 log_probs.append(gaussian.log_prob(x))
             else:
@@ -216,24 +270,26 @@ class Policy:
         return Path(torch.stack(path, 1), torch.stack(log_probs, 1), steps)
 
     def std(self, k: int) -> float:
-        """Of the noise that stochastic step k adds."""
+        """Return the standard deviation of the noise that stochastic step k adds."""
         nothing = torch.zeros(1, 1)
         return self.sampler.dynamics(nothing, nothing, self.times[k], self.times[k + 1]).std
 
     def start(self, batch: Batch, purpose: str = "rollout") -> Latent:
-        """The noise that the batch's images begin with."""
-        return batch.noise(purpose, 0, self.model.latent_shape, shared=self.sampler.same_noise).to(
-            self.model.device
-        )
+        """Return the noise that the images of the batch begin with."""
+        shape, shared = self.model.latent_shape, self.sampler.same_noise
+        return batch.noise(purpose, 0, shape, shared=shared).to(self.model.device)
 
     def unroll(self, x: Latent, cond: Cond, steps: range) -> Latent:
-        """ODE steps that a gradient passes through; of each only its input is kept for the backward pass."""
+        """Take ODE steps that a gradient passes through.
+
+        Only the input of each step is kept for the backward pass, which recomputes the rest.
+        """
         for k in steps:
             x = cast(Latent, checkpoint(self._ode_step, x, k, cond, use_reentrant=False))
         return x
 
     def denoise(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """x0 straight from x at t; only x is kept for the backward pass."""
+        """Return x0 in one step from x at t; only x is kept for the backward pass."""
         return cast(Latent, checkpoint(self._denoise, x, t, cond, use_reentrant=False))
 
     def _denoise(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
@@ -243,41 +299,50 @@ class Policy:
         return self.step(x, k, cond, stochastic=False).mean
 
     def decode(self, x0: Latent) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1]."""
+        """Return pictures (B, 3, H, W) in [0, 1]."""
         return self.model.decode(x0)
 
     def decode_checkpointed(self, x0: Latent) -> Tensor:
-        """As `decode`; only x0 is kept for the backward pass."""
+        """Return pictures like `decode`; only x0 is kept for the backward pass."""
         return cast(Tensor, checkpoint(self.decode, x0, use_reentrant=False))
 
     def state(self, name: str = "policy") -> dict[str, Tensor]:
-        """The adapter's matrices by the names PEFT gives them, without the adapter's name."""
+        """Return the matrices of an adapter by PEFT's names, which leave out the adapter's name."""
+        from peft import get_peft_model_state_dict
+
         return get_peft_model_state_dict(self.model.transformer, adapter_name=name)
 
     def load_state(self, state: dict[str, Tensor], name: str = "policy") -> None:
-        """Put matrices saved by `state` into an adapter. Raises UserError where they do not fit."""
-        if set(state) != set(self.state(name)):
-            missing = set(self.state(name)) ^ set(state)
+        """Put matrices saved by `state` into an adapter. Raises UserError if they do not fit."""
+        from peft import set_peft_model_state_dict
+
+        different = set(self.state(name)) ^ set(state)
+        if different:
             raise UserError(
-                f"the adapter does not fit the model: {len(missing)} matrices differ, {sorted(missing)[0]} for one."
+                f"the adapter does not fit the model: {len(different)} matrices differ, for example "
+                f"{min(different)}. Use an adapter of the same model and model.lora."
             )
         set_peft_model_state_dict(self.model.transformer, state, adapter_name=name)
 
 
-def lora_config(model: FlowModel) -> LoraConfig:
-    """PEFT's configuration of the adapter; UserError when no layer of the model is a target."""
+def lora_config(model: FlowModel) -> "LoraConfig":
+    """Return PEFT's settings of the adapter. Raises UserError if a target matches no layer."""
+    from peft import LoraConfig
+
     lora = model.config.lora
-    targets = lora.targets or model.lora_targets
-    names = [
-        name for name, module in model.transformer.named_modules() if isinstance(module, nn.Linear)
-    ]
+    targets = lora.targets or list(model.lora_targets)
+    modules = model.transformer.named_modules()
+    names = [name for name, module in modules if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+            endings = sorted({".".join(name.split(".")[-2:]) for name in names})
             raise UserError(
-                f"model.lora.targets: no layer's name ends with {target!r}; the layers end with {', '.join(ends)}."
+                f"model.lora.targets: no layer's name ends with {target!r}; "
+                f"the layers end with {', '.join(endings)}."
             )
-    init = {"default": True, "gaussian": "gaussian"}[lora.init]
     return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights=init
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        init_lora_weights=True if lora.init == "default" else "gaussian",
     )

@@ -20,7 +20,7 @@ from flowalign.evaluation.statistics import paired_difference
 from flowalign.files import to_json, write_file
 from flowalign.models import load_model
 from flowalign.models.config import Lora, ModelConfig
-from flowalign.models.loading import describe
+from flowalign.models.families import describe
 from flowalign.policy import Policy, Sampler
 from flowalign.reporting.header import device_fact, model_fact, plural
 from flowalign.reporting.images import save_before_after, save_picture, save_sheet, to_pil
@@ -222,14 +222,14 @@ def from_adapter(folder: Path, model: str | None) -> Source:
 def from_model(model: str, lora: Lora | None = None) -> Source:
     """Return the source of a model folder or repository."""
     config = describe(model)
-    sampler = Sampler(steps=STEPS)
-    sampler = replace(sampler, **{guidance_key(config.name): 4.5 if config.name == "sd3" else 3.5})
+    guidance = {guidance_key(config): config.default_guidance}
+    sampler = replace(Sampler(steps=STEPS), **guidance)
     return Source(model=replace(config, lora=lora) if lora else config, sampler=sampler)
 
 
-def guidance_key(model: str) -> str:
-    """The sampler's field that a pipeline's `guidance_scale` stands for."""
-    return "embedded_guidance" if model == "flux" else "guidance"
+def guidance_key(model: ModelConfig) -> str:
+    """Return the sampler's field that a pipeline's `guidance_scale` stands for."""
+    return "embedded_guidance" if model.embeds_guidance else "guidance"
 
 
 def enclosing_run(folder: Path) -> Path | None:
@@ -305,7 +305,7 @@ def describe_source(
 ) -> dict[str, str]:
     """Return what will be sampled, by the name of the fact."""
     sampler = sampler_of(source, settings)
-    guidance = getattr(sampler, guidance_key(source.model.name))
+    guidance = getattr(sampler, guidance_key(source.model))
     prompts = prompts or default_prompts(source)
     images = f"{plural(len(prompts), 'prompt')} x {plural(settings.images, 'image')}"
     facts = {
@@ -318,7 +318,7 @@ def describe_source(
 
 def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
     """Return the sampler of a source with the settings of the user."""
-    changes = {"steps": settings.steps, guidance_key(source.model.name): settings.guidance}
+    changes = {"steps": settings.steps, guidance_key(source.model): settings.guidance}
     changes = {name: value for name, value in changes.items() if value is not None}
     return replace(source.sampler, **changes)
 

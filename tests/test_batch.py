@@ -13,7 +13,9 @@ SHAPE = (2, 4, 4)
 
 def cond(count: int) -> Cond:
     rows = torch.arange(count, dtype=torch.float32)
-    return Cond(rows.view(-1, 1, 1), rows.view(-1, 1), -rows.view(-1, 1, 1), -rows.view(-1, 1))
+    return Cond(
+        {"row": rows, "tokens": rows.view(-1, 1, 1)}, {"row": -rows, "tokens": -rows.view(-1, 1, 1)}
+    )
 
 
 def prompts(count: int = 6) -> Prompts:
@@ -112,8 +114,9 @@ def test_a_slice_takes_every_field_of_its_images_and_keeps_those_of_the_batch():
         piece.path[:, 0, 0],
         piece.reward,
         piece.advantage,
-        piece.cond.pooled[:, 0],
-        -piece.cond.null_pooled[:, 0],
+        piece.cond.inputs["row"],
+        -piece.cond.null["row"],
+        piece.cond.inputs["tokens"][:, 0, 0],
     ):
         assert tensor.tolist() == [2, 3]
     assert len(piece.images) == len(piece.log_prob) == len(piece.cond) == len(piece) == 2
@@ -137,4 +140,24 @@ def test_a_cond_keeps_its_guidance_when_sliced_and_loses_it_when_asked():
     assert guided[1:3].guidance == 4.5
     assert len(guided[1:3]) == 2
     assert guided.unguided().guidance == 1
-    assert torch.equal(guided.unguided().embeds, guided.embeds)
+    assert guided.unguided().inputs == guided.inputs
+
+
+def test_conditions_that_share_the_empty_prompt_are_joined_without_copies_of_it():
+    empty = torch.full((1, 5), 7.0)
+    pieces = [
+        Cond({"x": torch.full((count, 5), float(count))}, {"x": empty.expand(count, 5)})
+        for count in (1, 3)
+    ]
+    joined = Cond.concatenate(pieces)
+    assert joined.inputs["x"][:, 0].tolist() == [1, 3, 3, 3]
+    assert joined.null["x"].shape == (4, 5)
+    assert joined.null["x"].data_ptr() == empty.data_ptr()
+
+
+def test_conditions_with_null_inputs_of_their_own_are_joined_row_by_row():
+    parts = [cond(2), cond(3)]
+    joined = Cond.concatenate(parts)
+    assert joined.inputs["row"].tolist() == [0, 1, 0, 1, 2]
+    assert joined.null["row"].tolist() == [0, -1, 0, -1, -2]
+    assert len(joined.twice()) == 10

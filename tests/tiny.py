@@ -26,7 +26,9 @@ from flowalign.config.load import load_config
 from flowalign.data.prompts import Prompt
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
-from flowalign.models.config import Lora, ModelConfig
+from flowalign.models.config import Lora
+from flowalign.models.flux import FluxConfig
+from flowalign.models.sd3 import SD3Config
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
 
@@ -52,14 +54,14 @@ SMALL = [
 """Overrides under which the quick start takes seconds."""
 
 
-def sd3_config(**changes: Any) -> ModelConfig:
+def sd3_config(**changes: Any) -> SD3Config:
     settings = {
         "path": str(ROOT / "assets" / "tiny-sd3"),
         "height": 64,
         "width": 64,
         "max_sequence_length": 0,
     }
-    return ModelConfig("sd3", **{**settings, "lora": Lora(rank=4, alpha=12), **changes})
+    return SD3Config(**{**settings, "lora": Lora(rank=4, alpha=12), **changes})
 
 
 def make_policy(
@@ -166,9 +168,8 @@ def random_sd35(folder: Path) -> FlowModel:
     )
     StableDiffusion3Pipeline(*parts).save_pretrained(folder)
     return load_model(
-        ModelConfig(
-            "sd3",
-            str(folder),
+        SD3Config(
+            path=str(folder),
             height=64,
             width=64,
             max_sequence_length=16,
@@ -203,9 +204,8 @@ def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
     )
     pipe.save_pretrained(folder)
     return load_model(
-        ModelConfig(
-            "flux",
-            str(folder),
+        FluxConfig(
+            path=str(folder),
             height=64,
             width=64,
             max_sequence_length=16,

@@ -220,8 +220,9 @@ def check_evaluation(config: Config) -> None:
         ("sampler", config.sampler),
         ("evaluation.sampler", config.evaluation_sampler),
     ):
-        if config.model.name != "flux" and sampler.embedded_guidance != Sampler.embedded_guidance:
-            found = f"{key}.embedded_guidance is {sampler.embedded_guidance}"
+        changed = sampler.embedded_guidance != Sampler.embedded_guidance
+        if changed and not config.model.embeds_guidance:
             raise UserError(
-                f"{found}, but model.name is {config.model.name}, and only flux is told it; write guidance instead."
+                f"{key}.embedded_guidance is {sampler.embedded_guidance}, but {config.model.name} "
+                "models do not take it as an input; write guidance instead."
             )

@@ -19,7 +19,7 @@ from flowalign.config.checks import (
 from flowalign.config.sections import Config, Data, DEFAULTS, Evaluation, Train
 from flowalign.dynamics import DYNAMICS
 from flowalign.errors import did_you_mean, UserError
-from flowalign.models.config import ModelConfig
+from flowalign.models.families import read_model_config
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.base import Objective
 from flowalign.policy import Sampler
@@ -64,7 +64,7 @@ def build_config(raw: dict[str, Any], path: Path) -> Config:
         if key not in raw:
             raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
     config = Config(
-        model=build(ModelConfig, raw["model"], "model"),
+        model=read_model_config(raw["model"]),
         sampler=build_sampler(raw["sampler"]),
         objective=build_named(OBJECTIVES, raw["objective"], "objective", Objective),
         advantage=build_named(ADVANTAGES, raw["advantage"], "advantage", ("rewards", "group")),

@@ -25,7 +25,8 @@ class LatentCache:
         self.model, self.images_per_pass = model, images_per_pass
         cache = os.environ.get("FLOWALIGN_CACHE", Path.home() / ".cache" / "flowalign")
         self.folder = folder or Path(cache).expanduser() / "latents"
-        self.salt = autoencoder_fingerprint(model).encode()
+        size = f"{model.config.height}x{model.config.width}"
+        self.salt = f"{model.latent_fingerprint()}/{size}".encode()
 
     def __call__(self, images: Sequence[bytes], names: Sequence[str] = ()) -> Latent:
         """Return the latents (B, *latent) of image files, on the model's device.
@@ -69,12 +70,3 @@ class LatentCache:
         part = file.with_suffix(f".{os.getpid()}.part")
         save_file({"x0": latent.contiguous()}, part)
         part.replace(file)
-
-
-def autoencoder_fingerprint(model: FlowModel) -> str:
-    """Identify all that a latent depends on except the image: weights, normalisation and size."""
-    weights = hashlib.blake2b(digest_size=16)
-    for parameter in model.vae.parameters():
-        weights.update(parameter.detach().float().cpu().numpy().tobytes())
-    config, size = model.vae.config, f"{model.config.height}x{model.config.width}"
-    return f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}/{size}"

@@ -57,7 +57,8 @@ def findings(config: Config) -> Iterator[Finding]:
     assembly = assemble(inputs, model)
     policy, objective = assembly.policy, config.objective
     yield from before_start(assembly)
-    yield pipeline_s_own_steps(policy, x, cond)
+    if model.scheduler(config.sampler.steps):
+        yield pipeline_s_own_steps(policy, x, cond)
     batch = small_batch(assembly)
     yield from at_the_start(policy, objective, batch)
     yield from look_at_rewards(assembly)
@@ -195,7 +196,7 @@ def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator
         yield ratio(
             list(errors.values()),
             objective.log_ratio_clip,
-            str(policy.model.transformer.dtype).removeprefix("torch."),
+            str(policy.model.dtype).removeprefix("torch."),
         )
     if kls:
         guided = [anchor.guidance for anchor in anchors(objective) if anchor.guidance is not None]
@@ -304,9 +305,7 @@ def gradients(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Fi
     )
     without = {name for name, p in named.items() if p.grad is None or not p.grad.any()}
     unused = {name for name in without if not reaches(policy, named[name], batch)}
-    modules = [
-        module for module in policy.model.pipe.components.values() if isinstance(module, nn.Module)
-    ]
+    modules = policy.model.networks().values()
     mine = set(map(id, named.values()))
     others = [
         name
@@ -391,9 +390,9 @@ def saved_adapter(policy: Policy, x: Latent, t: PerImage, cond: Cond) -> Finding
             warnings.simplefilter(
                 "ignore", UserWarning
             )  # PEFT warns of another adapter, which is what is meant
-            policy.model.pipe.load_lora_weights(folder, adapter_name="saved")
+            policy.model.load_adapter(Path(folder), "saved")
     network = policy.model.transformer
-    named, dtype = dict(network.named_parameters()), network.dtype
+    named, dtype = dict(network.named_parameters()), policy.model.dtype
     pairs = [
         (named[name], named.get(name.replace(".policy.", ".saved."))) for name in names_of(policy)
     ]
@@ -406,7 +405,7 @@ def saved_adapter(policy: Policy, x: Latent, t: PerImage, cond: Cond) -> Finding
     v, v_ref, v_saved = (
         policy.at(name).velocity(x, t, cond) for name in ("policy", "reference", "saved")
     )
-    policy.model.pipe.delete_adapters("saved")
+    policy.model.delete_adapter("saved")
     off = (mean_square(v_saved - v) / mean_square(v - v_ref)).sqrt().max().item()
     text = f"diffusers loads what is saved, in {str(dtype).removeprefix('torch.')}, off by {off:.1g} of what it adds"
     if lost:

@@ -22,10 +22,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flowalign.batch import Cond
+from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.models import MODELS
-from flowalign.models.base import ENCODE_AT_ONCE, FlowModel
+from flowalign.models.base import ENCODE_AT_ONCE
 from flowalign.models.config import ModelConfig
+from flowalign.models.families import family_of
+from flowalign.models.pipeline import PipelineModel
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SIDE = 8
@@ -145,16 +147,14 @@ class Across(torch.autograd.Function):
         return gradients[0].new_zeros(shape, device=device), None, None
 
 
-class Outline(FlowModel):
+class Outline(PipelineModel):
     """Mixed with a family by `outline`; its ledger is told all that it is asked. Prompts are all alike."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, "meta")
         self.full_shape = super().latent_shape
         self.ledger, self.costs = Ledger(self.latent_shape, self.full_shape), dict[Any, Cost]()
-        networks = {
-            name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)
-        }
+        networks = self.networks()
         self.parameters = {
             name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()
         }
@@ -163,13 +163,14 @@ class Outline(FlowModel):
             for name, p in networks.items()
         }
         with torch.no_grad(), self.ledger, self.ledger.part() as self.encoding:
-            self.texts = [part[:1].clone() for part in self.encode_texts([""] * ENCODE_AT_ONCE)]
+            encoded = self.encode_texts([""] * ENCODE_AT_ONCE)
+            self.texts = {name: rows[:1].clone() for name, rows in encoded.items()}
         self.device = CPU
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        channels, height, width = super().latent_shape
-        return channels, min(SIDE, height), min(SIDE, width)
+    def latent_shape(self) -> tuple[int, ...]:
+        *channels, height, width = super().latent_shape
+        return *channels, min(SIDE, height), min(SIDE, width)
 
     def use_attention(self, name: str) -> None:
         """All of them keep the same."""
@@ -178,18 +179,18 @@ class Outline(FlowModel):
         with CPU:
             return super().schedule(steps)
 
-    def encode(self, prompts: list[str]) -> Cond:
-        given, null = torch.zeros(len(prompts), 1), torch.zeros(1, 1).expand(len(prompts), 1)
-        return Cond(given, given, null, null)
+    def encode(self, prompts: list[str], embedded_guidance: float = 1.0) -> Cond:
+        row = torch.zeros(1, 1).expand(len(prompts), 1)
+        return Cond({"prompt": torch.zeros(len(prompts), 1)}, {"prompt": row})
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         family, gradient = super(), torch.is_grad_enabled()
 
         def ask() -> Tensor:
-            embeds, pooled = (part.expand(len(x), *part.shape[1:]) for part in self.texts)
-            full = replace(
-                cond, embeds=embeds, pooled=pooled, null_embeds=embeds, null_pooled=pooled
-            )
+            texts = {name: row.expand(len(x), *row.shape[1:]) for name, row in self.texts.items()}
+            with META:
+                texts |= self.guidance_inputs(len(x), 1.0)
+            full = replace(cond, inputs=texts, null=texts)
             return family.velocity(
                 Across.apply(x, (len(x), *self.full_shape), META),
                 Across.apply(t, t.shape, META),
@@ -232,9 +233,13 @@ class Outline(FlowModel):
 
 def outline(config: ModelConfig) -> Outline:
     """The outline of a model. UserError where its files cannot be opened."""
-    module, _, name = MODELS[config.name].partition(":")
-    family: type[FlowModel] = getattr(import_module(module), name)
-    pipeline: Any = family.pipeline_class
+    family = family_of(config.name)
+    if not issubclass(family, PipelineModel):
+        raise UserError(
+            f"flowalign plan counts models that diffusers loads, and {config.name} is not one of "
+            "them. Derive the family from flowalign.models.pipeline.PipelineModel."
+        )
+    pipeline: Any = family.pipeline_class()
     networks = [*family.text_encoders, "transformer", "vae"]
 
     def from_pretrained(
@@ -257,7 +262,8 @@ def outline(config: ModelConfig) -> Outline:
     hollow = type(
         pipeline.__name__, (pipeline,), {"from_pretrained": staticmethod(from_pretrained)}
     )
-    return cast(Outline, type("Outline", (Outline, family), {"pipeline_class": hollow})(config))
+    members = {"pipeline_class": classmethod(lambda _: hollow)}
+    return cast(Outline, type("Outline", (Outline, family), members)(config))
 
 
 def _network(kind: list[str], dtype: torch.dtype, path: str, **place: Any) -> nn.Module:

@@ -214,7 +214,7 @@ def supplies_of(config: Config, policy: Policy) -> SourceContext:
 
 def held_by(batches: list[Batch], model: Outline) -> int:
     """Bytes of latents and embeddings at full size; what batches share is counted once."""
-    text = sum(part.nbytes for part in model.texts)
+    text = sum(row.nbytes for row in model.texts.values())
     sizes: dict[int, int] = {}
     for batch in batches:
         sizes |= {
@@ -222,7 +222,7 @@ def held_by(batches: list[Batch], model: Outline) -> int:
         }
         sizes |= {
             _place(x): text * x.untyped_storage().nbytes() // 4
-            for x in (batch.cond.embeds, batch.cond.null_embeds)
+            for x in (*batch.cond.inputs.values(), *batch.cond.null.values())
         }
     return sum(sizes.values())
 

@@ -81,9 +81,8 @@ class Evaluator:
         keys = [(self.seed, EVALUATION_STEP, prompt, image) for prompt, image in piece]
         batch = make_prompts(policy, [self.prompts[prompt] for prompt, _ in piece], keys)
         rollout = collect(policy, batch, self.images_per_pass, "evaluation")
-        without = rollout.cond.map(
-            lambda embeds: embeds[..., :0]
-        )  # of thousands of pictures they would fill a GPU
+        # The embeddings of thousands of pictures would fill a GPU; only the number of rows stays.
+        without = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
         return replace(rollout, path=rollout.path[:, -1:], cond=without)
 
     def pictures(self, rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:

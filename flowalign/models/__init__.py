@@ -1,7 +1,8 @@
-"""Model families. Each knows its own diffusers classes, conditioning, packing and time scale; nothing else does."""
+"""Model families. One file holds everything that is special to a family; no other folder names one.
 
-from collections.abc import Callable
-from importlib import import_module
+A new family is one file and one row in each table below, or a path in the YAML: `name: my_family.py:MyModel`.
+"""
+
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,11 +10,24 @@ if TYPE_CHECKING:
     from flowalign.models.config import ModelConfig
 
 MODELS = {"sd3": "flowalign.models.sd3:SD3", "flux": "flowalign.models.flux:Flux"}
-"""Names to classes, imported when asked for, so that `import flowalign` stays quick."""
+"""Names to classes, imported when they are needed."""
+
+PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+"""Pipeline classes, as `model_index.json` names them, to names of families."""
+
+ALIASES = {
+    **dict.fromkeys(("sd3-medium", "sd3.5", "sd3.5-medium", "sd3.5-large"), "sd3"),
+    **dict.fromkeys(("stable-diffusion-3", "stable-diffusion-3.5"), "sd3"),
+    **dict.fromkeys(("flux.1", "flux.1-dev", "flux.1-schnell", "flux-dev", "flux-schnell"), "flux"),
+}
+"""Other names that users write, in small letters."""
 
 
 def load_model(config: "ModelConfig", device: str = "cpu") -> "FlowModel":
-    """The model of a configuration, on a device. Raises UserError when its folder or repository cannot be opened."""
-    module, _, name = MODELS[config.name].partition(":")
-    family: Callable[..., FlowModel] = getattr(import_module(module), name)
-    return family(config, device)
+    """Load the model of a configuration.
+
+    Raises UserError if its folder or repository cannot be opened.
+    """
+    from flowalign.models.families import family_of  # imports torch, which the tables do not need
+
+    return family_of(config.name)(config, device)

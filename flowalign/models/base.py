@@ -1,176 +1,207 @@
-"""What every model family shares: loading, prompt embeddings, guidance and the autoencoder."""
+"""The interface of a model family. It needs torch alone; `pipeline.py` implements it over diffusers."""
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import replace
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
-from flowalign.models.loading import load_pipeline
+from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
+from flowalign.models.text_cache import Row, TextCache
 
-CACHE_BYTES = 2**30
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+C = TypeVar("C", bound=ModelConfig)
 ENCODE_AT_ONCE = 64
+"""Prompts per call of `encode_texts`."""
 
 
-class FlowModel(ABC):
-    """A flow-matching text-to-image model. t is in [0, 1]; latents are (B, channels, height, width) in float32."""
+class Scheduler(Protocol):
+    """The part of a diffusers scheduler that the package uses."""
 
-    pipeline_class: ClassVar[type]
-    lora_targets: ClassVar[list[str]]
-    text_encoders: ClassVar[list[str]]
+    sigmas: Tensor
+    """(K + 1,) times from 1 to 0."""
+    timesteps: Tensor
+    """(K,) the same times in the scheduler's own unit."""
 
-    def __init__(self, config: ModelConfig, device: str = "cpu"):
+    def step(self, v: Latent, t: Tensor, x: Latent, /, *, return_dict: bool) -> Sequence[Latent]:
+        """Return the latents after the step from t."""
+        ...
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """How a user makes pictures with the model in diffusers, for the README of an adapter."""
+
+    pipeline: str
+    """Name of the pipeline class."""
+    loading: Mapping[str, object]
+    """Keyword arguments of `from_pretrained`, beyond path and dtype."""
+    calling: Mapping[str, object]
+    """Keyword arguments of the call, beyond the prompt."""
+
+
+class FlowModel(ABC, Generic[C]):
+    """A flow-matching text-to-image model.
+
+    Conventions that hold everywhere else in the package, whatever the network wants:
+
+    - Times are in [0, 1]: 0 is data, 1 is noise. A velocity is dx/dt, so its target is noise - x0.
+    - Latents are (B, *latent_shape) in float32, normalised to about unit scale.
+    - Pictures are (B, 3, H, W) in [0, 1].
+    - Guidance 1 means none.
+
+    A family sets `transformer`, the network that adapters are put on, and converts in its own file.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    """Settings of the family: the `model` section of a YAML file."""
+    lora_targets: ClassVar[Sequence[str]]
+    """Endings of the names of the linear layers that adapters are put on by default."""
+    transformer: nn.Module
+
+    def __init__(self, config: C, device: str = "cpu"):
         self.config, self.device = config, torch.device(device)
-        self.pipe = load_pipeline(self.pipeline_class, config, self.optional_components(config))
-        self.transformer = self.pipe.transformer.requires_grad_(False).eval().to(self.device)
-        self.vae = self.pipe.vae.requires_grad_(False).eval().to(self.device)
-        for name in self.text_encoders:
-            if (encoder := getattr(self.pipe, name)) is not None:
-                encoder.requires_grad_(False).eval()
-        if config.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        if config.height * config.width >= 512 * 512:
-            self.vae.enable_slicing()
-        if config.height * config.width > 1536 * 1536:
-            self.vae.enable_tiling()
-        self.use_attention(config.attention)
-        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        step = 2 * self.pipe.vae_scale_factor
-        if config.height % step or config.width % step or min(config.height, config.width) < step:
-            near = [max(step, round(side / step) * step) for side in (config.height, config.width)]
-            raise UserError(
-                f"model.height and model.width must be multiples of {step}; nearest: {near[0]} and {near[1]}."
-            )
+        self._texts = TextCache()
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        scale = self.pipe.vae_scale_factor
-        return (
-            self.vae.config.latent_channels,
-            self.config.height // scale,
-            self.config.width // scale,
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent; the last two dimensions are height and width."""
+
+    @abstractmethod
+    def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:
+        """Return the velocity at (x, t) in the dtype of x: one call of the transformer."""
+
+    @abstractmethod
+    def schedule(self, steps: int) -> list[float]:
+        """Return the `steps + 1` times from 1 to 0 that the family samples with."""
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return inputs of `forward` by name, each (B, ...). Texts of all lengths have one shape."""
+
+    @abstractmethod
+    def decode(self, x0: Latent) -> Tensor:
+        """Return pictures (B, 3, H, W) in [0, 1]. Differentiable."""
+
+    def encode_images(self, images: Tensor) -> Latent:
+        """Return latents of pictures (B, 3, H, W) in [0, 1]. Only `data.pairs` needs it."""
+        raise UserError(
+            f"{type(self).__name__} cannot encode pictures. Implement encode_images to use pairs."
         )
+
+    def latent_fingerprint(self) -> str:
+        """Return a text that differs if the latent of a picture differs: a key of the latent cache."""
+        raise UserError(
+            f"{type(self).__name__} cannot cache latents. Implement latent_fingerprint to use pairs."
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the transformer computes in."""
+        return getattr(torch, self.config.dtype)
 
     @property
     def has_distilled_guidance(self) -> bool:
-        """Whether guidance is distilled into it and `Cond.embedded_guidance` is an input."""
+        """True if guidance is distilled into this model, which takes its scale as an input."""
         return False
 
+    def guide(self, v: Latent, v_null: Latent, guidance: float) -> Latent:
+        """Return the guided velocity, from those of the prompt and of the empty prompt.
+
+        `guidance` is 1 for none. A family that counts from 0 for none subtracts 1 in its own file.
+        """
+        return v_null + guidance * (v - v_null)
+
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """V at (x, t), guided as `cond` says: one forward, of a doubled batch where there is guidance."""
+        """Return v at (x, t) under the guidance of `cond`, in one call of `forward`."""
         if cond.guidance == 1:
-            return self.forward(x, t, cond)
-        embeds, pooled = (
-            torch.cat([cond.null_embeds, cond.embeds]),
-            torch.cat([cond.null_pooled, cond.pooled]),
-        )
-        both = replace(cond, embeds=embeds, pooled=pooled, guidance=1.0)
-        v_null, v = self.forward(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return v_null + cond.guidance * (v - v_null)
+            return self.forward(x, t, cond.inputs)
+        # The order of diffusers' pipelines, negative first: parity tests compare to the last bit.
+        inputs = {name: torch.cat([cond.null[name], rows]) for name, rows in cond.inputs.items()}
+        v_null, v = self.forward(torch.cat([x, x]), torch.cat([t, t]), inputs).chunk(2)
+        return self.guide(v, v_null, cond.guidance)
 
-    @abstractmethod
-    def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """The transformer's velocity for these embeddings, in the dtype of x: float32."""
+    def guidance_inputs(self, count: int, embedded_guidance: float) -> dict[str, Tensor]:
+        """Return inputs (count, ...) that carry an embedded guidance; none for most families."""
+        return {}
 
-    @abstractmethod
-    def scheduler(self, steps: int) -> Any:
-        """A scheduler of diffusers, set to so many steps as the family's pipeline sets it."""
+    def encode(self, prompts: list[str], embedded_guidance: float = 1.0) -> Cond:
+        """Return the inputs of the prompts on the model's device. Equal prompts are encoded once.
 
-    def schedule(self, steps: int) -> list[float]:
-        """Times from 1 to 0, `steps + 1` of them, as the family's pipeline chooses them."""
-        return self.scheduler(steps).sigmas.tolist()
-
-    @abstractmethod
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, tokens, width) and pooled embeddings (B, width)."""
-
-    @abstractmethod
-    def use_attention(self, name: str) -> None:
-        """Switch the attention implementation, or raise UserError when it is not active afterwards."""
-
-    @staticmethod
-    def optional_components(config: ModelConfig) -> list[str]:
-        """Components of the pipeline that may be missing."""
-        return []
-
-    def encode(self, prompts: list[str]) -> Cond:
-        """Embeddings of the prompts, on the model's device. Equal prompts are encoded once and remembered."""
-        rows = self._rows(prompts)
-        embeds, pooled = (
-            torch.stack([rows[p][i] for p in prompts]).to(self.device) for i in (0, 1)
-        )
-        null_embeds, null_pooled = (
-            rows[""][i].to(self.device).expand_as(e) for i, e in enumerate((embeds, pooled))
-        )
-        return Cond(embeds, pooled, null_embeds, null_pooled)
+        Args:
+            prompts: One prompt per image.
+            embedded_guidance: Scale for a model with distilled guidance; other models ignore it.
+        """
+        rows = self._texts.rows(prompts, self._encode_missing)
+        names, shared = rows[""], self.guidance_inputs(len(prompts), embedded_guidance)
+        inputs = {
+            name: torch.stack([rows[text][name] for text in prompts]).to(self.device)
+            for name in names
+        }
+        null = {name: row.to(self.device).expand_as(inputs[name]) for name, row in rows[""].items()}
+        return Cond(inputs | shared, null | shared)
 
     def remember(self, prompts: list[str]) -> None:
-        """Encode prompts ahead, in one visit of the text encoders to the device, as many as the cache holds."""
-        self._rows(list(dict.fromkeys(prompts))[: self._room() - 1])
+        """Encode prompts in advance, as many as the cache holds.
 
-    def _room(self) -> int:
-        return max(2, CACHE_BYTES // sum(tensor.nbytes for tensor in self._rows([])[""]))
-
-    @torch.no_grad()
-    def _rows(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Embeddings and pooled embeddings of every prompt and of the empty one, on the CPU."""
-        wanted = list(dict.fromkeys(["", *prompts]))
-        rows = {text: self._cache[text] for text in wanted if text in self._cache}
-        if missing := [text for text in wanted if text not in rows]:
-            with self._encoders_on_device():
-                for start in range(0, len(missing), ENCODE_AT_ONCE):
-                    texts = missing[start : start + ENCODE_AT_ONCE]
-                    rows |= zip(
-                        texts,
-                        zip(*(e.cpu() for e in self.encode_texts(texts)), strict=True),
-                        strict=True,
-                    )
-        for text, row in rows.items():
-            self._cache[text] = row
-            self._cache.move_to_end(text)
-        room = max(2, CACHE_BYTES // sum(tensor.nbytes for tensor in rows[""]))
-        while len(self._cache) > room:
-            self._cache.popitem(last=False)
-        return rows
-
-    @contextlib.contextmanager
-    def _encoders_on_device(self) -> Iterator[None]:
-        """The text encoders are the largest part of SD3 and Flux: on the device only while they work."""
-        encoders = [
-            encoder
-            for name in self.text_encoders
-            if (encoder := getattr(self.pipe, name)) is not None
-        ]
-        for encoder in encoders:
-            encoder.to(self.device)
-        try:
-            yield
-        finally:
-            if self.device.type != "cpu":
-                for encoder in encoders:
-                    encoder.to("cpu")
-
-    def decode(self, x0: Latent) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1]; differentiable."""
-        z = x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        The text encoders move to the device once for all of them.
+        """
+        empty = self._texts.rows([], self._encode_missing)[""]
+        room = self._texts.capacity(empty) - 1
+        self._texts.rows(list(dict.fromkeys(prompts))[:room], self._encode_missing)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Latent:
-        """Latents of pictures (B, 3, H, W) in [0, 1]: the mode of the autoencoder's posterior."""
-        z = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist.mode()
-        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+    def _encode_missing(self, texts: list[str]) -> Iterator[tuple[str, Row]]:
+        with self.text_encoders_on_device():
+            for start in range(0, len(texts), ENCODE_AT_ONCE):
+                chunk = texts[start : start + ENCODE_AT_ONCE]
+                inputs = {name: rows.cpu() for name, rows in self.encode_texts(chunk).items()}
+                for number, text in enumerate(chunk):
+                    yield text, {name: rows[number] for name, rows in inputs.items()}
 
-    def _scheduler(self, **arguments: Any) -> Any:
-        scheduler = deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(**arguments)
-        return scheduler
+    def text_encoders_on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which `encode_texts` is called."""
+        return contextlib.nullcontext()
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks by name, to count their parameters and check their gradients."""
+        return {"transformer": self.transformer}
+
+    def add_adapter(self, lora: "LoraConfig", name: str) -> None:
+        """Put an adapter on the transformer."""
+        add_lora(self.transformer, lora, name)
+
+    def save_adapter(
+        self, folder: Path, state: Mapping[str, Tensor], settings: Mapping[str, object]
+    ) -> None:
+        """Write the matrices and the PEFT settings of an adapter for the tools of the family."""
+        save_lora(folder, state, settings)
+
+    def load_adapter(self, folder: Path, name: str) -> None:
+        """Load what `save_adapter` wrote as another adapter, as the tools of the family do."""
+        load_lora(self.transformer, folder, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter from the transformer."""
+        delete_lora(self.transformer, name)
+
+    def scheduler(self, steps: int) -> Scheduler | None:
+        """Return the diffusers scheduler that `schedule` follows, or None if there is none."""
+        return None
+
+    def pipeline_call(
+        self, steps: int, guidance: float, embedded_guidance: float
+    ) -> PipelineCall | None:
+        """Return how diffusers samples as the package does, or None if it cannot."""
+        return None

@@ -1,63 +1,81 @@
-"""The `model` section of a YAML file."""
+"""The `model` section of a YAML file, as far as it is the same for every model family."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from diffusers.models.attention_dispatch import AttentionBackendName
 from pydantic import Field
 
 from flowalign.errors import did_you_mean
 from flowalign.settings.types import Count, Settings, WrongSetting
 
-ATTENTION = {"sd3": ["native", "xformers"], "flux": [name.value for name in AttentionBackendName]}
+Dtype = Literal["float32", "bfloat16", "float16"]
 Side = Annotated[int, Field(ge=16, le=4096)]
 
 
 @dataclass
 class Lora(Settings):
-    """A low-rank adapter (arXiv 2106.09685) on the transformer's linear layers, in float32."""
+    """A low-rank adapter (arXiv 2106.09685) on linear layers of the transformer, in float32."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Inner dimension of the two matrices of every adapted layer."""
     alpha: Count = 64
-    """The adapter's output is scaled by alpha / rank."""
+    """The output of the adapter is scaled by alpha / rank."""
     targets: list[str] = field(default_factory=list)
-    """Endings of the names of the adapted layers; none for the family's published choice."""
+    """Endings of the names of the adapted layers. An empty list means the family's own choice."""
     init: Literal["default", "gaussian"] = "gaussian"
+    """How PEFT initialises the first matrix. The second one starts at zero in both cases."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelConfig(Settings):
-    """A model in diffusers' folder layout."""
+    """Settings that every model family has. A family adds its own in a subclass."""
 
-    name: Literal["sd3", "flux"]
+    embeds_guidance: ClassVar[bool] = False
+    """True if models of the family can take `sampler.embedded_guidance` as an input."""
+    default_guidance: ClassVar[float] = 1.0
+    """Guidance scale for pictures of a model that comes without a run."""
+    side_step: ClassVar[int] = 16
+    """Height and width are multiples of this many pixels."""
+
+    name: str = ""
+    """Family: a built-in name, an alias, or my_family.py:MyModel. Read from the model if left out."""
     path: str
-    """A local folder, or a repository on the Hugging Face hub."""
+    """A local folder in diffusers' layout, or a repository on the Hugging Face hub."""
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the transformer and the text encoders. Adapters, latents and the autoencoder stay in float32."""
+    """Branch, tag or commit of the repository."""
+    dtype: Dtype = "float32"
+    """Dtype of transformer and text encoders. Adapters, latents and autoencoder stay in float32."""
     height: Side = 512
+    """Height of the pictures in pixels."""
     width: Side = 512
-    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 256
-    """T5 tokens a prompt. 0 leaves T5 out."""
+    """Width of the pictures in pixels."""
     attention: str = "native"
-    """native, xformers, or (Flux) any attention backend of diffusers."""
+    """Attention back end: native is PyTorch's; others depend on the family."""
     gradient_checkpointing: bool = False
+    """Recompute the blocks of the transformer in the backward pass, which saves memory."""
     lora: Lora = field(default_factory=Lora)
+    """The adapter that trains."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, side in (("height", self.height), ("width", self.width)):
-            if side % 16:
+            if side % self.side_step:
+                nearest = max(1, round(side / self.side_step)) * self.side_step
                 raise WrongSetting(
-                    f"{name} is {side}; it must be a multiple of 16, the nearest is {max(1, round(side / 16)) * 16}."
+                    f"{name} is {side}, but it must be a multiple of {self.side_step}. "
+                    f"Set it to {nearest}."
                 )
-        if self.name == "flux" and not self.max_sequence_length:
-            raise WrongSetting(
-                "max_sequence_length is 0, but Flux reads its prompts by T5; write 1 to 512."
-            )
-        if self.attention not in ATTENTION[self.name]:
-            known, near = (
-                ", ".join(ATTENTION[self.name]),
-                did_you_mean(self.attention, ATTENTION[self.name]),
-            )
-            raise WrongSetting(f"attention is {self.attention!r}; choose from {known}.{near}")
+        # Back ends of diffusers are listed by importing it, so the default must not ask for them.
+        if self.attention != "native":
+            names = self.attention_names()
+            if self.attention not in names:
+                hint = did_you_mean(self.attention, names)
+                raise WrongSetting(
+                    f"attention is {self.attention!r}; choose from {', '.join(names)}.{hint}"
+                )
+
+    @classmethod
+    def attention_names(cls) -> Sequence[str]:
+        """Return the attention back ends that the family can switch to."""
+        return ["native"]

@@ -1,23 +1,58 @@
-"""Flux (dev: guidance embedded; schnell: none) over diffusers' own classes."""
+"""Flux.1 over diffusers' own classes: dev, with distilled guidance, and schnell, without."""
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, FluxPipeline
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor
 
-from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.models.base import FlowModel
+from flowalign.models.base import Scheduler
+from flowalign.models.config import ModelConfig
+from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
+
+SHIFT_DEFAULTS = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+"""Defaults of the pipeline for entries that the scheduler's configuration may lack, in order."""
 
 
-class Flux(FlowModel):
-    """Latents are packed in 2 × 2 patches, times shifted by their number, all inside this file."""
+@dataclass(kw_only=True)
+class FluxConfig(ModelConfig):
+    """Settings of Flux.1."""
 
-    pipeline_class = FluxPipeline
+    embeds_guidance: ClassVar[bool] = True
+    default_guidance: ClassVar[float] = 3.5
+
+    name: str = "flux"
+    """Name of the family."""
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 256
+    """T5 tokens per prompt. Flux.1-schnell takes at most 256."""
+
+    @classmethod
+    def attention_names(cls) -> Sequence[str]:
+        """Return all attention back ends of the installed diffusers."""
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        return [name.value for name in AttentionBackendName]
+
+
+class Flux(PipelineModel[FluxConfig]):
+    """Flux.1. Inputs: embeds (B, tokens, width), pooled (B, width) and, for dev, guidance (B,).
+
+    Latents are packed in patches of 2 x 2, and times are shifted by the number of patches.
+    """
+
+    Config: ClassVar = FluxConfig
+    pipeline_name: ClassVar = "FluxPipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     lora_targets: ClassVar = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -25,52 +60,72 @@ class Flux(FlowModel):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ]
 
+    @classmethod
+    def describe(cls, path: str, index: Mapping[str, object]) -> FluxConfig:
+        """Return the published settings: bfloat16 on a GPU, as many tokens as T5's tokenizer takes."""
+        from transformers import AutoTokenizer
+
+        side = picture_side(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer_2")
+        return FluxConfig(
+            path=path,
+            dtype=dtype_for_device("bfloat16"),
+            height=side,
+            width=side,
+            max_sequence_length=tokenizer.model_max_length,
+        )
+
     @property
     def has_distilled_guidance(self) -> bool:
+        """True for dev, False for schnell."""
         return bool(self.transformer.config.guidance_embeds)
 
-    def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        dtype = self.transformer.dtype
+    def guidance_inputs(self, count: int, embedded_guidance: float) -> dict[str, Tensor]:
+        """Return the scale that a distilled model takes as an input, (count,)."""
+        if not self.has_distilled_guidance:
+            return {}
+        return {"guidance": torch.full((count,), embedded_guidance, device=self.device)}
+
+    def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:
+        """Return the velocity. The transformer takes packed latents and their positions."""
         height, width = x.shape[2] // 2, x.shape[3] // 2
-        guidance = (
-            x.new_full((len(x),), cond.embedded_guidance) if self.has_distilled_guidance else None
-        )
         packed = self.transformer(
-            hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2).to(dtype),
+            hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2).to(
+                self.dtype
+            ),
             timestep=t,
-            guidance=guidance,
-            encoder_hidden_states=cond.embeds.to(dtype),
-            pooled_projections=cond.pooled.to(dtype),
+            guidance=inputs.get("guidance"),
+            encoder_hidden_states=inputs["embeds"].to(self.dtype),
+            pooled_projections=inputs["pooled"].to(self.dtype),
             img_ids=_positions(height, width, x),
-            txt_ids=x.new_zeros(cond.embeds.shape[1], 3),
+            txt_ids=x.new_zeros(inputs["embeds"].shape[1], 3),
             return_dict=False,
         )[0].to(x.dtype)
         return rearrange(packed, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
 
-    def scheduler(self, steps: int) -> Any:
-        _, height, width = self.latent_shape
-        limits = (
-            ("base_image_seq_len", 256),
-            ("max_image_seq_len", 4096),
-            ("base_shift", 0.5),
-            ("max_shift", 1.15),
-        )
-        config = self.pipe.scheduler.config
-        mu = calculate_shift(
-            height * width // 4, *(config.get(name, default) for name, default in limits)
-        )
-        return self._scheduler(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    def scheduler(self, steps: int) -> Scheduler:
+        """Return the scheduler; its shift of times grows with the number of patches."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        _, height, width = self.latent_shape
+        scheduler = self._copy_scheduler()
+        limits = [scheduler.config.get(name, value) for name, value in SHIFT_DEFAULTS.items()]
+        times = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=times, mu=calculate_shift(height * width // 4, *limits))
+        return scheduler
+
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return embeddings of T5 tokens, and the pooled vector of CLIP."""
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompt=texts,
             prompt_2=texts,
             device=self.device,
             max_sequence_length=self.config.max_sequence_length,
         )
-        return embeds, pooled
+        return {"embeds": embeds, "pooled": pooled}
 
     def use_attention(self, name: str) -> None:
+        """Switch to a back end of diffusers by name."""
         if name == "native":
             return
         try:
@@ -80,8 +135,20 @@ class Flux(FlowModel):
                 f"model.attention: {name!r} is not usable here ({error}). Use native."
             ) from error
 
+    def guidance_arguments(self, guidance: float, embedded_guidance: float) -> dict[str, object]:
+        """Return the embedded guidance, and classifier-free guidance if there is any."""
+        arguments: dict[str, object] = {"guidance_scale": embedded_guidance}
+        # The pipeline guides by a negative prompt only if one is given, even an empty one.
+        if guidance != 1:
+            arguments |= {"true_cfg_scale": guidance, "negative_prompt": ""}
+        return arguments
+
+    def text_arguments(self) -> dict[str, object]:
+        """Return the number of T5 tokens; the pipeline's default would change the picture."""
+        return {"max_sequence_length": self.config.max_sequence_length}
+
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:
-    """(height · width, 3): 0, row and column of every packed patch."""
+    """Return 0, row and column of every packed patch, (height * width, 3)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(like)

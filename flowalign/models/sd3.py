@@ -1,30 +1,55 @@
 """Stable Diffusion 3 and 3.5 over diffusers' own classes."""
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-    StableDiffusion3Pipeline,
-)
+from pydantic import Field
 from torch import Tensor
 
-from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.models.base import FlowModel
+from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
+from flowalign.models.loading import ABSENT
+from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
+
+T5 = ("text_encoder_3", "tokenizer_3")
 
 
-class SD3(FlowModel):
-    """T5 may be left out, by a folder without it or by `max_sequence_length: 0`."""
+@dataclass(kw_only=True)
+class SD3Config(ModelConfig):
+    """Settings of Stable Diffusion 3 and 3.5."""
 
-    pipeline_class = StableDiffusion3Pipeline
+    default_guidance: ClassVar[float] = 4.5
+
+    name: str = "sd3"
+    """Name of the family."""
+    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 256
+    """T5 tokens per prompt. 0 leaves T5 out."""
+
+    @classmethod
+    def attention_names(cls) -> Sequence[str]:
+        """Return PyTorch's attention and xformers; SD3 ignores the other back ends of diffusers."""
+        return ["native", "xformers"]
+
+
+class SD3(PipelineModel[SD3Config]):
+    """Stable Diffusion 3 and 3.5. Inputs: embeds (B, tokens, width) and pooled (B, width).
+
+    T5 is optional: a folder may lack it, and `max_sequence_length: 0` leaves it out.
+    """
+
+    Config: ClassVar = SD3Config
+    pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    optional_components: ClassVar = T5
     lora_targets: ClassVar = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     ]
 
-    def __init__(self, config: ModelConfig, device: str = "cpu"):
+    def __init__(self, config: SD3Config, device: str = "cpu"):
         super().__init__(config, device)
         parts = self.transformer.config
         largest = parts.pos_embed_max_size * parts.patch_size * self.pipe.vae_scale_factor
@@ -33,19 +58,38 @@ class SD3(FlowModel):
                 f"model.height and model.width may be at most {largest} for {config.path}."
             )
 
-    @staticmethod
-    def optional_components(config: ModelConfig) -> list[str]:
-        return [] if config.max_sequence_length else ["text_encoder_3", "tokenizer_3"]
+    @classmethod
+    def describe(cls, path: str, index: Mapping[str, object]) -> SD3Config:
+        """Return the published settings: float16 on a GPU, 256 T5 tokens if the model has T5."""
+        side, has_t5 = picture_side(path), index.get("text_encoder_3", ABSENT) != ABSENT
+        return SD3Config(
+            path=path,
+            dtype=dtype_for_device("float16"),
+            height=side,
+            width=side,
+            max_sequence_length=256 if has_t5 else 0,
+        )
 
-    def forward(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        dtype = self.transformer.dtype
-        inputs = (x.to(dtype), cond.embeds.to(dtype), cond.pooled.to(dtype), 1000 * t)
-        return self.transformer(*inputs, return_dict=False)[0].to(x.dtype)
+    @classmethod
+    def unused_components(cls, config: SD3Config) -> Sequence[str]:
+        """Return T5 if prompts have no T5 tokens."""
+        # Without T5, diffusers appends max_sequence_length zero tokens, which cost as much as words.
+        return () if config.max_sequence_length else T5
 
-    def scheduler(self, steps: int) -> Any:
-        return self._scheduler(num_inference_steps=steps)
+    def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:
+        """Return the velocity. The transformer takes times from 0 to 1000."""
+        embeds, pooled = inputs["embeds"].to(self.dtype), inputs["pooled"].to(self.dtype)
+        v = self.transformer(x.to(self.dtype), embeds, pooled, 1000 * t, return_dict=False)[0]
+        return v.to(x.dtype)
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def scheduler(self, steps: int) -> Scheduler:
+        """Return the scheduler; its shift of times is fixed."""
+        scheduler = self._copy_scheduler()
+        scheduler.set_timesteps(num_inference_steps=steps)
+        return scheduler
+
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return embeddings of CLIP and T5 tokens, and the pooled vectors of both CLIP models."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt=texts,
             prompt_2=texts,
@@ -54,9 +98,10 @@ class SD3(FlowModel):
             do_classifier_free_guidance=False,
             max_sequence_length=self.config.max_sequence_length,
         )
-        return embeds, pooled
+        return {"embeds": embeds, "pooled": pooled}
 
     def use_attention(self, name: str) -> None:
+        """Switch to xformers by its own method."""
         if name == "native":
             return
         if name != "xformers":
@@ -67,10 +112,18 @@ class SD3(FlowModel):
             raise UserError(
                 f"model.attention: xformers is not usable here ({error}). Use native."
             ) from error
-        kinds = {
-            type(processor).__name__ for processor in self.transformer.attn_processors.values()
-        }
-        if not all("XFormers" in kind for kind in kinds):
+        # diffusers can leave a processor in place without an error.
+        processors = self.transformer.attn_processors.values()
+        active = {type(processor).__name__ for processor in processors}
+        if not all("XFormers" in name for name in active):
             raise UserError(
-                f"model.attention: xformers was asked for, but {kinds} are active. Use native."
+                f"model.attention is xformers, but {', '.join(active)} are active. Use native."
             )
+
+    def guidance_arguments(self, guidance: float, embedded_guidance: float) -> dict[str, object]:
+        """Return classifier-free guidance as the pipeline calls it."""
+        return {"guidance_scale": guidance}
+
+    def text_arguments(self) -> dict[str, object]:
+        """Return the number of T5 tokens; the pipeline's default would change the picture."""
+        return {"max_sequence_length": self.config.max_sequence_length}

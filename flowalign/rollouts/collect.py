@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from flowalign.batch import Prompts, Rollout
+from flowalign.batch import Cond, Prompts, Rollout
 from flowalign.data.prompts import Prompt
 from flowalign.flow import concatenate
 from flowalign.policy import Policy
@@ -63,15 +63,7 @@ def concatenate_rollouts(pieces: list[Rollout]) -> Rollout:
             "prepared",
         )
     }
-    conds = [piece.cond for piece in pieces]
-    embeds, pooled = concatenate(c.embeds for c in conds), concatenate(c.pooled for c in conds)
-    null_embeds, null_pooled = (
-        conds[0].null_embeds[:1].expand_as(embeds),
-        conds[0].null_pooled[:1].expand_as(pooled),
-    )
-    cond = replace(
-        conds[0], embeds=embeds, pooled=pooled, null_embeds=null_embeds, null_pooled=null_pooled
-    )
+    cond = Cond.concatenate([piece.cond for piece in pieces])
     texts = [text for piece in pieces for text in piece.prompts]
     metadata = [entry for piece in pieces for entry in piece.metadata]
     return replace(pieces[0], prompts=texts, metadata=metadata, cond=cond, **joined)

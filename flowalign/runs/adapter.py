@@ -4,11 +4,8 @@ import json
 from pathlib import Path
 
 from flowalign.files import read_matching_tensors
+from flowalign.models.lora import ADAPTER_FILE, PREFIX
 from flowalign.policy import Policy
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-PREFIX = "transformer."
-"""Put by diffusers before the names of a transformer's adapter matrices."""
 
 
 def save_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:
@@ -21,17 +18,9 @@ def save_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:
         folder: The folder to write into.
         name: The adapter: "policy" or a snapshot.
     """
-    # The pipeline class writes the file because the transformer's own writer loses alpha.
-    policy.model.pipeline_class.save_lora_weights(
-        folder,
-        transformer_lora_layers={
-            key: value.contiguous().cpu() for key, value in policy.state(name).items()
-        },
-        transformer_lora_adapter_metadata={
-            **policy.lora.to_dict(),
-            "target_modules": sorted(policy.lora.target_modules or []),
-        },
-    )
+    state = {key: value.contiguous().cpu() for key, value in policy.state(name).items()}
+    targets = sorted(policy.lora.target_modules or [])
+    policy.model.save_adapter(folder, state, {**policy.lora.to_dict(), "target_modules": targets})
     order_header(Path(folder) / ADAPTER_FILE)
 
 

@@ -8,11 +8,7 @@ from safetensors import safe_open, SafetensorError
 
 from flowalign.errors import UserError
 from flowalign.models.config import Lora
-from flowalign.runs.adapter import ADAPTER_FILE
-
-METADATA = "lora_adapter_metadata"
-"""Entry of the header in which diffusers stores the settings of PEFT."""
-PREFIX = "transformer."
+from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
 
 
 def base_model(folder: Path) -> str | None:
@@ -41,7 +37,7 @@ def lora_settings(folder: Path) -> Lora:
         with safe_open(file, "pt") as weights:
             names = [name for name in weights.keys() if name.endswith(".lora_A.weight")]
             ranks = {weights.get_slice(name).get_shape()[0] for name in names}
-            metadata = json.loads((weights.metadata() or {}).get(METADATA, "{}"))
+            metadata = json.loads((weights.metadata() or {}).get(METADATA_KEY, "{}"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing. Give a folder that holds an adapter.") from None
     except (SafetensorError, OSError, ValueError) as error:

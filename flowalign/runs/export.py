@@ -1,6 +1,6 @@
 """Results of a finished run: the adapter, the summary, the pictures and the report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,6 +17,21 @@ from flowalign.runs.adapter import save_adapter
 ADAPTER = "adapter"
 """Name of the exported adapter's folder in a run folder."""
 PICTURES = Path("pictures") / "before-after.png"
+README = """# A LoRA adapter for {path}
+
+```python
+{torch}from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
+pipe.load_lora_weights("{folder}")
+pipe({prompt!r}{calling}).images[0].save("picture.png")
+```
+"""
+README_WITHOUT_PIPELINE = """# A LoRA adapter for {path}
+
+It belongs to the model family `{name}`, which diffusers does not load.
+`model.load_adapter` of that family reads it from `{folder}`.
+"""
 
 
 class Summary(TypedDict):
@@ -79,43 +94,27 @@ def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -
 
 
 def adapter_readme(policy: Policy, folder: Path, config: Config) -> str:
-    """Return a README whose code makes a picture with the adapter in diffusers."""
-    model, sampler, half = config.model, config.evaluation_sampler, config.model.dtype != "float32"
-    pipeline = policy.model.pipeline_class
-    # Parts that were not saved with the model must be named to load it, unless they are optional.
-    absent = [
-        name
-        for name, part in policy.model.pipe.components.items()
-        if part is None and name not in pipeline._optional_components
-    ]
-    # A pipeline with distilled guidance takes the embedded guidance as its `guidance_scale`.
-    distilled = policy.model.has_distilled_guidance
-    guidance = sampler.embedded_guidance if distilled else sampler.guidance
-    loading = [repr(model.path), *(f"{name}=None" for name in absent)]
-    loading += [f"dtype=torch.{model.dtype}"] if half else []
-    settings = {
-        "num_inference_steps": sampler.steps,
-        "guidance_scale": guidance,
-        "height": model.height,
-        "width": model.width,
-        "max_sequence_length": model.max_sequence_length,
-    }
-    call = ", ".join(f"{name}={value}" for name, value in settings.items())
-    lines = [
-        f"# A LoRA adapter for {model.path}",
-        "",
-        "```python",
-        *(["import torch"] if half else []),
-        f"from diffusers import {pipeline.__name__}",
-        "",
-        f"pipe = {pipeline.__name__}.from_pretrained({', '.join(loading)})"
-        + ('.to("cuda")' if half else ""),
-        f'pipe.load_lora_weights("{folder}")',
-        f'pipe({first_prompt(config)!r}, {call}).images[0].save("picture.png")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    """Return a README whose code makes pictures as the evaluation of the run does."""
+    model, sampler = config.model, config.evaluation_sampler
+    call = policy.model.pipeline_call(sampler.steps, sampler.guidance, sampler.embedded_guidance)
+    if call is None:
+        return README_WITHOUT_PIPELINE.format(path=model.path, name=model.name, folder=folder)
+    half = model.dtype != "float32"
+    return README.format(
+        path=model.path,
+        torch="import torch\n" if half else "",
+        pipeline=call.pipeline,
+        loading=keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
+        move='.to("cuda")' if half else "",
+        folder=folder,
+        prompt=first_prompt(config),
+        calling=keywords(call.calling),
+    )
+
+
+def keywords(arguments: Mapping[str, object]) -> str:
+    """Return keyword arguments as code, each after a comma."""
+    return "".join(f", {name}={value!r}" for name, value in arguments.items())
 
 
 def first_prompt(config: Config) -> str:

@@ -127,11 +127,9 @@ def marginals(policy: Policy) -> Finding:
 
 def after(policy: Policy, t: float, s: float, variance: float, stochastic: bool = True) -> float:
     """The variance after the policy's own step from t to s."""
-    view, none = policy.at("reference"), torch.zeros(1, 0)
+    view = policy.at("reference")
     view.model, view.times = OnePicture(), [t, s]  # type: ignore[assignment]
-    step = view.step(
-        torch.ones(1, 1, dtype=torch.float64), 0, Cond(none, none, none, none), stochastic
-    )
+    step = view.step(torch.ones(1, 1, dtype=torch.float64), 0, Cond({}, {}), stochastic)
     return step.mean.item() ** 2 * variance + step.std**2
 
 

@@ -243,7 +243,7 @@ def adapter_left_on_in_the_reference(monkeypatch):
 def alpha_lost_on_saving(monkeypatch):
     def save(policy, folder, name="policy"):
         layers = {key: value.contiguous() for key, value in policy.state(name).items()}
-        policy.model.pipeline_class.save_lora_weights(folder, transformer_lora_layers=layers)
+        policy.model.pipeline_class().save_lora_weights(folder, transformer_lora_layers=layers)
 
     monkeypatch.setattr(checkpoint, "save_adapter", save)
     monkeypatch.setattr(checks, "save_adapter", save)
@@ -433,7 +433,7 @@ def test_a_model_that_is_told_its_guidance_is_not_guided_again(
         "configs/tiny/flow_grpo_flux.yaml", [*SMALL, "sampler.window.range=[0, 0]", *overrides]
     )
     assert not Flux(config.model).has_distilled_guidance
-    monkeypatch.setattr(Flux, "is_told_guidance", property(lambda _: True))
+    monkeypatch.setattr(Flux, "has_distilled_guidance", property(lambda _: True))
     run = assembly.assemble(assembly.read_inputs(config), load_model(config.model))
     found = [f"{finding.subject}: {finding.text}" for finding in before_start(run) if finding.wrong]
     if key:

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 
 from flowalign.errors import UserError
 from flowalign.models import load_model
-from flowalign.models.config import ModelConfig
+from flowalign.models.flux import FluxConfig
 from flowalign.models.hub import explain_loading
+from flowalign.models.sd3 import SD3Config
 from flowalign.policy import Policy, Sampler
 from tests.tiny import make_policy, random_flux, random_sd35, ROOT, sd3_config, TEXTS, two_groups
 
@@ -64,7 +65,8 @@ def test_t5_may_be_left_out_of_a_model_that_has_it(tmp_path):
     with_t5 = random_sd35(tmp_path)
     without = load_model(replace(with_t5.config, max_sequence_length=0))
     assert without.pipe.text_encoder_3 is None
-    assert with_t5.encode(TEXTS).embeds.shape[1] == without.encode(TEXTS).embeds.shape[1] + 16
+    tokens = [model.encode(TEXTS).inputs["embeds"].shape[1] for model in (with_t5, without)]
+    assert tokens[0] == tokens[1] + 16
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False], ids=["dev", "schnell"])
@@ -126,8 +128,9 @@ def test_equal_prompts_are_encoded_once():
     cond = model.encode(["a circle", "a square", "a circle"])
     model.encode(["a square"])
     assert asked == ["", "a circle", "a square"]
-    assert torch.equal(cond.embeds[0], cond.embeds[2])
-    assert not torch.equal(cond.pooled[0], cond.pooled[1])
+    embeds, pooled = cond.inputs["embeds"], cond.inputs["pooled"]
+    assert torch.equal(embeds[0], embeds[2])
+    assert not torch.equal(pooled[0], pooled[1])
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -171,7 +174,6 @@ def test_a_dtype_is_that_of_the_network_and_velocities_stay_float32():
         ({"height": 256}, "model.height and model.width may be at most 128 for "),
         ({"height": 60}, "multiples of 16; nearest: 64 and 64"),
         ({"attention": "flash"}, "SD3 knows native and xformers"),
-        ({"name": "flux"}, "holds a StableDiffusion3Pipeline"),
     ],
 )
 def test_what_is_wrong_with_a_model_is_said(changes, expected, monkeypatch):
@@ -181,6 +183,11 @@ def test_what_is_wrong_with_a_model_is_said(changes, expected, monkeypatch):
         setattr(config, key, value)
     with pytest.raises(UserError, match=expected.replace("(", r"\(")):
         load_model(config)
+
+
+def test_a_folder_of_another_family_is_answered_with_its_class():
+    with pytest.raises(UserError, match=r"holds a StableDiffusion3Pipeline.* needs a FluxPipeline"):
+        load_model(FluxConfig(path=str(ROOT / "assets" / "tiny-sd3")))
 
 
 def test_gated_and_missing_repositories_are_answered_with_what_to_do():
@@ -204,7 +211,7 @@ def test_gated_and_missing_repositories_are_answered_with_what_to_do():
 def test_a_repository_that_cannot_be_reached_is_a_user_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="nobody/nothing"):
-        load_model(ModelConfig("sd3", "nobody/nothing"))
+        load_model(SD3Config(path="nobody/nothing"))
 
 
 def test_a_folder_of_another_pipeline_is_named(tmp_path):
@@ -226,8 +233,8 @@ def test_a_model_saved_as_a_pickle_is_refused(tmp_path):
 
 
 def test_large_pictures_are_decoded_in_slices():
-    flux = ModelConfig(
-        "flux", str(ROOT / "assets" / "tiny-flux"), height=64, width=64, max_sequence_length=10
+    flux = FluxConfig(
+        path=str(ROOT / "assets" / "tiny-flux"), height=64, width=64, max_sequence_length=10
     )
     small, large = (load_model(config) for config in (flux, replace(flux, height=512, width=512)))
     assert not small.vae.use_slicing

@@ -26,7 +26,7 @@ MEAN, VARIANCE = 1.5, 0.25
 
 @dataclass
 class GaussianPolicy:
-    """N(m + δ, s²), where m is the prompt's `cond.pooled`; guidance w makes it that of m_null + w (m - m_null)."""
+    """N(m + δ, s²), where m is the prompt's `mean`; guidance w makes it that of m_null + w (m - m_null)."""
 
     delta: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     """δ: one for all latent elements, or one for each. It trains."""
@@ -44,7 +44,7 @@ class GaussianPolicy:
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         t, m, m_null = (
-            over_latent(rows, x) for rows in (t, cond.pooled[:, 0], cond.null_pooled[:, 0])
+            over_latent(rows, x) for rows in (t, cond.inputs["mean"], cond.null["mean"])
         )
         m = m_null + cond.guidance * (m - m_null)
         V = (1 - t) ** 2 * self.variance + t**2
@@ -69,15 +69,12 @@ def labels(
     group = torch.as_tensor(group)
     place = torch.stack([(group[:row] == number).sum() for row, number in enumerate(group)])
     keys = torch.stack([torch.zeros_like(group), torch.zeros_like(group), group, place], 1)
-    pooled, null = (
-        torch.as_tensor(mean).expand(len(group))[:, None],
-        torch.full((len(group), 1), null_mean),
-    )
+    means, null = torch.as_tensor(mean).expand(len(group)), torch.full((len(group),), null_mean)
     return (
         [f"prompt {number}" for number in group],
         [{}] * len(group),
         keys,
-        Cond(pooled[:, None], pooled, null[:, None], null),
+        Cond({"mean": means}, {"mean": null}),
     )
 
 

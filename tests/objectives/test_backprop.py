@@ -26,8 +26,8 @@ from flowalign.advantages import group_advantage
 from flowalign.batch import Prompts, Scored
 from flowalign.data.prompts import Prompt
 from flowalign.errors import RunError, UserError
-from flowalign.models.config import Lora, ModelConfig
-from flowalign.models.sd3 import SD3
+from flowalign.models.config import Lora
+from flowalign.models.sd3 import SD3, SD3Config
 from flowalign.objectives.alignprop import AlignProp
 from flowalign.objectives.base import Objective
 from flowalign.objectives.draft_lv import DRaFTLV
@@ -180,7 +180,7 @@ def test_refl_s_step_is_drawn_evenly_late(steps, low, high, expected):
 # the tiny SD3
 
 
-def double_policy(config: ModelConfig, steps: int = 3) -> Policy:
+def double_policy(config: SD3Config, steps: int = 3) -> Policy:
     """Stirred, and float64 in every layer; diffusers' norm of queries and keys, which is float32 inside, gives way to torch's."""
     torch.manual_seed(0)
     policy = DoublePolicy(SD3(config), Sampler(steps=steps, guidance=2.0))
@@ -205,7 +205,7 @@ def contrast(images: Tensor) -> Tensor:
     return (images * weight + images**2).mean((1, 2, 3))
 
 
-def sd3_without_norm(folder: Path) -> ModelConfig:
+def sd3_without_norm(folder: Path) -> SD3Config:
     """SD3's classes with random weights; the norm of queries and keys, which computes in float32, is left out."""
     torch.manual_seed(0)
     tokenizer, clip = random_clip()
@@ -234,8 +234,8 @@ def sd3_without_norm(folder: Path) -> ModelConfig:
         None,
     )
     StableDiffusion3Pipeline(*parts).save_pretrained(folder)
-    return ModelConfig(
-        "sd3", str(folder), height=64, width=64, max_sequence_length=0, lora=Lora(rank=2, alpha=6)
+    return SD3Config(
+        path=str(folder), height=64, width=64, max_sequence_length=0, lora=Lora(rank=2, alpha=6)
     )
 
 

@@ -47,8 +47,8 @@ class PolicyWithoutReference(BiasedPolicy):
 
 def rollout_of(path: Tensor, log_prob: Tensor, advantage: Tensor) -> Rollout:
     count = len(path)
-    empty = torch.zeros(count, 1)
-    cond = Cond(empty.unsqueeze(1), empty, empty.unsqueeze(1), empty)
+    empty = {"prompt": torch.zeros(count, 1)}
+    cond = Cond(empty, empty)
     keys, images = (
         torch.zeros(count, 4, dtype=torch.long),
         torch.zeros(count, 3, 1, 1, dtype=torch.uint8),
@@ -62,7 +62,7 @@ def sampled(policy: BiasedPolicy, count: int, seed: int = 0) -> Rollout:
     """Paths of one latent element under the policy; the advantage is x0 less its mean."""
     generator = torch.Generator().manual_seed(seed)
     path, log_prob = [torch.randn(count, 1, generator=generator)], []
-    nothing = Cond(*[torch.zeros(count, 1)] * 4)
+    nothing = Cond({}, {})
     for k in range(STEPS):
         step = policy.step(path[-1], k, nothing)
         path.append(step.sample(torch.randn(count, 1, generator=generator)))
@@ -182,7 +182,7 @@ def test_training_ends_at_the_optimum_of_reward_and_path_kl():
 
 def affine_steps(policy: BiasedPolicy) -> tuple[list[float], list[float]]:
     """Every step is x' = slope x + bias + std z."""
-    probe, nothing = torch.tensor([[0.0], [1.0]]), Cond(*[torch.zeros(2, 1)] * 4)
+    probe, nothing = torch.tensor([[0.0], [1.0]]), Cond({}, {})
     steps = [policy.step(probe, k, nothing) for k in range(STEPS)]
     return [(step.mean[1] - step.mean[0]).item() for step in steps], [step.std for step in steps]
 

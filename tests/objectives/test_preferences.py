@@ -712,7 +712,8 @@ def test_ranked_pairs_keep_the_paths_and_log_probabilities_that_were_sampled(sam
     assert torch.equal(pairs.chosen_log_prob, rollout.log_prob[[1, 5]])
     assert torch.equal(pairs.rejected_log_prob, rollout.log_prob[[0, 4]])
     assert pairs.steps == rollout.steps
-    assert torch.equal(pairs.cond.embeds, rollout.cond.embeds[[1, 5]])
+    embeds = rollout.cond.inputs["embeds"]
+    assert torch.equal(pairs.cond.inputs["embeds"], embeds[[1, 5]])
 
 
 @pytest.mark.parametrize(

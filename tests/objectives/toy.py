@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.loaders import PeftAdapterMixin
 from torch import nn, Tensor
 
 from flowalign.batch import Batch, Cond, Examples, Pairs, Rollout
@@ -75,8 +73,8 @@ class ChainPolicy:
 
 
 def cond_of(count: int) -> Cond:
-    empty = torch.zeros(count, 1)
-    return Cond(empty.unsqueeze(1), empty, empty.unsqueeze(1), empty)
+    empty = {"prompt": torch.zeros(count, 1)}
+    return Cond(empty, empty)
 
 
 def labels(count: int, images: int = 1) -> tuple[list[str], list[dict[str, int]], Tensor, Cond]:
@@ -142,10 +140,8 @@ def minimiser(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int =
     return x.detach()
 
 
-class Times(nn.Module, PeftAdapterMixin):
+class Times(nn.Module):
     """v = factor · x, a linear layer without bias."""
-
-    dtype = torch.float64
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,22 +156,19 @@ class NumberModel(FlowModel):
     latent_shape = (1, 1, 1)
 
     def __init__(self) -> None:
-        self.config = ModelConfig("sd3", "", lora=Lora(rank=1, alpha=1))
+        self.config = ModelConfig(path="", lora=Lora(rank=1, alpha=1))
         self.device, self.transformer = torch.device("cpu"), Times()
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, inputs: Any) -> Tensor:
         return self.transformer.factor(x)
 
-    def scheduler(self, steps: int) -> Any:
-        return SimpleNamespace(sigmas=torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    def schedule(self, steps: int) -> list[float]:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def use_attention(self, name: str) -> None:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError
 
 

@@ -38,7 +38,7 @@ def grey(*groups: list[int]) -> Rollout:
     keys = [(0, 0, slot, image) for slot, group in enumerate(groups) for image in range(len(group))]
     prompts = [f"prompt {slot}" for _, _, slot, _ in keys]
     nothing = torch.zeros(len(levels), 1)
-    cond = Cond(nothing[:, None], nothing, nothing[:, None], nothing)
+    cond = Cond({"prompt": nothing}, {"prompt": nothing})
     path, images = (
         levels[:, None, None].float(),
         levels[:, None, None, None].byte().expand(-1, 3, 2, 2),

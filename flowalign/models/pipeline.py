@@ -1,0 +1,223 @@
+"""Models that a diffusers pipeline loads: components, autoencoder, scheduler and adapter files."""
+
+import contextlib
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import ClassVar, Literal, TYPE_CHECKING
+
+import torch
+from torch import nn, Tensor
+
+from flowalign.errors import UserError
+from flowalign.flow import Latent
+from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
+from flowalign.models.config import Dtype, ModelConfig
+from flowalign.models.loading import load_pipeline, Untyped
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+LARGE, HUGE = 512 * 512, 1536 * 1536
+"""Pixels from which the autoencoder decodes image by image, and from which tile by tile."""
+
+
+class PipelineModel(FlowModel[C]):
+    """A family over the classes of a diffusers pipeline. The autoencoder stays in float32."""
+
+    pipeline_name: ClassVar[str]
+    """Name of the pipeline class in diffusers."""
+    text_encoders: ClassVar[Sequence[str]]
+    """Names of the pipeline's text encoders."""
+    optional_components: ClassVar[Sequence[str]] = ()
+    """Components that the folder of a model may lack."""
+
+    def __init__(self, config: C, device: str = "cpu"):
+        super().__init__(config, device)
+        self.pipe = load_pipeline(
+            self.pipeline_class(), config, self.optional_components, self.unused_components(config)
+        )
+        self.transformer: Untyped = self.pipe.transformer
+        self.vae: Untyped = self.pipe.vae
+        for network in (self.transformer, self.vae, *self._text_encoders()):
+            # Some encoders of transformers are built in training mode, with dropout.
+            network.requires_grad_(False).eval()
+        self.transformer.to(self.device)
+        self.vae.to(self.device)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if config.height * config.width >= LARGE:
+            self.vae.enable_slicing()
+        if config.height * config.width > HUGE:
+            self.vae.enable_tiling()
+        self.use_attention(config.attention)
+        self._check_size()
+
+    @classmethod
+    def pipeline_class(cls) -> Untyped:
+        """Return the pipeline class."""
+        import diffusers  # takes seconds, and reading a YAML file does not need it
+
+        return getattr(diffusers, cls.pipeline_name)
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, path: str, index: Mapping[str, object]) -> ModelConfig:
+        """Return settings for making pictures with a model, from its own files.
+
+        Args:
+            path: Folder or repository.
+            index: Content of its `model_index.json`.
+        """
+
+    @classmethod
+    def unused_components(cls, config: C) -> Sequence[str]:
+        """Return the components that are not loaded under these settings."""
+        return ()
+
+    @abstractmethod
+    def use_attention(self, name: str) -> None:
+        """Switch the attention back end. Raises UserError if it is not active afterwards."""
+
+    @abstractmethod
+    def scheduler(self, steps: int) -> Scheduler:
+        """Return a scheduler with this many steps, set up as the family's pipeline does."""
+
+    def schedule(self, steps: int) -> list[float]:
+        """Return the times of the pipeline's scheduler."""
+        return self.scheduler(steps).sigmas.tolist()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the transformer without its adapters."""
+        return self.transformer.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        scale = self.pipe.vae_scale_factor
+        height, width = self.config.height // scale, self.config.width // scale
+        return self.vae.config.latent_channels, height, width
+
+    def normalise(self, z: Latent) -> Latent:
+        """Return latents of about unit scale from those of the autoencoder."""
+        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def denormalise(self, x0: Latent) -> Latent:
+        """Return the autoencoder's latents; the inverse of `normalise`."""
+        return x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def latent_fingerprint(self) -> str:
+        """Return a hash of the autoencoder's weights, and its normalisation."""
+        weights = hashlib.blake2b(digest_size=16)
+        for parameter in self.vae.parameters():
+            weights.update(parameter.detach().float().cpu().numpy().tobytes())
+        config = self.vae.config
+        return f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}"
+
+    def decode(self, x0: Latent) -> Tensor:
+        """Return pictures (B, 3, H, W) in [0, 1]. Differentiable."""
+        decoded = self.vae.decode(self.denormalise(x0), return_dict=False)[0]
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Latent:
+        """Return latents of pictures (B, 3, H, W) in [0, 1].
+
+        They are the mode of the autoencoder's posterior, so that equal pictures have equal latents.
+        """
+        posterior = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist
+        return self.normalise(posterior.mode())
+
+    @contextlib.contextmanager
+    def text_encoders_on_device(self) -> Iterator[None]:
+        """Keep the text encoders on the device only while they work: they can be the largest part."""
+        encoders = self._text_encoders()
+        for encoder in encoders:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            if self.device.type != "cpu":
+                for encoder in encoders:
+                    encoder.to("cpu")
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks of the pipeline by their component names."""
+        parts = self.pipe.components.items()
+        return {name: part for name, part in parts if isinstance(part, nn.Module)}
+
+    def add_adapter(self, lora: "LoraConfig", name: str) -> None:
+        """Put an adapter on the transformer, in a way that diffusers knows of."""
+        self.transformer.add_adapter(lora, name)
+
+    def save_adapter(
+        self, folder: Path, state: Mapping[str, Tensor], settings: Mapping[str, object]
+    ) -> None:
+        """Write an adapter in diffusers' LoRA format."""
+        # A file of transformer.save_lora_adapter would load as nothing, with a log line only.
+        self.pipeline_class().save_lora_weights(
+            folder,
+            transformer_lora_layers=dict(state),
+            transformer_lora_adapter_metadata=dict(settings),
+        )
+
+    def load_adapter(self, folder: Path, name: str) -> None:
+        """Load an adapter by `load_lora_weights`, as a user of diffusers does."""
+        self.pipe.load_lora_weights(folder, adapter_name=name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter from the pipeline."""
+        self.pipe.delete_adapters(name)
+
+    def pipeline_call(self, steps: int, guidance: float, embedded_guidance: float) -> PipelineCall:
+        """Return how the pipeline is loaded and called."""
+        absent = [name for name in self.optional_components if getattr(self.pipe, name) is None]
+        size = {"height": self.config.height, "width": self.config.width}
+        scale = self.guidance_arguments(guidance, embedded_guidance)
+        return PipelineCall(
+            self.pipeline_class().__name__,
+            loading=dict.fromkeys(absent),
+            calling={"num_inference_steps": steps, **scale, **size, **self.text_arguments()},
+        )
+
+    @abstractmethod
+    def guidance_arguments(self, guidance: float, embedded_guidance: float) -> dict[str, object]:
+        """Return the arguments of a pipeline call that set the guidance."""
+
+    def text_arguments(self) -> dict[str, object]:
+        """Return the arguments of a pipeline call that say how prompts are encoded."""
+        return {}
+
+    def _text_encoders(self) -> list[nn.Module]:
+        encoders = [getattr(self.pipe, name) for name in self.text_encoders]
+        return [encoder for encoder in encoders if encoder is not None]
+
+    def _copy_scheduler(self) -> Untyped:
+        # A copy for every call: set_timesteps changes the scheduler in place.
+        return deepcopy(self.pipe.scheduler)
+
+    def _check_size(self) -> None:
+        """Raise UserError if patches of 2 x 2 latents would not tile the picture."""
+        sides, step = (self.config.height, self.config.width), 2 * self.pipe.vae_scale_factor
+        if any(side % step or side < step for side in sides):
+            height, width = (max(step, round(side / step) * step) for side in sides)
+            raise UserError(
+                f"model.height and model.width must be multiples of {step}; "
+                f"nearest: {height} and {width}."
+            )
+
+
+def picture_side(path: str) -> int:
+    """Return the side of the square pictures that an autoencoder was trained on, in pixels."""
+    from diffusers import AutoencoderKL
+
+    config: Untyped = AutoencoderKL.load_config(path, subfolder="vae")
+    return config["sample_size"]
+
+
+def dtype_for_device(half: Literal["float16", "bfloat16"]) -> Dtype:
+    """Return the half precision that a family is published in on a GPU, and float32 on a CPU."""
+    return half if torch.cuda.is_available() else "float32"
