@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TYPE_CHECKING, TypedDict, Unpack
 
 from flowalign import progress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from flowalign.evaluation.results import EvaluationResult
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
+    from flowalign.reporting.summary import Summary
     from flowalign.sampling import SampleResult
 
 
@@ -58,7 +60,7 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> "Config":
     return load_config(path, _as_strings(overrides))
 
 
-def train(config: "Config | str | Path", overrides: Overrides = ()) -> dict[str, Any]:
+def train(config: "Config | str | Path", overrides: Overrides = ()) -> "Summary":
     """Train an adapter and return the content of `summary.json`.
 
     A run that was interrupted is resumed from its last checkpoint. The adapter, the report and all
@@ -152,9 +154,8 @@ def evaluate(
         True
     """
     with screen.shown():
-        with progress.task("importing PyTorch and diffusers"):
-            from flowalign import sampling
-            from flowalign.config.sections import Config
+        sampling = _import_sampling()
+        from flowalign.config.sections import Config
 
         if isinstance(source, Config):
             origin = sampling.from_config(source, adapter)
@@ -203,9 +204,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         [(64, 64), (64, 64)]
     """
     with screen.shown() as console:
-        with progress.task("importing PyTorch and diffusers"):
-            from flowalign import sampling
-
+        sampling = _import_sampling()
         settings = sampling.SampleSettings(images=images, seed=seed, steps=steps, guidance=guidance)
         origin, texts = sampling.find_source(str(source), model), sampling.read_texts(prompts)
         facts = sampling.describe_source(origin, texts, settings)
@@ -228,7 +227,7 @@ def sample_to_folder(
             `outputs`, with a number at its end if it exists.
         settings: Further arguments of `sample`.
     """
-    from flowalign import sampling
+    sampling = _import_sampling()
     from flowalign.reporting.header import plural
 
     # The folder is checked first: an hour of sampling must not end with a refusal.
@@ -282,6 +281,13 @@ def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Ite
     checked = load_config(config, overrides)
     with naming(config):
         yield checked
+
+
+def _import_sampling() -> ModuleType:
+    """Import the module with everything heavy behind it, and show that something happens."""
+    with progress.task("importing PyTorch and diffusers"):
+        from flowalign import sampling
+    return sampling
 
 
 def _as_strings(overrides: Overrides) -> list[str]:

@@ -10,11 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flowalign import __version__, api
 from flowalign.errors import RunError, UserError
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Action = Callable[[argparse.Namespace], int]
 REWARD_SPEC = (
     "a built-in name, my_rewards.py:redness, or a name with settings: "
@@ -24,7 +25,7 @@ REWARD_SPEC = (
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What --help says about a command, and the function that carries it out."""
+    """A command: its help, and the function that carries it out."""
 
     name: str
     """Word on the command line."""

@@ -24,6 +24,7 @@ from flowalign.models.families import describe
 from flowalign.policy import Policy, Sampler
 from flowalign.reporting.header import device_fact, model_fact, plural
 from flowalign.reporting.images import save_before_after, save_picture, save_sheet, to_pil
+from flowalign.reporting.summary import Interval
 from flowalign.rewards.combine import COMBINE
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.scoring import RolloutScorer
@@ -44,8 +45,6 @@ BEFORE_AFTER, SHEET, SCORES, REWARDS = (
 NAMES = (BEFORE_AFTER, SHEET, SCORES, REWARDS, "before", "after", "pictures")
 """Everything that `SampleResult.save` may write into its folder."""
 
-Interval = tuple[float, float, float]
-
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -63,7 +62,7 @@ class SampleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What pictures are made with: a model, perhaps with an adapter and the run that trained it."""
+    """A model to make pictures with, perhaps with an adapter and the run that trained it."""
 
     model: ModelConfig
     """The model, with the LoRA settings of the adapter."""
@@ -333,7 +332,7 @@ def load_policy(source: Source, settings: SampleSettings) -> Policy:
 
 
 def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettings) -> Evaluator:
-    """Return what makes and scores the pictures, each from noise that its key decides."""
+    """Return an evaluator that makes the pictures of these prompts and scores them."""
     config = source.config
     if config is None:
         rewards, rules = [], (COMBINE["weighted_sum"](), ADVANTAGES["group"])
@@ -390,7 +389,7 @@ def next_folder(folder: Path) -> Path:
 def _result(
     result: EvaluationResult, prompts: list[Prompt], settings: SampleSettings
 ) -> SampleResult:
-    numbers = [number for number in range(len(prompts)) for _ in range(settings.images)]
+    numbers = [i // settings.images for i in range(len(prompts) * settings.images)]
     return SampleResult(
         images=result.images,
         prompts=[prompts[number].text for number in numbers],

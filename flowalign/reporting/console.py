@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -24,9 +25,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flowalign import progress
+from flowalign.reporting.summary import Interval
 
 SECONDS_BETWEEN_LINES = 5.0
-Interval = tuple[float, float, float]
 
 
 @contextmanager
@@ -192,7 +193,7 @@ class PlainTask:
         self.is_printed = True
 
 
-def _columns() -> tuple[SpinnerColumn | TextColumn | BarColumn | TimeElapsedColumn, ...]:
+def _columns() -> tuple[ProgressColumn, ...]:
     return (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -5,12 +5,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from flowalign.files import write_file
+from flowalign.reporting.summary import Summary
 from flowalign.reporting.trackers import read_metrics
 
 TEMPLATE = "report.html.jinja"
@@ -20,19 +20,7 @@ NOT_DRAWN = {"reward/groups_without_spread"}
 FEW_POINTS = 20
 """Curves with fewer points than this mark each point."""
 
-Interval = tuple[float, float, float]
 Points = list[tuple[float, float]]
-
-
-class Summary(TypedDict):
-    """The part of `summary.json` that the report shows."""
-
-    before: dict[str, float]
-    after: dict[str, float]
-    difference: dict[str, Interval]
-    images: int
-    seconds: float
-    stopped: str
 
 
 def write_report(run: Path, summary: Summary) -> None:
@@ -57,16 +45,17 @@ def draw_curves(entries: Sequence[Mapping[str, float]], summary: Summary) -> lis
     # A run that learns from given pictures makes no images, so its steps are the horizontal axis.
     axis = "images" if summary["images"] else "step"
     last = max([entry[axis] for entry in entries], default=1)
-    ends = [(0, summary["before"]), (last, summary["after"])]
-    points = [
-        *entries,
-        *({axis: x, **{f"eval/{k}": v for k, v in scores.items()}} for x, scores in ends),
-    ]
-    points.sort(key=lambda entry: entry[axis])
+    ends = [_evaluation(axis, 0, summary["before"]), _evaluation(axis, last, summary["after"])]
+    points = sorted([*entries, *ends], key=lambda entry: entry[axis])
     return [
         (name, _curve(name, [(p[axis], p[name]) for p in points if name in p], axis, last))
         for name in _names(points)
     ]
+
+
+def _evaluation(axis: str, x: float, scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the evaluation before or after training as a line of `metrics.jsonl`."""
+    return {axis: x, **{f"eval/{name}": score for name, score in scores.items()}}
 
 
 def _names(points: Sequence[Mapping[str, float]]) -> list[str]:

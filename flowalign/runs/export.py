@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from flowalign.config.sections import Config
 from flowalign.data.preferences import read_examples
@@ -12,6 +11,7 @@ from flowalign.files import to_json, write_file, write_folder
 from flowalign.policy import Policy
 from flowalign.reporting.html import write_report
 from flowalign.reporting.images import save_before_after
+from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import save_adapter
 
 ADAPTER = "adapter"
@@ -32,29 +32,6 @@ README_WITHOUT_PIPELINE = """# A LoRA adapter for {path}
 It belongs to the model family `{name}`, which diffusers does not load.
 `model.load_adapter` of that family reads it from `{folder}`.
 """
-
-
-class Summary(TypedDict):
-    """The content of `summary.json`."""
-
-    before: dict[str, float]
-    """Mean of every reward and held-out figure without the adapter."""
-    after: dict[str, float]
-    """The same with the exported weights; empty for an interrupted run."""
-    difference: dict[str, tuple[float, float, float]]
-    """Low end, mean and high end of the 95 % interval of the paired difference."""
-    images: int
-    """Images that were generated for training."""
-    seconds: float
-    """Seconds spent in training steps."""
-    peak_memory_bytes: int
-    """Most bytes in use: allocated on a GPU, resident on a CPU."""
-    stopped: str
-    """Why training ended: "finished", "interrupted" or the rule of train.stop."""
-    weights: str
-    """The exported weights: "policy" or "ema"."""
-    step: int
-    """The training step of the exported weights."""
 
 
 def write_summary(run: Path, summary: Summary) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from flowalign import distributed
 from flowalign.batch import Batch
 from flowalign.config.sections import Config
@@ -204,11 +202,6 @@ def prepare(config: Config) -> Run:
         UserError: Something cannot work. The message says what to write instead.
     """
     inputs = distributed.raise_everywhere(lambda: read_inputs(config))
-    if distributed.is_main():
-        say(
-            f"{distributed.count()} process(es) on {distributed.device()}, "
-            f"{torch.get_num_threads()} threads each; {inputs.counts.images_per_step} images a step"
-        )
     assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
     refuse_what_is_wrong(assembly)
     folder = Path(config.output)

@@ -8,6 +8,7 @@ from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.progress import say, task
 from flowalign.reporting.console import print_differences
+from flowalign.reporting.summary import Summary
 from flowalign.reporting.trackers import Trackers
 from flowalign.runs.advice import advise_on_out_of_memory, keep_finished_steps
 from flowalign.runs.environment import peak_memory
@@ -15,7 +16,6 @@ from flowalign.runs.export import (
     ADAPTER,
     export_adapter,
     PICTURES,
-    Summary,
     write_results,
     write_summary,
 )
