@@ -14,6 +14,7 @@ from flowalign.evaluation.drift import drift_metrics, SHOWN
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.policy import Policy
+from flowalign.progress import task
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.rollouts.scoring import RolloutScorer
 
@@ -75,7 +76,10 @@ class Evaluator:
             mine[start : start + self.images_per_pass]
             for start in range(0, len(mine), self.images_per_pass)
         ]
-        return (self._collect(policy, piece) for piece in pieces)
+        with task("evaluating", total=len(mine)) as work:
+            for piece in pieces:
+                yield self._collect(policy, piece)
+                work.advance(len(piece))
 
     def _collect(self, policy: Policy, piece: list[tuple[int, int]]) -> Rollout:
         keys = [(self.seed, EVALUATION_STEP, prompt, image) for prompt, image in piece]
