@@ -13,7 +13,7 @@ from tests.rewards.test_blip import folder as blip
 from tests.rewards.test_blip import original
 from tests.rewards.test_clip import folder as clip
 from tests.rewards.test_geneval import random_color_clip, random_yolos
-from tests.rewards.vlm.test_questions_and_local import qwen2_vl
+from tests.rewards.vlm.test_local import qwen2_vl
 from tests.rewards.vlm.test_server import completion, Reply, serving, text_of
 
 __all__ = ["blip", "clip", "original"]

@@ -1,1 +1,1 @@
-"""Rewards over HTTP: client and server."""
+"""Rewards behind HTTP: the client and the server."""

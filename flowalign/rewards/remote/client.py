@@ -1,7 +1,10 @@
-"""Rewards elsewhere: behind `flowalign reward serve`, in another environment or on another machine; JSON with PNG images.
+"""Score images with a reward behind `flowalign reward serve`, in another process or machine.
 
-POST {url}/v1/score {"images": [base64 PNG], "prompts": [...], "metadata": [...]} -> {"scores": [number or null]};
-GET {url}/health -> {"name", "level", "range"}. A server that has others to answer first says 503 with a header `BUSY`.
+The protocol is JSON with PNG images:
+    GET  {url}/health    -> {"name", "level", "range": [low or null, high or null]}
+    POST {url}/v1/score  {"images": [base64 PNG], "prompts": [...], "metadata": [...]}
+                         -> {"scores": [number or null]}
+A server that is busy with other requests answers 503 with the header `BUSY`.
 """
 
 import base64
@@ -10,10 +13,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, KW_ONLY
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import requests
 from PIL import Image
@@ -22,98 +25,118 @@ from torch import Tensor
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 from urllib3.util import Retry
 
+from flowalign.data.prompts import Metadata
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.base import Traits
 
+if TYPE_CHECKING:
+    from urllib3.connectionpool import ConnectionPool
+    from urllib3.response import BaseHTTPResponse
+
 TRANSIENT = {408, 429, *range(500, 600)}
 BUSY = "x-flowalign-busy"
-LONGEST = 2**24
-"""Bytes of an answer."""
+MAX_BYTES = 2**24
+"""The largest answer that is read, in bytes."""
+
+Body = dict[str, Sequence[object]]
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
-class Patience(Retry):
-    """Tries again, but not where the time was up; while a server says that it is busy, that counts as no try."""
+class RetryPolicy(Retry):
+    """Retries a failed request, with two exceptions.
+
+    A read timeout is final: the server may still be at work, and a retry would double the load.
+    An answer that the server is busy does not use up a retry.
+    """
 
     def increment(
         self,
         method: str | None = None,
         url: str | None = None,
-        response: Any = None,
+        response: "BaseHTTPResponse | None" = None,
         error: Exception | None = None,
-        _pool: Any = None,
-        _stacktrace: Any = None,
-    ) -> Any:
+        _pool: "ConnectionPool | None" = None,
+        _stacktrace: object = None,
+    ) -> Retry:
+        """Return the policy for the next attempt, or raise if there is none."""
         if isinstance(error, ReadTimeoutError):
             raise error
         if response is not None and BUSY in response.headers:
             return self
-        return super().increment(method, url, response, error, _pool, _stacktrace)
+        return super().increment(method, url, response, error, _pool, _stacktrace)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass
-class Server:
-    """Where a program answers JSON with JSON, and how long one waits for it."""
+class Endpoint:
+    """A server that answers JSON with JSON, and how long to wait for it."""
 
     url: str
+    """The address, with scheme and port."""
     _: KW_ONLY
     token_variable: str = "FLOWALIGN_TOKEN"
-    """The environment variable that holds the token; none is sent when it is not set."""
+    """The environment variable with the token; without it, no token is sent."""
     seconds: float = 60.0
     """How long to wait for an answer to begin, and then for its end."""
     concurrency: int = 2
-    """How many questions are asked at once."""
+    """How many requests are sent at once."""
     retries: int = 8
-    """How often one is asked again when the connection fails or the server answers 408, 429 or 5xx: 8 are half a minute."""
+    """How often a request is repeated after a failed connection, 408, 429 or 5xx; 8 take 30 s."""
 
     @property
     def key(self) -> str:
-        """For messages."""
+        """The name in messages."""
         return f"rewards.{self.url}"
 
     def connect(self) -> None:
-        """UserError where the settings cannot work."""
+        """Open the session. Raises UserError if the settings cannot work."""
         if not self.url.startswith(("http://", "https://")):
             raise UserError(
-                f"{self.key}.url is {self.url!r}; write an address, such as http://127.0.0.1:8000."
+                f"{self.key}.url is {self.url!r}. Write an address, such as http://127.0.0.1:8000."
             )
         if self.seconds <= 0 or self.concurrency < 1 or self.retries < 0:
             raise UserError(
-                f"{self.key}: seconds must be above 0, concurrency 1 or more, and retries 0 or more."
+                f"{self.key}: a limit is out of range. "
+                "Set seconds above 0, concurrency to 1 or more, and retries to 0 or more."
             )
         self.session = requests.Session()
         self.session.auth = _bearer(token_in(self.token_variable))
-        again = Patience(
+        policy = RetryPolicy(
             self.retries, backoff_factor=0.5, backoff_max=8, status_forcelist=TRANSIENT
         )
-        again.allowed_methods, again.raise_on_status, again.respect_retry_after_header = (
-            None,
-            False,
-            False,
-        )
+        # Scoring has no side effects, so POST is retried as well. A server's own Retry-After is
+        # ignored: it could name an hour.
+        policy.allowed_methods, policy.raise_on_status = None, False
+        policy.respect_retry_after_header = False
         for scheme in ("http://", "https://"):
-            self.session.mount(
-                scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=again)
-            )
+            adapter = HTTPAdapter(pool_maxsize=self.concurrency, max_retries=policy)
+            self.session.mount(scheme, adapter)
 
     def address(self, path: str) -> str:
+        """Return the full address of a path."""
         return f"{self.url.rstrip('/')}{path}"
 
     def source(self, path: str) -> str:
-        """For messages."""
+        """Return the name of a path in messages."""
         return f"{self.key}: {self.address(path)}"
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer to a POST, or without a body to a GET. RunError with the address when there is none."""
+    def request(self, path: str, body: Mapping[str, object] | None = None) -> str:
+        """Send a POST, or a GET without a body, and return the answer's text.
+
+        Raises RunError with the address if there is no answer or its status is an error.
+        """
         method = "GET" if body is None else "POST"
+        address, limit = self.address(path), self.seconds
         try:
             with self.session.request(
-                method, self.address(path), json=body, timeout=self.seconds, stream=True
+                method, address, json=body, timeout=limit, stream=True
             ) as reply:
                 text = self._read(reply)
         except requests.exceptions.InvalidJSONError as error:
             raise RunError(
-                f"{self.source(path)} cannot be asked: a field of the prompts is no JSON: {error}"
+                f"{self.source(path)} cannot be called: a prompt's metadata cannot be written as "
+                f"JSON ({error}). Correct the prompt file."
             ) from error
         except (requests.RequestException, HTTPError) as error:
             raise RunError(f"{self.source(path)} did not answer: {error}") from error
@@ -122,113 +145,121 @@ class Server:
         return text
 
     def _read(self, reply: requests.Response) -> str:
-        """To its end, as it comes: what drips has no end."""
-        until, said = time.monotonic() + self.seconds, bytearray()
+        """Read the whole body within one deadline, as `timeout` limits only gaps between pieces."""
+        deadline, body = time.monotonic() + self.seconds, bytearray()
         while piece := reply.raw.read1(2**16, decode_content=True):
-            said += piece
-            if len(said) > LONGEST or time.monotonic() > until:
+            body += piece
+            if len(body) > MAX_BYTES or time.monotonic() > deadline:
                 raise requests.Timeout(
-                    f"{len(said)} bytes in {self.seconds:g} seconds were not all of it"
+                    f"the answer was incomplete after {len(body)} bytes and {self.seconds:g} "
+                    "seconds"
                 )
-        return said.decode(errors="replace")
+        return body.decode(errors="replace")
 
-    def together(self, ask: Callable[[Any], Any], questions: list[Any]) -> list[Any]:
-        """Answers in the order of the questions."""
+    def ask_all(self, ask: Callable[[Question], Answer], questions: list[Question]) -> list[Answer]:
+        """Ask several questions at once, and return the answers in their order."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(ask, questions))
 
 
 @dataclass
-class RemoteReward(Server):
-    """A reward behind `flowalign reward serve`; its level and range are those of the reward served."""
+class RemoteReward(Endpoint):
+    """A reward behind `flowalign reward serve`, with the level and range of the served reward."""
 
     batch: int = 32
-    """Images a request."""
+    """Images per request."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise UserError(f"{self.key}.batch is {self.batch}; it must be 1 or more.")
+            raise UserError(f"{self.key}.batch is {self.batch}. Set it to 1 or more.")
         self.connect()
-        self.session.mount(
-            self.address("/health"), HTTPAdapter()
-        )  # what is not there when a run starts is not waited for
+        # Without retries: a server that is absent when a run starts is an error, not a delay.
+        self.session.mount(self.address("/health"), HTTPAdapter())
         try:
-            self.traits = _traits(json.loads(self.ask("/health")))
+            self.traits = _traits(json.loads(self.request("/health")))
         except RunError as error:
             raise UserError(
                 f"{error}\nStart one there: flowalign reward serve NAME --port PORT."
             ) from error
         except (ValueError, LookupError, TypeError, UserError) as error:
             raise UserError(
-                f"{self.key}: what answers there is no flowalign reward serve ({error})."
+                f"{self.key} is not a server of `flowalign reward serve` ({error}). "
+                "Correct the address."
             ) from error
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> list[float]:
-        pictures = [to_base64(picture) for picture in to_pil(images)]
-        size = self.batch if self.traits.level == "pointwise" else len(pictures)
-        bodies = [
-            {
-                "images": pictures[i : i + size],
-                "prompts": prompts[i : i + size],
-                "metadata": metadata[i : i + size],
-            }
-            for i in range(0, len(pictures), size)
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> list[float]:
+        encoded = [to_base64(picture) for picture in to_pil(images)]
+        # A reward of groups needs all images in one request.
+        size = self.batch if self.traits.level == "pointwise" else len(encoded)
+        parts = [slice(start, start + size) for start in range(0, len(encoded), size)]
+        bodies: list[Body] = [
+            {"images": encoded[part], "prompts": prompts[part], "metadata": metadata[part]}
+            for part in parts
         ]
-        return [score for scores in self.together(self._score, bodies) for score in scores]
+        scores: list[float] = []
+        for part_scores in self.ask_all(self._score, bodies):
+            scores += part_scores
+        return scores
 
-    def _score(self, body: dict[str, Any]) -> list[float]:
-        text = self.ask("/v1/score", body)
-        expected = len(body["prompts"])
+    def _score(self, body: Body) -> list[float]:
+        text, count = self.request("/v1/score", body), len(body["images"])
         try:
-            scores = [
-                None if score is None else float(score) for score in json.loads(text)["scores"]
-            ]
-        except (ValueError, LookupError, TypeError):
-            raise RunError(f"{self.key} answered what is no list of scores: {text[:300]}") from None
-        if len(scores) != expected:
+            scores = [_finite_or_missing(score) for score in json.loads(text)["scores"]]
+        except (ValueError, LookupError, TypeError) as error:
             raise RunError(
-                f"{self.key} answered {len(scores)} scores; expected {expected}, one an image."
-            )
-        if wrong := [score for score in scores if score is not None and not math.isfinite(score)]:
+                f"{self.key} answered something other than a list of finite numbers and null "
+                f"({error}): {text[:300]}"
+            ) from None
+        if len(scores) != count:
             raise RunError(
-                f"{self.key} answered {wrong[0]}; scores are finite, and null where there is none."
+                f"{self.key} answered {len(scores)} scores for {count} images. "
+                "It must return one number per image."
             )
-        return [math.nan if score is None else score for score in scores]
+        return scores
 
 
-def _traits(found: Any) -> Traits:
-    """What the server says of its reward. ValueError, LookupError or TypeError where it does not."""
-    low, high = found["range"]
-    if found["level"] not in ("pointwise", "group"):
-        raise ValueError(f"level is {found['level']!r}")
-    return Traits(
-        found["level"],
-        "tensor",
-        (-math.inf if low is None else float(low), math.inf if high is None else float(high)),
-    )
+def _finite_or_missing(score: object) -> float:
+    if score is None:
+        return math.nan
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise ValueError(f"{score!r} is not a finite number")
+    return float(score)
+
+
+def _traits(health: dict[str, object]) -> Traits:
+    """Read the level and range of a served reward. Raises ValueError, LookupError or TypeError."""
+    level, ends = health["level"], health["range"]
+    if level not in ("pointwise", "group") or not isinstance(ends, list):
+        raise ValueError(f"level is {level!r} and range {ends!r}")
+    low, high = ends
+    # JSON has no infinity, so an open end is null.
+    low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    return Traits(level=level, range=(low, high))  # pyright: ignore[reportArgumentType]
 
 
 def to_base64(picture: Image.Image) -> str:
-    """As a PNG, which loses nothing."""
+    """Encode a picture as a PNG, which keeps every bit, in base64."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def token_in(variable: str) -> str:
-    """The token that an environment variable holds, or nothing. UserError where it cannot be sent; the token is never shown."""
+    """Return the token in an environment variable, or an empty string.
+
+    Raises UserError if HTTP cannot carry it. The message never shows the token.
+    """
     token = os.environ.get(variable, "").strip()
     if not token.isascii() or not token.isprintable():
         raise UserError(
-            f"the environment variable {variable} holds what no token has: write visible letters of ASCII."
+            f"The token in the environment variable {variable} has characters that cannot be sent. "
+            "Use printable ASCII."
         )
     return token
 
 
 def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
-    """Sends the token and nothing else: without this, requests looks for passwords in ~/.netrc."""
+    """Sign requests with the token. Without an `auth`, requests would send what ~/.netrc holds."""
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
         if token:

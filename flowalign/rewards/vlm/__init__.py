@@ -1,1 +1,1 @@
-"""Vision-language models as rewards."""
+"""Rewards by vision-language models, local or behind a server."""

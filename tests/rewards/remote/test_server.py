@@ -1,4 +1,4 @@
-"""What the server of a reward refuses, and runs whose server goes away."""
+"""Requests that the server of a reward rejects, and runs whose server disappears."""
 
 import base64
 import io
@@ -24,82 +24,75 @@ from flowalign.errors import RunError, UserError
 from flowalign.reporting.trackers import read_metrics
 from flowalign.rewards.adapters import make_reward, to_pil
 from flowalign.rewards.pixel_statistics import brightness
-from flowalign.rewards.remote import client as web_module
-from flowalign.rewards.remote import server as serving
+from flowalign.rewards.remote import client as client_module
+from flowalign.rewards.remote import server as server_module
 from flowalign.rewards.remote.client import to_base64
-from flowalign.rewards.remote.server import serve, unpacked
+from flowalign.rewards.remote.server import decode_images, serve
 from flowalign.runs.checkpoint import checkpoints
-from tests.rewards.remote.test_client import Answer, answering, IMAGES, score, served, web
+from tests.rewards.remote.test_client import Answer, answering, IMAGES, remote, score, served
 from tests.tiny import ROOT, SMALL, TINY
 
 BRIGHTNESS = make_reward("brightness", brightness)
 PNG = to_base64(to_pil(IMAGES[:1])[0])
 
 
-def asked(*images: str) -> dict[str, Any]:
+def request_body(*images: str) -> dict[str, Any]:
     return {"images": images, "prompts": ["one"] * len(images), "metadata": [{}] * len(images)}
 
 
-def test_the_token_is_asked_for(monkeypatch):
+def test_the_token_is_required(monkeypatch):
     monkeypatch.setenv("MINE", "secret")
     with served(BRIGHTNESS, token="secret") as url:
-        assert torch.equal(score(web(url, token_variable="MINE")), score(BRIGHTNESS))
-        for given in ("", "guessed"):
-            monkeypatch.setenv("MINE", given)
+        assert torch.equal(score(remote(url, token_variable="MINE")), score(BRIGHTNESS))
+        for sent in ("", "guessed"):
+            monkeypatch.setenv("MINE", sent)
             with pytest.raises(
                 UserError, match=rf"{url}/health answered 401: .*the token is missing or wrong"
             ):
-                web(url, token_variable="MINE")
-            headers = {"authorization": f"Bearer {given}"}
-            for body in (json.dumps(asked(PNG)), "no JSON"):
-                assert (
-                    requests.post(
-                        f"{url}/v1/score", data=body, headers=headers, timeout=60
-                    ).status_code
-                    == 401
-                )
+                remote(url, token_variable="MINE")
+            headers = {"authorization": f"Bearer {sent}"}
+            for body in (json.dumps(request_body(PNG)), "no JSON"):
+                score_url = f"{url}/v1/score"
+                reply = requests.post(score_url, data=body, headers=headers, timeout=60)
+                assert reply.status_code == 401
 
 
-def test_a_request_that_is_too_large_is_refused():
+def test_a_request_that_is_too_large_is_rejected():
     with served(BRIGHTNESS, max_bytes=500) as url:
-        far = web(url)
-        with pytest.raises(
-            RunError,
-            match=rf"{url}/v1/score answered 413: .*the request has \d+ bytes; at most 500 are taken",
-        ):
+        far = remote(url)
+        message = rf"{url}/v1/score answered 413: .*the request has \d+ bytes; the limit is 500"
+        with pytest.raises(RunError, match=message):
             score(far)
         with pytest.raises(RunError, match=rf"{url}/v1/score answered 413"):
             score(far, torch.rand(4, 3, 512, 512))
         assert requests.post(f"{url}/v1/score", data=iter([b"{}"]), timeout=60).status_code == 411
-        assert b" 411 " in said_to(url, "content-length: 5\r\ntransfer-encoding: chunked")
+        assert b" 411 " in first_line(url, "content-length: 5\r\ntransfer-encoding: chunked")
 
 
-def said_to(url: str, headers: str) -> bytes:
-    """The first line of the answer to a request of which only the head is sent."""
+def first_line(url: str, headers: str) -> bytes:
+    """The first line of the answer to a request whose body is never sent."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), 60) as connection:
         connection.sendall(f"POST /v1/score HTTP/1.1\r\nhost: {host}\r\n{headers}\r\n\r\n".encode())
         return connection.makefile("rb").readline()
 
 
-def test_a_request_that_does_not_arrive_is_given_up(monkeypatch):
-    monkeypatch.setattr(serving, "ARRIVAL", 0.1)
+def test_a_request_that_does_not_arrive_times_out(monkeypatch):
+    monkeypatch.setattr(server_module, "ARRIVAL_SECONDS", 0.1)
     with served(BRIGHTNESS) as url:
-        assert b" 408 " in said_to(url, "content-length: 50")
+        assert b" 408 " in first_line(url, "content-length: 50")
 
 
-def test_a_request_that_is_too_large_when_unpacked_is_refused():
+def test_images_that_are_too_large_when_decoded_are_rejected():
     black = png(1024, 1024, chunk(b"IDAT", zlib.compress(bytes(1024 * 3073))), chunk(b"IEND", b""))
     with served(BRIGHTNESS, max_bytes=2**22) as url:
-        assert requests.post(f"{url}/v1/score", json=asked(black), timeout=60).json() == {
+        assert requests.post(f"{url}/v1/score", json=request_body(black), timeout=60).json() == {
             "scores": [0.0]
         }
-        reply = requests.post(f"{url}/v1/score", json=asked(black, black), timeout=60)
+        reply = requests.post(f"{url}/v1/score", json=request_body(black, black), timeout=60)
     assert reply.status_code == 413
-    assert (
-        reply.json()["detail"]
-        == "the images have 6291456 bytes when unpacked; at most 4194304 are taken"
-    )
+    message = "the images have 6291456 bytes when decoded; the limit is 4194304"
+    assert reply.json()["detail"] == message
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -111,18 +104,18 @@ def png(width: int, height: int, *chunks: bytes) -> str:
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks)).decode()
 
 
-def test_texts_in_pictures_are_held_one_picture_at_a_time():
+def test_texts_in_images_take_memory_one_image_at_a_time():
     megabyte = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (2**20 - 16)))
-    images = [_with(30 * megabyte)] * 8
+    images = [with_chunk(30 * megabyte)] * 8
     tracemalloc.start()
-    unpacked(images, 2**20)
+    decode_images(images, 2**20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**26
 
 
-def _with(text: bytes) -> str:
-    """PNG with another chunk after its header."""
+def with_chunk(text: bytes) -> str:
+    """The PNG with another chunk after its header."""
     data = base64.b64decode(PNG)
     return base64.b64encode(data[:33] + text + data[33:]).decode()
 
@@ -133,21 +126,23 @@ def sixteen_bits() -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../picture.png", "/dev/zero", "a\0b", 3])
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../picture.png", "/dev/zero", "~/a.png", "a\0b", 3]
+)
 def test_files_outside_the_folder_of_the_server_are_not_read(name, server):
-    body = asked(PNG) | {"metadata": [{"ref_image": name}]}
+    body = request_body(PNG) | {"metadata": [{"ref_image": name}]}
     reply = requests.post(f"{server}/v1/score", json=body, timeout=60)
     assert reply.status_code == 422
-    assert (
-        reply.json()["detail"]
-        == "ref_image must be a file in the folder that this server was started in"
-    )
+    message = "ref_image must be a file in the folder that this server was started in"
+    assert reply.json()["detail"] == message
 
 
 @pytest.mark.parametrize("name", ["picture.png", "folder/picture.png", None])
 def test_files_in_the_folder_of_the_server_may_be_named(name, server):
     reply = requests.post(
-        f"{server}/v1/score", json=asked(PNG) | {"metadata": [{"ref_image": name}]}, timeout=60
+        f"{server}/v1/score",
+        json=request_body(PNG) | {"metadata": [{"ref_image": name}]},
+        timeout=60,
     )
     assert reply.status_code == 200
 
@@ -172,8 +167,8 @@ def server() -> Iterator[str]:
         (png(50000, 50000, chunk(b"IDAT", b"")), 413),
     ],
 )
-def test_what_is_no_picture_is_refused(image, status, server):
-    reply = requests.post(f"{server}/v1/score", json=asked(image), timeout=60)
+def test_a_file_that_is_not_a_small_png_is_rejected(image, status, server):
+    reply = requests.post(f"{server}/v1/score", json=request_body(image), timeout=60)
     assert reply.status_code == status
     assert "image" in reply.json()["detail"]
 
@@ -181,59 +176,59 @@ def test_what_is_no_picture_is_refused(image, status, server):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (asked(PNG, to_base64(to_pil(torch.rand(1, 3, 4, 8))[0])), "of one size"),
-        (asked(PNG) | {"prompts": []}, "as many prompts and metadata as images"),
-        (asked(), "as many prompts and metadata as images"),
+        (request_body(PNG, to_base64(to_pil(torch.rand(1, 3, 4, 8))[0])), "of one size"),
+        (request_body(PNG) | {"prompts": []}, "as many prompts and metadata as images"),
+        (request_body(), "as many prompts and metadata as images"),
         ({"images": [PNG]}, "body.prompts: Field required"),
         ({"images": ["x" * 10**5]}, "body.prompts: Field required"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(body, message, server):
+def test_a_request_that_cannot_be_scored_is_rejected(body, message, server):
     reply = requests.post(f"{server}/v1/score", json=body, timeout=60)
     assert reply.status_code == 422
     assert message in reply.text
     assert len(reply.text) < 200
 
 
-def test_an_infinite_score_is_not_taken_for_one_that_is_missing():
+def test_an_infinite_score_is_an_error_and_not_a_missing_one():
     with served(
         make_reward("endless", lambda images, prompts, metadata: [math.inf] * len(images))
     ) as url:
         with pytest.raises(
             RunError,
-            match=rf"{url}/v1/score answered 422: .*rewards\.endless was infinite for a picture",
+            match=rf"{url}/v1/score answered 422: .*rewards\.endless was infinite for an image",
         ):
-            score(web(url))
+            score(remote(url))
 
 
-def test_a_server_that_is_busy_says_so_and_is_waited_for(monkeypatch):
-    """One request is scored and one unpacked; a third is told to wait, and that counts as no try of its own."""
-    told, over, scores = Event(), Event(), []
+def test_a_busy_server_is_awaited_without_using_up_a_retry(monkeypatch):
+    """One request is scored and one decoded, so a third is answered that the server is busy."""
+    busy, over, scores = Event(), Event(), []
 
-    class Told(web_module.Patience):
+    class Recording(client_module.RetryPolicy):
         def increment(self, *arguments: Any, **settings: Any) -> Any:
-            told.set()
+            busy.set()
             return super().increment(*arguments, **settings)
 
     def slow(images, prompts, metadata):
         assert over.wait(60)
         return images.mean((1, 2, 3))
 
-    monkeypatch.setattr(serving, "TURN", 0.05)
-    monkeypatch.setattr(web_module, "Patience", Told)
+    monkeypatch.setattr(server_module, "QUEUE_SECONDS", 0.05)
+    monkeypatch.setattr(client_module, "RetryPolicy", Recording)
     with served(make_reward("slow", slow)) as url:
-        far = web(url, retries=0)
+        far = remote(url, retries=0)
         threads = [Thread(target=lambda: scores.append(score(far))) for _ in range(3)]
         for thread in threads:
             thread.start()
-        assert told.wait(60)
+        assert busy.wait(60)
         over.set()
         for thread in threads:
             thread.join()
     assert_close(torch.stack(scores), score(BRIGHTNESS).expand(3, -1))
 
 
-def test_what_a_reward_raises_there_is_answered_here_and_not_asked_for_again():
+def test_an_exception_of_a_remote_reward_is_an_error_here_and_not_retried():
     calls = []
 
     def broken(images, prompts, metadata):
@@ -245,7 +240,7 @@ def test_what_a_reward_raises_there_is_answered_here_and_not_asked_for_again():
             RunError,
             match=rf"{url}/v1/score answered 422: .*rewards\.broken raised ValueError: no weights",
         ):
-            score(web(url))
+            score(remote(url))
     assert calls == [7]
 
 
@@ -263,29 +258,27 @@ class Learning:
         pass
 
 
-def test_a_reward_that_learns_is_not_served():
+def test_a_reward_that_learns_cannot_be_served():
     with pytest.raises(
-        UserError, match="learning learns as training goes, and behind HTTP it would not"
+        UserError, match="learning learns during training, which it cannot do behind HTTP"
     ):
         serve(make_reward("learning", Learning()), "127.0.0.1", 8123, "FLOWALIGN_TOKEN", 1)
 
 
 @pytest.mark.parametrize(
-    ("token", "said"),
-    [("", "token not asked for (set FLOWALIGN_TOKEN)"), ("secret", "token asked for")],
+    ("token", "access"),
+    [("", "token not required (set FLOWALIGN_TOKEN)"), ("secret", "token required")],
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_the_command_serves_and_says_where_and_how_to_use_it(
-    host, token, said, monkeypatch, capsys
-):
-    begun: Queue[uvicorn.Server] = Queue()
+def test_the_command_prints_its_address_and_how_to_use_it(host, token, access, monkeypatch, capsys):
+    started: Queue[uvicorn.Server] = Queue()
 
-    class Told(uvicorn.Server):
+    class Recording(uvicorn.Server):
         async def startup(self, *arguments: Any, **settings: Any) -> None:
             await super().startup(*arguments, **settings)
-            begun.put(self)
+            started.put(self)
 
-    monkeypatch.setattr(uvicorn, "Server", Told)
+    monkeypatch.setattr(uvicorn, "Server", Recording)
     monkeypatch.setenv("FLOWALIGN_TOKEN", token)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -293,32 +286,29 @@ def test_the_command_serves_and_says_where_and_how_to_use_it(
     command = ["reward", "serve", "brightness", "--host", host, "--port", str(port)]
     thread = Thread(target=lambda: status.append(main(command)))
     thread.start()
-    server = begun.get(timeout=60)
-    assert torch.equal(score(web(f"http://127.0.0.1:{port}")), score(BRIGHTNESS))
+    server = started.get(timeout=60)
+    assert torch.equal(score(remote(f"http://127.0.0.1:{port}")), score(BRIGHTNESS))
     server.should_exit = True
     thread.join()
     address = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
     output = capsys.readouterr().out
     assert status == [0]
-    assert f"brightness at {address}, {said}" in output
+    assert f"brightness at {address}, {access}" in output
     assert f'rewards: {{"{address}": 1.0}}' in output
 
 
-def test_an_address_that_cannot_be_had_ends_with_one_message_and_status_2(capsys):
+def test_an_address_that_cannot_be_used_ends_with_one_message_and_status_2(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for port in (taken.getsockname()[1], 70000):
             assert main(["reward", "serve", "brightness", "--port", str(port)]) == 2
             output = capsys.readouterr()
-            assert f"127.0.0.1, port {port} cannot be listened at" in output.err
+            assert f"The server cannot listen on 127.0.0.1, port {port}" in output.err
             assert not output.out
-
-
-# runs
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch) -> Callable[..., list[str]]:
-    """A small run with the reward at an address."""
+    """A command that trains for a few steps with the reward at an address."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "few.txt").write_text("a red circle")
 
@@ -337,17 +327,17 @@ def command(tmp_path, monkeypatch) -> Callable[..., list[str]]:
     return train
 
 
-LOOKS = 6
-"""Requests before a run begins: about four pictures, about them again, and about each by itself."""
+CHECKS = 6
+"""Requests before a run begins: four images together, twice, and each of them alone."""
 
 
 def brightness_of(body: dict[str, Any]) -> Answer:
-    scores = unpacked(body["images"], 2**24).float().mean((1, 2, 3)) / 255
+    scores = decode_images(body["images"], 2**24).float().mean((1, 2, 3)) / 255
     return 200, json.dumps({"scores": scores.tolist()})
 
 
-def until(gone: Event, good: int = LOOKS + 1) -> Callable[[dict[str, Any]], Answer]:
-    """Scores brightness for a few requests, of which a run asks one a step after its looks, then breaks off."""
+def until(gone: Event, good: int = CHECKS + 1) -> Callable[[dict[str, Any]], Answer]:
+    """Brightness for some requests, one per step after the checks, then broken connections."""
     left = [None] * good
 
     def answer(body: dict[str, Any]) -> Answer:
@@ -360,7 +350,7 @@ def until(gone: Event, good: int = LOOKS + 1) -> Callable[[dict[str, Any]], Answ
     return answer
 
 
-def test_a_run_whose_server_is_started_again_goes_on(command, tmp_path):
+def test_a_run_survives_a_restart_of_its_server(command, tmp_path):
     gone, over, addresses = Event(), Event(), Queue()
 
     def keep() -> None:
@@ -385,15 +375,12 @@ def test_a_run_whose_server_is_started_again_goes_on(command, tmp_path):
     assert all(0 < line[f"reward/{url.removeprefix('http://')}"] < 1 for line in lines)
 
 
-def test_a_run_whose_server_stays_away_stops_and_goes_on_once_it_is_back(command, tmp_path, capsys):
+def test_a_run_whose_server_stays_away_stops_and_can_be_resumed(command, tmp_path, capsys):
     with answering(until(Event())) as url:
         assert main(command(url, retries=1)) == 1
     error = capsys.readouterr().err
     assert f"{url}/v1/score did not answer" in error
-    assert (
-        f"The finished steps are in {checkpoints(tmp_path / 'run')[-1]}."
-        in error
-    )
+    assert f"The finished steps are in {checkpoints(tmp_path / 'run')[-1]}." in error
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
     assert main(command(url, retries=1)) == 2
     assert f"{url}/health did not answer" in capsys.readouterr().err
@@ -402,14 +389,14 @@ def test_a_run_whose_server_stays_away_stops_and_goes_on_once_it_is_back(command
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
 
 
-def test_a_run_that_is_answered_nonsense_loses_no_step(command, tmp_path, capsys):
-    """In every run the server is well for one step and then talks nonsense; each goes on from where the last one stopped."""
-    nonsense = ["<html>", '{"scores": [NaN, 0, 0, 0, 0, 0]}', '{"scores": [0.5]}']
-    good = [LOOKS + 1]
+def test_malformed_answers_lose_no_step(command, tmp_path, capsys):
+    """Each run gets good answers for one step, then a malformed one, and the next run resumes."""
+    malformed = ["<html>", '{"scores": [NaN, 0, 0, 0, 0, 0]}', '{"scores": [0.5]}']
+    good = [CHECKS + 1]
 
     def answer(body: dict[str, Any]) -> Answer:
         good[0] -= 1
-        return brightness_of(body) if good[0] >= 0 else (200, nonsense[0])
+        return brightness_of(body) if good[0] >= 0 else (200, malformed[0])
 
     with answering(answer) as url:
         for step in (1, 2, 3):
@@ -421,7 +408,7 @@ def test_a_run_that_is_answered_nonsense_loses_no_step(command, tmp_path, capsys
             assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(
                 range(1, step + 1)
             )
-            nonsense.pop(0)
-            good[0] = LOOKS + 1
+            malformed.pop(0)
+            good[0] = CHECKS + 1
         assert main([*command(url, retries=0), "train.steps=4"]) == 0
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Judges behind a server: one on loopback that speaks chat completions, well and badly."""
+"""Judges behind a server of chat completions on loopback, which answers well or badly."""
 
 import base64
 import io
@@ -25,15 +25,15 @@ from flowalign.rewards.registry import load_rewards
 from flowalign.rewards.vlm.server import ServerRewardDance, ServerRubric, ServerVqaScore
 
 Reply = tuple[int, str]
-"""Status and body; status 0 closes the connection without a word."""
+"""Status and body; status 0 closes the connection without an answer."""
 
 
 @dataclass
 class Server:
-    """Where it is, and what it was asked: headers and bodies in the order they came."""
+    """The address, and the headers and bodies of all requests so far."""
 
     url: str
-    asked: list[tuple[dict[str, str], dict[str, Any]]] = field(default_factory=list)
+    requests: list[tuple[dict[str, str], dict[str, Any]]] = field(default_factory=list)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         return {"url": self.url, "model": "judge", "retries": 1, **changes}
@@ -41,15 +41,15 @@ class Server:
 
 @contextmanager
 def serving(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
-    """A server that answers `reply(body, how many it was asked before)`."""
+    """A server that answers `reply(body, number of earlier requests)`."""
     lock = Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                count = len(server.asked)
-                server.asked.append((dict(self.headers), body))
+                count = len(server.requests)
+                server.requests.append((dict(self.headers), body))
             status, text = (
                 reply(body, count)
                 if self.path == "/v1/chat/completions"
@@ -75,7 +75,7 @@ def serving(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
 
 
 def completion(text: Any = "Yes", top: dict[str, float] | None = None) -> str:
-    """A chat completion, with the log-probabilities of its first token where they are given."""
+    """A chat completion, with log-probabilities of its first token if `top` is given."""
     tokens = [{"token": token, "logprob": value} for token, value in (top or {}).items()]
     logprobs = (
         {"content": [{"token": text, "logprob": -0.1, "top_logprobs": tokens}]} if top else None
@@ -113,7 +113,7 @@ def ask(reward: Any, count: int = 1, metadata: list[dict[str, Any]] | None = Non
 YES = 200, completion(top={"Yes": -0.5, " yes": -2.5, "No": -1.5, "Maybe": -0.7})
 
 
-def test_answers_come_back_in_the_order_of_the_pictures_however_long_each_takes():
+def test_scores_are_in_the_order_of_the_images():
     def reply(body: dict[str, Any], count: int) -> Reply:
         number = int(re.search(r"number (\d+)", text_of(body)).group(1))
         time.sleep(0.02 * (7 - number))
@@ -124,16 +124,16 @@ def test_answers_come_back_in_the_order_of_the_pictures_however_long_each_takes(
     assert_close(scores, torch.sigmoid(1 - 0.1 * torch.arange(8)))
 
 
-def test_a_question_holds_the_picture_as_it_is_and_asks_for_twenty_log_probabilities():
+def test_a_question_holds_the_exact_image_and_requests_20_log_probabilities():
     with serving(lambda body, count: YES) as server:
         scores = ask(ServerVqaScore(**server.settings()))
     yes = math.exp(-0.5) + math.exp(-2.5)
     assert_close(scores, torch.tensor([yes / (yes + math.exp(-1.5))]))
-    [(_, body)] = server.asked
+    [(_, body)] = server.requests
     assert pictures_of(body)[0].tobytes() == pictures(1)[0].tobytes()
     assert text_of(body) == 'Does this figure show "number 0"? Please answer Yes or No.'
-    asked = {key: body[key] for key in ("model", "max_tokens", "logprobs", "top_logprobs")}
-    assert asked == {"model": "judge", "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+    sent = {key: body[key] for key in ("model", "max_tokens", "logprobs", "top_logprobs")}
+    assert sent == {"model": "judge", "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 
 
 def test_an_answer_without_yes_or_no_among_the_likeliest_is_not_scored():
@@ -146,7 +146,7 @@ def test_an_answer_without_yes_or_no_among_the_likeliest_is_not_scored():
         assert ask(ServerVqaScore(**server.settings()), 3).isnan().tolist() == [True, False, True]
 
 
-def test_the_reference_is_sent_second_and_only_where_there_is_one(tmp_path):
+def test_the_reference_is_sent_second_if_there_is_one(tmp_path):
     reference = pictures(2)[1]
     reference.save(tmp_path / "reference.png")
     with serving(lambda body, count: YES) as server:
@@ -159,7 +159,7 @@ def test_the_reference_is_sent_second_and_only_where_there_is_one(tmp_path):
         ):
             ask(dance)
     assert scores.isnan().tolist() == [True, False]
-    [(_, body)] = server.asked
+    [(_, body)] = server.requests
     assert [picture.tobytes() for picture in pictures_of(body)] == [
         pictures(2)[1].tobytes(),
         reference.tobytes(),
@@ -183,20 +183,20 @@ def test_a_written_score_is_divided_by_five_and_an_unreadable_one_not_scored():
 
 
 @pytest.mark.parametrize("status", [0, 408, 429, 500, 503])
-def test_what_may_pass_is_asked_again(status):
+def test_a_transient_failure_is_retried(status):
     with serving(lambda body, count: (status, "busy") if count == 0 else YES) as server:
         assert not ask(ServerVqaScore(**server.settings())).isnan().any()
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(("status", "times"), [(400, 1), (401, 1), (500, 2)])
-def test_what_still_fails_names_the_address_and_what_it_said(status, times):
+def test_a_permanent_failure_names_the_address_and_the_answer(status, times):
     with serving(lambda body, count: (status, "out of memory")) as server:
         with pytest.raises(
             RunError, match=rf"{server.url}/chat/completions answered {status}: out of memory"
         ):
             ask(ServerVqaScore(**server.settings()))
-        assert len(server.asked) == times
+        assert len(server.requests) == times
 
 
 @pytest.mark.parametrize(
@@ -212,27 +212,26 @@ def test_what_still_fails_names_the_address_and_what_it_said(status, times):
         '{"choices": [{"logprobs": {"content": [1]}}]}',
     ],
 )
-def test_garbage_is_shown(body):
-    with serving(lambda asked, count: (200, body)) as server:
-        with pytest.raises(
-            RunError, match=r"answered what is no chat completion: " + re.escape(body)
-        ):
+def test_a_malformed_answer_is_shown(body):
+    with serving(lambda _, count: (200, body)) as server:
+        message = "answered something other than a chat completion: " + re.escape(body)
+        with pytest.raises(RunError, match=message):
             ask(ServerVqaScore(**server.settings()))
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
     "content", [[{"type": "text", "text": "Final Score: 4"}], {"score": 4}, 4], ids=repr
 )
-def test_a_written_answer_that_is_no_text_is_shown(content):
-    with serving(lambda asked, count: (200, completion(content))) as server:
-        with pytest.raises(RunError, match="answered what is no chat completion"):
+def test_an_answer_that_is_not_text_is_an_error(content):
+    with serving(lambda body, count: (200, completion(content))) as server:
+        with pytest.raises(RunError, match="answered something other than a chat completion"):
             ask(ServerRubric(**server.settings()))
 
 
 def test_a_log_probability_of_nan_ends_the_scoring():
     with serving(
-        lambda asked, count: (200, completion(top={"Yes": math.nan, "No": -1.0}))
+        lambda body, count: (200, completion(top={"Yes": math.nan, "No": -1.0}))
     ) as server:
         reward = make_reward("vqa", ServerVqaScore(**server.settings()))
         with pytest.raises(
@@ -242,13 +241,13 @@ def test_a_log_probability_of_nan_ends_the_scoring():
             reward(torch.rand(1, 3, 8, 8), ["a circle"], [{}])
 
 
-def test_an_answer_without_log_probabilities_says_what_would_do():
+def test_missing_log_probabilities_are_an_error_with_an_alternative():
     with serving(lambda body, count: (200, completion("Yes"))) as server:
-        with pytest.raises(RunError, match=r"gave no log-probabilities; use .* rubric_server"):
+        with pytest.raises(RunError, match=r"gave no log-probabilities\. Use .* rubric_server"):
             ask(ServerVqaScore(**server.settings()))
 
 
-def test_an_answer_that_is_late_is_not_waited_for_nor_asked_again():
+def test_a_late_answer_is_neither_awaited_nor_requested_again():
     answered = Event()
 
     def reply(body: dict[str, Any], count: int) -> Reply:
@@ -261,10 +260,10 @@ def test_an_answer_that_is_late_is_not_waited_for_nor_asked_again():
         ):
             ask(ServerVqaScore(**server.settings(seconds=0.3, retries=3)))
         answered.set()
-    assert len(server.asked) < 2
+    assert len(server.requests) < 2
 
 
-def test_where_nobody_listens_the_address_is_named():
+def test_an_absent_server_is_named():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
@@ -274,7 +273,7 @@ def test_where_nobody_listens_the_address_is_named():
         ask(ServerRubric(url=url, model="judge", retries=1))
 
 
-def test_the_token_comes_from_the_environment_and_none_is_sent_without_it(monkeypatch, tmp_path):
+def test_the_token_comes_from_the_environment_only(monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password secret")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     monkeypatch.setenv("MY_TOKEN", "abc")
@@ -284,7 +283,7 @@ def test_the_token_comes_from_the_environment_and_none_is_sent_without_it(monkey
         ask(ServerVqaScore(**server.settings(token_variable="MY_TOKEN")))
         monkeypatch.setenv("OPENAI_API_KEY", "def")
         ask(ServerVqaScore(**server.settings()))
-    assert [headers.get("Authorization") for headers, _ in server.asked] == [
+    assert [headers.get("Authorization") for headers, _ in server.requests] == [
         None,
         "Bearer abc",
         "Bearer def",
@@ -294,18 +293,18 @@ def test_the_token_comes_from_the_environment_and_none_is_sent_without_it(monkey
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"url": "127.0.0.1:8000"}, r"url is '127.0.0.1:8000'; write an address"),
-        ({"concurrency": 0}, r"concurrency 1 or more"),
-        ({"seconds": 0}, r"seconds must be above 0"),
-        ({"question": "Good?"}, r"question is 'Good\?'; write \{prompt\}"),
+        ({"url": "127.0.0.1:8000"}, r"url is '127.0.0.1:8000'. Write an address"),
+        ({"concurrency": 0}, r"concurrency to 1 or more"),
+        ({"seconds": 0}, r"Set seconds above 0"),
+        ({"question": "Good?"}, r"question is 'Good\?', which .* Write \{prompt\}"),
     ],
 )
-def test_settings_that_cannot_work_are_said_at_once(settings, message):
+def test_settings_that_cannot_work_are_an_error(settings, message):
     with pytest.raises(UserError, match=rf"rewards.vqa_score_server.*{message}"):
         ServerVqaScore(**{"url": "http://127.0.0.1:1/v1", "model": "judge", **settings})
 
 
-def test_a_judge_on_a_server_is_a_reward_of_tensors_in_a_run():
+def test_a_run_can_use_a_judge_on_a_server_with_tensors():
     place = "flowalign.rewards.vlm.server:ServerVqaScore"
     with pytest.raises(UserError, match=r"\.url is missing"):
         load_rewards({place: {"model": "judge"}})

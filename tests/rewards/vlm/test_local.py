@@ -1,4 +1,4 @@
-"""Vision-language judges on small random models of real classes, against their own logits."""
+"""Local judges on small random models of real classes, compared with their own logits."""
 
 import math
 import re
@@ -42,17 +42,7 @@ from flowalign.rewards.vlm.local import (
     mean_log_likelihood,
     PromptEcho,
 )
-from flowalign.rewards.vlm.questions import (
-    AXES,
-    BETTER,
-    FINAL,
-    FORMS,
-    parse_rubric,
-    Rubric,
-    SHOWS,
-    SUBJECT,
-    yes_probability,
-)
+from flowalign.rewards.vlm.questions import AXES, BETTER, FINAL, SHOWS, SUBJECT
 
 QUERY = "Describe this image in detail"
 PROMPTS = [
@@ -61,7 +51,10 @@ PROMPTS = [
     "a square",
     "a blue circle on a red square",
 ]
-SPECIAL = "<pad> <eos> <unk> <image> <video> <start> <end> <fake_token_around_image> <end_of_utterance> <global-img>".split()
+SPECIAL = (
+    "<pad> <eos> <unk> <image> <video> <start> <end> "
+    "<fake_token_around_image> <end_of_utterance> <global-img>"
+).split()
 WORDS = re.findall(
     r"\w+|[^\w\s]+",
     " ".join(
@@ -91,8 +84,9 @@ VISION |= {"patch_size": 14}
 
 
 def template(image: str) -> str:
-    """Turns as `role : content <eos>`; the answer begins after `assistant`."""
-    content = f"{{% for c in m['content'] %}}{{{{ c['text'] if c['type'] == 'text' else '{image}' }}}} {{% endfor %}}"
+    """A chat template: turns as `role : content <eos>`, and the answer begins after `assistant`."""
+    piece = f"{{{{ c['text'] if c['type'] == 'text' else '{image}' }}}}"
+    content = f"{{% for c in m['content'] %}}{piece} {{% endfor %}}"
     return f"{{% for m in messages %}}{{{{ m['role'] }}}} : {content}<eos> {{% endfor %}}assistant"
 
 
@@ -107,7 +101,7 @@ def tokenizer(**image_tokens: str) -> PreTrainedTokenizerFast:
 
 
 def qwen2_vl():
-    """Pictures of any size packed together, positions in three axes."""
+    """Qwen2-VL: images of any size packed together, positions along three axes."""
     text = {
         **TEXT,
         "rope_parameters": {
@@ -141,7 +135,7 @@ def qwen2_vl():
 
 
 def llava():
-    """Pictures of one size, in place of their tokens."""
+    """LLaVA: images of one size, in the place of their tokens."""
     text, vision = {**TEXT, "model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
     pictures = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -155,7 +149,7 @@ def llava():
 
 
 def idefics3():
-    """Each picture as a list of tiles, padded to the longest."""
+    """Idefics3: each image as a list of tiles, padded to the longest list."""
     text = {**TEXT, "model_type": "llama"}
     config = Idefics3Config(
         vision_config=VISION, text_config=text, image_token_id=3, scale_factor=2, pad_token_id=0
@@ -169,7 +163,7 @@ def idefics3():
 
 
 def gemma3():
-    """Tokens say of which type they are; those of a picture see each other."""
+    """Gemma 3: tokens have a type, and those of an image attend to each other."""
     text = {
         **TEXT,
         "head_dim": 32,
@@ -221,7 +215,7 @@ def opened(path: str):
 
 
 def by_hand(path: str, image: Image.Image, text: str, answer: str = ""):
-    """Log-probabilities of every next token, and the tokens, of one question and the beginning of an answer: no batch."""
+    """Log-probabilities of each next token, and the tokens, of one question and a first answer."""
     processor, model = opened(path)
     chat = [
         {
@@ -229,96 +223,10 @@ def by_hand(path: str, image: Image.Image, text: str, answer: str = ""):
             "content": [{"type": "image", "image": image}, {"type": "text", "text": text}],
         }
     ]
-    written = f"{processor.apply_chat_template(chat, add_generation_prompt=True)} {answer}".strip()
-    inputs = processor(text=[written], images=[[image]], return_tensors="pt")
+    text = f"{processor.apply_chat_template(chat, add_generation_prompt=True)} {answer}".strip()
+    inputs = processor(text=[text], images=[[image]], return_tensors="pt")
     with torch.no_grad():
         return model(**inputs).logits[0].log_softmax(-1), inputs["input_ids"][0]
-
-
-def test_yes_probability_is_the_sigmoid_of_the_difference_of_log_probabilities():
-    assert yes_probability([("Yes", -0.3), ("No", -2.0), ("Maybe", -3.0)]) == pytest.approx(
-        1 / (1 + math.exp(-2.0 + 0.3))
-    )
-    assert yes_probability([("Yes", -900.0), ("No", -900.0)]) == pytest.approx(0.5)
-
-
-def test_spellings_of_yes_and_no_are_summed():
-    shares = {
-        "Yes": 0.1,
-        "yes": 0.05,
-        "▁YES": 0.05,
-        "No": 0.1,
-        "Ġno": 0.1,
-        " NO": 0.2,
-        "Not": 0.3,
-        "yesterday": 0.1,
-    }
-    assert yes_probability(
-        [(token, math.log(share)) for token, share in shares.items()]
-    ) == pytest.approx(0.2 / 0.6)
-
-
-def test_a_log_probability_of_nan_is_an_error():
-    with pytest.raises(ValueError, match="log-probability of NaN"):
-        yes_probability([("Yes", math.nan), ("No", -1.0)])
-    assert yes_probability([("Yes", -1.0), ("No", -math.inf)]) == 1
-
-
-def test_an_answer_that_is_neither_yes_nor_no_is_not_scored():
-    assert math.isnan(yes_probability([("Maybe", -0.1)]))
-    assert yes_probability([("Yes", -1.0), ("Maybe", -0.5)]) == 1
-    assert yes_probability([("no", -1.0)]) == 0
-
-
-@pytest.mark.parametrize(
-    ("form", "text", "score"),
-    [
-        ("final", "The circle is red.\nFinal Score: 4", 4),
-        ("final", "**Final Score:** 3.5", 3.5),
-        ("final", "**Final Score**: **5**", 5),
-        ("final", "final score (1-5): [2]", 2),
-        ("final", "Final Score: 4/5. A good picture", 4),
-        ("final", "Final Score: 4 out of 5", 4),
-        ("final", "Final Score: 4 - a good picture", 4),
-        ("final", "Final Score: 4\n- 2 dogs are missing", 4),
-        ("final", "Final Score: 2? No. Final Score: 3", 3),
-        ("axes", "Alignment Score (1-5): 3\nCoherence Score (1-5): 4.5\nStyle Score (1-5): 3", 3.5),
-        ("axes", "Alignment Score: 1\nCoherence Score: 2\nStyle Score: 3", 2),
-        ("style", "Alignment Score (1-5): 1\nCoherence Score (1-5): 2\nStyle Score (1-5): 3", 3),
-        ("coherence", "*Coherence Score (1-5)*: 2.25", 2.25),
-        ("tag", "Well. <Score>4</Score>", 4),
-        ("tag", "<score> 2.5/5 </score>", 2.5),
-        ("final", "", None),
-        ("final", "A good picture.", None),
-        ("final", "Final Score: x", None),
-        ("final", "Final Score: good", None),
-        ("final", "Final Score: 0", None),
-        ("final", "Final Score: 6", None),
-        ("final", "Final Score: -3", None),
-        ("final", "Final Score: 45", None),
-        ("final", "Final Score: 1-5", None),
-        ("final", "Final Score: 4 to 5", None),
-        ("final", "Final Score: 4/10", None),
-        ("final", "Final Score: 4 out of 10", None),
-        ("final", "Final Score: 3,5", None),
-        ("final", "Semifinal Score: 3", None),
-        ("final", "<Score>4</Score>", None),
-        ("axes", "Alignment Score (1-5): 3\nCoherence Score (1-5): 4", None),
-        ("axes", "Alignment Score (1-5): 3\nCoherence Score (1-5): 4\nStyle Score (1-5): 9", None),
-        ("tag", "<Score>4", None),
-        ("tag", "<Score>1-5</Score>", None),
-        ("tag", "Final Score: 4", None),
-    ],
-)
-def test_a_rubric_answer_is_read_or_not_scored(form, text, score):
-    found = parse_rubric(text, FORMS[form][1])
-    assert math.isnan(found) if score is None else found == score
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_rubric_question_is_no_answer_to_itself(form):
-    question, scores = FORMS[form]
-    assert math.isnan(parse_rubric(question, scores))
 
 
 def test_vqa_score_is_yes_against_no_in_the_next_token_logits(path):
@@ -347,14 +255,14 @@ def test_prompt_echo_is_the_mean_log_probability_of_the_prompt_alone(path):
         )
 
 
-def test_prompt_echo_looks_at_the_picture_and_the_query(path):
+def test_prompt_echo_depends_on_the_image_and_the_query(path):
     echo, (one, two) = PromptEcho(path, "float32"), pictures(2)
     assert abs(echo([one], PROMPTS[:1], [{}]) - echo([two], PROMPTS[:1], [{}])) > 1e-3
     other = PromptEcho(path, "float32", query="Describe this image")
     assert abs(echo([one], PROMPTS[:1], [{}]) - other([one], PROMPTS[:1], [{}])) > 1e-3
 
 
-def test_an_empty_prompt_is_not_scored_and_leaves_the_others_alone(path):
+def test_an_empty_prompt_is_not_scored_and_does_not_affect_others(path):
     echo, images = PromptEcho(path, "float32"), pictures(2)
     scores = echo(images, ["", PROMPTS[1]], [{}] * 2)
     assert scores[0].isnan()
@@ -385,7 +293,7 @@ def test_scores_do_not_depend_on_the_batch_and_repeat_exactly(path, tmp_path):
         assert scores.std() > 1e-3
 
 
-def test_reward_dance_scores_the_first_picture_against_the_second(path, tmp_path):
+def test_reward_dance_compares_the_image_with_its_reference(path, tmp_path):
     images, metadata = pictures(2), references(tmp_path)[:2]
     dance = LocalRewardDance(path, "float32")
     whole = dance(images, PROMPTS[:2], metadata)
@@ -420,7 +328,7 @@ def test_judges_of_one_path_share_their_weights(path):
     assert LocalVqaScore(path, "float16").model is not vqa.model
 
 
-def test_a_judge_is_a_reward_of_tensors_in_a_run(path):
+def test_a_run_can_use_a_judge_with_tensors(path):
     [reward] = load_rewards(
         {"flowalign.rewards.vlm.local:LocalVqaScore": {"path": path, "dtype": "float32"}}
     )
@@ -453,12 +361,11 @@ def chain(tmp_path_factory):
     return make
 
 
-def test_what_a_model_writes_becomes_a_score(chain):
+def test_a_written_answer_becomes_a_score(chain):
     rubric = LocalRubric(chain("Final Score : 4"), "float32", images_per_pass=3)
-    asked = [[image, "x"] for image in pictures(2)]
-    assert (
-        rubric.write([*asked, [pictures(1)[0], "a longer question"]], 9) == ["Final Score : 4"] * 3
-    )
+    questions = [[image, "x"] for image in [*pictures(2), pictures(1)[0]]]
+    questions[2][1] = "a longer question"
+    assert rubric.generate(questions, 9) == ["Final Score : 4"] * 3
     assert_close(rubric(pictures(), PROMPTS, [{}] * 4), torch.full((4,), 4 / 5))
 
 
@@ -472,23 +379,23 @@ def test_a_written_answer_without_a_score_is_not_scored(chain):
     assert LocalRubric(folder, "float32", form="tag")(pictures(1), PROMPTS[:1], [{}]).isnan().all()
 
 
-def test_the_mean_log_likelihood_of_known_logits_is_counted_by_hand():
+def test_the_mean_log_likelihood_of_known_logits():
     shares = torch.tensor(
         [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]
     )
     tokens = torch.tensor([[0, 1, 2, 1]])
-    asked = torch.tensor([[False, False, True, True]])
-    found = mean_log_likelihood(shares.log()[None], tokens, asked)
-    assert_close(found, torch.tensor([(math.log(0.6) + math.log(0.8)) / 2]))
-    for place in (0, 1):
+    selected = torch.tensor([[False, False, True, True]])
+    mean = mean_log_likelihood(shares.log()[None], tokens, selected)
+    assert_close(mean, torch.tensor([(math.log(0.6) + math.log(0.8)) / 2]))
+    for position in (0, 1):
         other = tokens.clone()
-        other[0, place] = 2
-        assert torch.equal(mean_log_likelihood(shares.log()[None], other, asked), found)
+        other[0, position] = 2
+        assert torch.equal(mean_log_likelihood(shares.log()[None], other, selected), mean)
 
 
-def test_what_a_judge_cannot_work_with_is_said_when_it_is_opened(chain, tmp_path):
+def test_settings_that_cannot_work_are_an_error_when_a_judge_is_opened(chain, tmp_path):
     folder = chain("4")
-    with pytest.raises(UserError, match=r"rewards.vqa_score.question .* write \{prompt\}"):
+    with pytest.raises(UserError, match=r"rewards.vqa_score.question .* Write \{prompt\}"):
         LocalVqaScore(folder, question="Is this good?")
     with pytest.raises(UserError, match=r"rewards.rubric.max_new_tokens is 0"):
         LocalRubric(folder, max_new_tokens=0)
@@ -503,7 +410,7 @@ def test_what_a_judge_cannot_work_with_is_said_when_it_is_opened(chain, tmp_path
         LocalVqaScore(str(tmp_path))
 
 
-def test_a_model_without_a_chat_template_is_refused(tmp_path):
+def test_a_model_without_a_chat_template_is_an_error(tmp_path):
     model, processor = llava()
     processor.chat_template = None
     model.save_pretrained(tmp_path)
@@ -512,7 +419,7 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path):
         LocalVqaScore(str(tmp_path))
 
 
-def test_a_vocabulary_without_a_token_for_yes_is_refused(chain):
+def test_a_vocabulary_without_a_token_for_yes_is_an_error(chain):
     folder = chain("4")
     words = Path(folder) / "tokenizer.json"
     words.write_text(re.sub(r'(Yes|yes)"', 'ja"', words.read_text()))
@@ -522,7 +429,7 @@ def test_a_vocabulary_without_a_token_for_yes_is_refused(chain):
         LocalVqaScore(folder)
 
 
-def test_a_missing_reference_is_answered_with_what_to_write(chain):
+def test_a_missing_reference_is_an_error(chain):
     dance = LocalRewardDance(chain("4"), "float32")
     with pytest.raises(RunError, match=r"'a red circle' has no field 'ref_image'"):
         dance(pictures(1), PROMPTS[:1], [{}])
@@ -533,28 +440,12 @@ def test_a_missing_reference_is_answered_with_what_to_write(chain):
 
 
 def test_a_question_keeps_its_own_braces(chain):
-    asked = []
+    seen = []
 
     class Listening(LocalVqaScore):
         def first_tokens(self, questions):
-            asked.extend(questions)
+            seen.extend(questions)
             return super().first_tokens(questions)
 
     Listening(chain("4"), question='{"q": "{prompt}"}')(pictures(1), ["a {red} circle"], [{}])
-    assert asked[0][1] == '{"q": "a {red} circle"}'
-
-
-def test_every_form_of_rubric_asks_about_the_prompt():
-    for form in FORMS:
-
-        class Quiet(Rubric):
-            name = "rubric"
-
-            def open(self): ...
-            def first_tokens(self, questions): ...
-            def write(self, questions, max_new_tokens):
-                return [question[1] for question in questions]
-
-        rubric = Quiet(form=form)
-        assert "{prompt}" in rubric.question
-        assert rubric(pictures(1), PROMPTS[:1], [{}]).isnan().all()
+    assert seen[0][1] == '{"q": "a {red} circle"}'
