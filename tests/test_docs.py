@@ -1,13 +1,16 @@
 """The documentation agrees with the code: links, tables, layers, and the figures it repeats."""
 
+import importlib
 import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from flowalign.models.base import FlowModel
 from flowalign.objectives import OBJECTIVES
 from tests.test_layers import ORDER
 
@@ -133,3 +136,23 @@ def test_the_drawn_layers_are_those_that_the_imports_are_held_to():
     assert drawn == [folder for folder in ORDER if folder in drawn]
     folders = {path.parent.name for path in (ROOT / "flowalign").glob("*/__init__.py")}
     assert folders <= set(drawn)
+
+
+def test_the_page_s_model_is_complete_and_keeps_the_conventions(tmp_path, monkeypatch):
+    page = (DOCS / "your-own-model.md").read_text(encoding="utf-8")
+    (tmp_path / "my_family.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    family = importlib.import_module("my_family")
+    config = family.MyConfig(name="my_family.py:MyModel", path=".", height=64, width=64)
+    model = family.MyModel(config)
+    cond = model.encode(["a red circle", "a blue square"])
+    x = torch.randn(2, *model.latent_shape)
+    assert model.velocity(x, torch.full((2,), 0.5), cond).shape == x.shape
+    assert model.decode(x).shape == (2, 3, 64, 64)
+    assert (model.schedule(4)[0], model.schedule(4)[-1]) == (1, 0)
+
+
+def test_the_page_on_models_names_every_member_that_a_family_must_provide():
+    page = (DOCS / "your-own-model.md").read_text(encoding="utf-8")
+    table = page.split("## What a family provides")[1].split("Some members")[0]
+    assert all(f"`{member}" in table for member in FlowModel.__abstractmethods__)
