@@ -1,10 +1,28 @@
-# Two commands: `make train` and `make test`. Each makes .venv when it is missing.
+# Two commands: `make train` and `make test`. Each makes .venv first if it is missing.
+#
+#   make train          train the bundled model on this machine, with one GPU, or two processes on a CPU
+#   make test           run the tests
+#   make check          run the formatter, the linter and the type checker
+#   make docs           build the documentation into build/docs
+#
+# Options:
+#   PYTHON=python3.12   the interpreter that makes .venv (3.11 or newer)
+#   CPU=1               install the CPU builds of torch and torchvision, 200 MB instead of 3 GB
+#   TORCH_INDEX=URL     install torch and torchvision from this package index
 PYTHON ?= python3
-# A model this small keeps one core busy, not two: two processes of one thread each are the quicker way to use two cores.
+# The bundled model is too small to keep two cores busy. Two processes with one thread each are faster.
 PROCESSES ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 2)
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test check
+ifdef CPU
+# PyPI's own builds for macOS are CPU builds; the index has pairs for Linux and Windows.
+ifneq ($(shell uname -s),Darwin)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+endif
+
+.PHONY: train test check docs
 train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) train.py configs/tiny/crd.yaml
 
@@ -16,8 +34,23 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict --site-dir build/docs
+
 .venv/ready: pyproject.toml
+	@echo "Step 1 of 3: create the virtual environment .venv"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(PIP) install --upgrade pip
+	@echo "Step 2 of 3: install torch and torchvision from $(or $(TORCH_INDEX),PyPI)" \
+		"(the largest download, several minutes on a slow line)"
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.11' torchvision
+	@# The two packages must be built for each other; a pair that is not fails here, and not later.
+	$(BIN)/python -c "import torch, torchvision; print('torch', torch.__version__, 'with torchvision', torchvision.__version__)"
+	@echo "Step 3 of 3: install flowalign, its other packages and the test tools"
+	$(PIP) install --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/ready
+	@echo "Install the documentation tools"
+	$(PIP) install --editable '.[docs]'
 	touch $@

@@ -1,1 +1,1 @@
-"""A run's configuration: sections, loading, cross-checks."""
+"""The configuration of a run: its sections, loading, checks, notes, and a schema for editors."""

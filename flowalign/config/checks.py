@@ -1,221 +1,57 @@
-"""Checks of one section of a configuration against the others, before any weight is loaded."""
+"""Check the sections of a configuration against each other, before any weight is loaded.
 
-import os
-from typing import Any
+Only contradictions are errors: settings with which the run could not train, or not as written.
+Settings that merely have no effect become notes.
+"""
 
 from flowalign.advantages import ADVANTAGES, PER_REWARD
 from flowalign.batch import Examples, Pairs, Prompts, Rollout
 from flowalign.config.sections import Config, DEFAULTS
-from flowalign.dynamics import is_stochastic, Window
 from flowalign.errors import did_you_mean, UserError
 from flowalign.policy import Sampler
 from flowalign.rewards.combine import COMBINE
-from flowalign.rewards.registry import checked_rewards, reward_entry, reward_name
-from flowalign.rollouts.ranking import Ranking
-from flowalign.settings.types import build, configure, settings_of
+from flowalign.rewards.registry import reward_entry, reward_name
+from flowalign.settings.types import build
+
+EVALUATION_SAMPLER = ("steps", "guidance", "embedded_guidance")
+"""The keys of evaluation.sampler."""
 
 
-def check_experience(config: Config) -> None:
-    """Whether the objective is given what it learns from."""
-    objective, data, train = config.objective, config.data, config.train
-    name, kind = config.raw["objective"]["name"], objective.learns_from
-    may_be_given, must_be_given = kind in (Pairs, Examples), kind is Examples
-    if data.pairs and (not may_be_given or objective.needs_stochastic_steps):
-        raise UserError(
-            f"data.pairs is given, but the objective {name} learns from images it makes itself; remove data.pairs."
-        )
-    if must_be_given and not data.pairs:
-        raise UserError(f"data.pairs is missing: the objective {name} learns from given pictures.")
-    if data.pairs:
-        if train.images_per_prompt != 1:
+def check_all(config: Config) -> None:
+    """Run every check. Raises UserError with the first contradiction."""
+    check_embedded_guidance(config)
+    check_data(config)
+    # An objective of given pairs neither generates nor scores images: nothing below concerns it.
+    if not config.data.pairs:
+        check_rewards(config)
+        check_group_size(config)
+        config.objective.check(config.sampler)
+        check_same_noise(config)
+        check_updates(config)
+        check_snapshots(config)
+        check_ranking(config)
+    if config.rewards:
+        check_combine(config)
+        check_statistics(config)
+    check_stop_schedule(config)
+    check_stop_metrics(config)
+
+
+def check_evaluation_sampler(section: dict[str, object]) -> dict[str, object]:
+    """Return the settings of evaluation.sampler, typed."""
+    for key in section:
+        if key not in EVALUATION_SAMPLER:
             raise UserError(
-                f"train.images_per_prompt is {train.images_per_prompt}, but a step takes train.prompts_per_step entries of "
-                "data.pairs as they are; write images_per_prompt: 1."
+                f"Key evaluation.sampler.{key} is not known."
+                f"{did_you_mean(key, EVALUATION_SAMPLER)} "
+                f"evaluation.sampler has {', '.join(EVALUATION_SAMPLER)}."
             )
-        return
-    if not data.prompts:
-        given = (
-            ", or data.pairs, pictures of yours"
-            if may_be_given and not objective.needs_stochastic_steps
-            else ""
-        )
-        raise UserError(
-            f"data.prompts is missing; write a file with a prompt a line, such as prompts.txt{given}."
-        )
-    if not config.rewards:
-        found = (
-            "rewards is empty" if "rewards" in config.raw else "the section 'rewards' is missing"
-        )
-        raise UserError(f"{found}; name at least one, for example rewards: {{scene_match: 1.0}}.")
-    if kind is not Prompts and train.images_per_prompt < objective.min_images_per_prompt:
-        found = f"train.images_per_prompt is {train.images_per_prompt}, but images of the same prompt are compared"
-        raise UserError(f"{found}; use {objective.min_images_per_prompt} or more.")
-    objective.check(config.sampler)
-    if config.sampler.same_noise and (kind is Prompts or not config.sampler.stochastic_steps(0, 0)):
-        why = (
-            f"the objective {name} makes images by the ODE"
-            if kind is Prompts
-            else "sampler.dynamics adds no noise"
-        )
-        raise UserError(
-            f"sampler.same_noise is true, but {why}, so all images of a prompt would be one; write false."
-        )
-    if objective.on_policy_only and train.updates_per_step > 1:
-        raise UserError(
-            f"train.updates_per_step is {train.updates_per_step}, but {name} learns from a rollout once; write 1."
-        )
-    for copied, decay in objective.snapshots.items():
-        if decay.every > 1 and decay.every % train.updates_per_step:
-            near = -(-decay.every // train.updates_per_step) * train.updates_per_step
-            raise UserError(
-                f"objective.{copied}.every is {decay.every} updates, but copies follow once a step, of "
-                f"{train.updates_per_step} updates; write {near}."
-            )
-    if kind is Pairs and 2 * data.ranking.top > train.images_per_prompt:
-        half = train.images_per_prompt // 2
-        raise UserError(
-            f"data.ranking.top is {data.ranking.top}, but a prompt has {train.images_per_prompt} images; write {half}."
-        )
+    sampler = build(Sampler, dict(section), "evaluation.sampler")
+    return {key: getattr(sampler, key) for key in section}
 
 
-def check_idle(config: Config) -> None:
-    """Whether everything that is not left at its default is looked at in this run."""
-    objective, data, train, sampler = config.objective, config.data, config.train, config.sampler
-    name, kind = config.raw["objective"]["name"], objective.learns_from
-    stochastic, made, uses_advantages = (
-        is_stochastic(sampler.dynamics),
-        not data.pairs,
-        kind is Rollout and objective.uses_advantages,
-    )
-
-    def default(section: str, table: dict[str, Any], made: Any) -> bool:
-        name = DEFAULTS[section]["name"]
-        return config.raw[section]["name"] == name and settings_of(made) == settings_of(
-            configure(table[name], {}, section)
-        )
-
-    no_noise, given = (
-        "sampler.dynamics adds no noise",
-        "data.pairs are given, and no images are made",
-    )
-    rules = (  # key, what it is by default, whether it is that, whether anything looks at it, why nothing does
-        (
-            "advantage",
-            "{name: group}",
-            default("advantage", ADVANTAGES, config.advantage),
-            uses_advantages,
-            None,
-        ),
-        (
-            "combine",
-            "{name: weighted_sum}",
-            default("combine", COMBINE, config.combine),
-            made,
-            given,
-        ),
-        (
-            "train.drop_equal_groups",
-            "false",
-            not train.drop_equal_groups,
-            kind in (Rollout, Pairs),
-            None,
-        ),
-        (
-            "data.ranking",
-            "{top: 1}",
-            data.ranking == Ranking(),
-            kind is Pairs and made,
-            None if made else given,
-        ),
-        (
-            "sampler.window",
-            "{size: 0, range: [0, 0]}",
-            sampler.window == Window(),
-            stochastic,
-            no_noise,
-        ),
-        ("sampler.same_noise", "false", not sampler.same_noise, made, given),
-        ("train.ema.every", "1", train.ema.every == 1, train.ema.decay > 0, "train.ema.decay is 0"),
-        (
-            "model.revision",
-            "null",
-            config.model.revision is None,
-            not os.path.isdir(config.model.path),
-            "model.path is a folder",
-        ),
-    )
-    for key, usual, untouched, used, why in rules:
-        if not untouched and not used:
-            why = why or f"the objective {name} does not look at it"
-            raise UserError(
-                f"{key} would have no effect: {why}; leave it out, or write {key}: {usual}."
-            )
-
-
-def check_combine(config: Config) -> None:
-    """Whether the rewards can be combined so for this objective."""
-    if not config.rewards:
-        return
-    entries = [reward_entry(name, value) for name, value in config.rewards.items()]
-    config.combine.check({entry.name: entry.weight for entry in entries})
-    advantage, combine = (config.raw[section]["name"] for section in ("advantage", "combine"))
-    if ADVANTAGES.get(advantage) in PER_REWARD and combine != DEFAULTS["combine"]["name"]:
-        others = [name for name, entry in ADVANTAGES.items() if entry not in PER_REWARD]
-        raise UserError(
-            f"combine.name is {combine}, but advantage.name {advantage} weighs the rewards one by one, so nothing would be "
-            f"combined; choose advantage.name from {', '.join(others)}, or leave combine out."
-        )
-    if config.combine.needs_statistics and config.objective.learns_from is Prompts:
-        pointwise = [name for name, entry in COMBINE.items() if not entry.needs_statistics]
-        raise UserError(
-            f"combine.name is {combine}, which looks at whole steps, but the objective "
-            f"{config.raw['objective']['name']} takes the gradient of each image's reward; choose from {', '.join(pointwise)}."
-        )
-
-
-def check_stop(config: Config) -> None:
-    """Whether the metrics that may stop the run are looked at."""
-    evaluation, every = config.evaluation, config.train.evaluate_every
-    if config.train.stop and not 0 < every < config.train.steps:
-        raise UserError(
-            f"train.stop looks at evaluations, but train.evaluate_every is {every} and train.steps {config.train.steps}; "
-            "write a number of steps for evaluate_every that is less than train.steps."
-        )
-    watched = [
-        "velocity_norm",
-        "velocity_moved",
-        *(["diversity"] if evaluation.images_per_prompt > 1 else []),
-    ]
-    if evaluation.pairs:
-        watched += [
-            "reconstruction_error",
-            *(["chosen_preferred"] if config.objective.learns_from is Pairs else []),
-        ]
-    known = [f"eval/{name}" for name in (*map(reward_name, evaluation.rewards), *watched)]
-    for name in config.train.stop:
-        if name.startswith("eval/") and name not in known:
-            raise UserError(
-                f"train.stop: there is no metric {name!r}; choose from {', '.join(known)}.{did_you_mean(name, known)}"
-            )
-
-
-def check_evaluation(config: Config) -> None:
-    """The evaluation's own rewards and sampler."""
-    evaluation = config.evaluation
-    evaluation.rewards = (
-        checked_rewards(evaluation.rewards, "evaluation.rewards")
-        if evaluation.rewards
-        else config.rewards
-    )
-    allowed = ("steps", "guidance", "embedded_guidance")
-    for key in evaluation.sampler:
-        if key not in allowed:
-            near = did_you_mean(key, allowed)
-            raise UserError(
-                f"Key evaluation.sampler.{key} is not known.{near} evaluation.sampler has {', '.join(allowed)}."
-            )
-    checked = build(Sampler, dict(evaluation.sampler), "evaluation.sampler")
-    evaluation.sampler = {key: getattr(checked, key) for key in evaluation.sampler}
+def check_embedded_guidance(config: Config) -> None:
+    """Refuse embedded guidance for a model without it: the user would expect an effect."""
     for key, sampler in (
         ("sampler", config.sampler),
         ("evaluation.sampler", config.evaluation_sampler),
@@ -226,3 +62,174 @@ def check_evaluation(config: Config) -> None:
                 f"{key}.embedded_guidance is {sampler.embedded_guidance}, but {config.model.name} "
                 "models do not take it as an input; write guidance instead."
             )
+
+
+def check_data(config: Config) -> None:
+    """Refuse a run without the data that its objective learns from."""
+    data, name = config.data, config.objective_name
+    if data.pairs:
+        check_pairs(config)
+    elif config.objective.learns_from is Examples:
+        raise UserError(f"data.pairs is missing: the objective {name} learns from given pictures.")
+    elif not data.prompts:
+        or_pairs = ", or data.pairs with your pictures" if may_use_pairs(config) else ""
+        raise UserError(
+            "data.prompts is missing; write a file with a prompt per line, "
+            f"such as prompts.txt{or_pairs}."
+        )
+
+
+def may_use_pairs(config: Config) -> bool:
+    """Return True if the objective can learn from data.pairs."""
+    objective = config.objective
+    # Given pictures have no path of sampler steps, so they have no step with a log-probability.
+    return objective.learns_from in (Pairs, Examples) and not objective.needs_stochastic_steps
+
+
+def check_pairs(config: Config) -> None:
+    """Refuse data.pairs for an objective or a count of images that cannot use them."""
+    if not may_use_pairs(config):
+        raise UserError(
+            f"data.pairs is given, but the objective {config.objective_name} learns from images "
+            "it makes itself; remove data.pairs."
+        )
+    if config.train.images_per_prompt != 1:
+        raise UserError(
+            f"train.images_per_prompt is {config.train.images_per_prompt}, but a step takes "
+            "train.prompts_per_step entries of data.pairs as they are; write images_per_prompt: 1."
+        )
+
+
+def check_rewards(config: Config) -> None:
+    """Refuse a run that generates images without a reward to score them."""
+    if not config.rewards:
+        problem = "the section 'rewards' is missing"
+        if "rewards" in config.raw:
+            problem = "rewards is empty"
+        raise UserError(f"{problem}; name at least one, for example rewards: {{scene_match: 1.0}}.")
+
+
+def check_group_size(config: Config) -> None:
+    """Refuse fewer images of a prompt than the objective compares."""
+    images, least = config.train.images_per_prompt, config.objective.min_images_per_prompt
+    if config.objective.learns_from is not Prompts and images < least:
+        raise UserError(
+            f"train.images_per_prompt is {images}, but images of the same prompt are compared; "
+            f"use {least} or more."
+        )
+
+
+def check_same_noise(config: Config) -> None:
+    """Refuse equal starting noise if nothing else tells the images of a prompt apart."""
+    sampler = config.sampler
+    if not sampler.same_noise:
+        return
+    if config.objective.learns_from is Prompts:
+        reason = f"the objective {config.objective_name} makes images by the ODE"
+    elif not sampler.stochastic_steps(0, 0):
+        reason = "sampler.dynamics adds no noise"
+    else:
+        return
+    raise UserError(
+        f"sampler.same_noise is true, but {reason}, so all images of a prompt would be equal; "
+        "write false."
+    )
+
+
+def check_updates(config: Config) -> None:
+    """Refuse several updates on one rollout for an objective without off-policy correction."""
+    updates = config.train.updates_per_step
+    if config.objective.on_policy_only and updates > 1:
+        raise UserError(
+            f"train.updates_per_step is {updates}, but {config.objective_name} learns from a "
+            "rollout once; write 1."
+        )
+
+
+def check_snapshots(config: Config) -> None:
+    """Refuse snapshots that would be updated in the middle of a step."""
+    updates = config.train.updates_per_step
+    for name, decay in config.objective.snapshots.items():
+        if decay.every > 1 and decay.every % updates:
+            nearest = -(-decay.every // updates) * updates
+            raise UserError(
+                f"objective.{name}.every is {decay.every} updates, but snapshots follow once a "
+                f"step, of {updates} updates; write {nearest}."
+            )
+
+
+def check_ranking(config: Config) -> None:
+    """Refuse to rank an image among the best and the worst of its prompt."""
+    images, top = config.train.images_per_prompt, config.data.ranking.top
+    if config.objective.learns_from is Pairs and 2 * top > images:
+        raise UserError(
+            f"data.ranking.top is {top}, but a prompt has {images} images; write {images // 2}."
+        )
+
+
+def check_combine(config: Config) -> None:
+    """Refuse a rule for combining rewards that the advantage would ignore."""
+    entries = [reward_entry(name, value) for name, value in config.rewards.items()]
+    config.combine.check({entry.name: entry.weight for entry in entries})
+    default = DEFAULTS["combine"]
+    assert isinstance(default, dict)
+    if not uses_advantages(config) or config.combine_name == default["name"]:
+        return
+    if ADVANTAGES.get(config.advantage_name) in PER_REWARD:
+        others = [name for name, entry in ADVANTAGES.items() if entry not in PER_REWARD]
+        raise UserError(
+            f"combine.name is {config.combine_name}, but advantage.name {config.advantage_name} "
+            "weighs the rewards one by one, so nothing would be combined; "
+            f"choose advantage.name from {', '.join(others)}, or leave combine out."
+        )
+
+
+def uses_advantages(config: Config) -> bool:
+    """Return True if the objective reads the advantages of a rollout."""
+    return config.objective.learns_from is Rollout and config.objective.uses_advantages
+
+
+def check_statistics(config: Config) -> None:
+    """Refuse a rule that looks at whole steps where rewards are differentiated image by image."""
+    if config.combine.needs_statistics and config.objective.learns_from is Prompts:
+        pointwise = [name for name, entry in COMBINE.items() if not entry.needs_statistics]
+        raise UserError(
+            f"combine.name is {config.combine_name}, which looks at whole steps, but the objective "
+            f"{config.objective_name} takes the gradient of each image's reward; "
+            f"choose from {', '.join(pointwise)}."
+        )
+
+
+def check_stop_schedule(config: Config) -> None:
+    """Refuse rules for stopping if the run is never evaluated on its way."""
+    every, steps = config.train.evaluate_every, config.train.steps
+    if config.train.stop and not 0 < every < steps:
+        raise UserError(
+            f"train.stop looks at evaluations, but train.evaluate_every is {every} and "
+            f"train.steps {steps}; write a number of steps for evaluate_every that is less than "
+            "train.steps."
+        )
+
+
+def check_stop_metrics(config: Config) -> None:
+    """Refuse rules for metrics that evaluations do not have."""
+    known = evaluation_metrics(config)
+    for name in config.train.stop:
+        if name.startswith("eval/") and name not in known:
+            raise UserError(
+                f"train.stop: there is no metric {name!r}; choose from {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
+
+
+def evaluation_metrics(config: Config) -> list[str]:
+    """Return the names of the metrics that this run's evaluations have."""
+    names = [reward_name(name) for name in config.evaluation.rewards]
+    names += ["velocity_norm", "velocity_moved"]
+    if config.evaluation.images_per_prompt > 1:
+        names.append("diversity")
+    if config.evaluation.pairs:
+        names.append("reconstruction_error")
+        if config.objective.learns_from is Pairs:
+            names.append("chosen_preferred")
+    return [f"eval/{name}" for name in names]

@@ -1,92 +1,117 @@
-"""From YAML to dataclasses, every section typed and checked against the others before any weight is loaded."""
+"""Load a configuration: YAML and overrides, merged, filled in, and checked section by section.
+
+Sections without tensors come first. What needs torch is imported only after they are right, so that
+a misspelt key is answered in a second.
+"""
 
 import dataclasses
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from flowalign.advantages import ADVANTAGES
-from flowalign.config.checks import (
-    check_combine,
-    check_evaluation,
-    check_experience,
-    check_idle,
-    check_stop,
-)
+from flowalign.bundled import locate
+from flowalign.config.paths import locate_files
 from flowalign.config.sections import Config, Data, DEFAULTS, Evaluation, Train
-from flowalign.dynamics import DYNAMICS
 from flowalign.errors import did_you_mean, UserError
-from flowalign.models.families import read_model_config
-from flowalign.objectives import OBJECTIVES
-from flowalign.objectives.base import Objective
-from flowalign.policy import Sampler
-from flowalign.rewards.combine import COMBINE, Combine
-from flowalign.rewards.registry import checked_rewards
-from flowalign.settings.by_name import build_named
-from flowalign.settings.types import build, mapping
-from flowalign.settings.yaml_files import merge, overridden, read_yaml
+from flowalign.settings.merging import interpolate, merge, overridden, Section
+from flowalign.settings.types import build
+from flowalign.settings.yaml_files import parse_yaml, read_yaml
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ("raw", "notes"))
+REQUIRED = ("model", "data")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read, merge and check a YAML file. UserError says what to type instead; no weights are loaded."""
-    raw = read_yaml(Path(path))
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and check a configuration. No weights are loaded.
+
+    Args:
+        path: a YAML file; one that comes with flowalign may be named `tiny/crd.yaml`.
+        overrides: settings as `section.key=value`, which replace those of the file.
+
+    Raises:
+        UserError: something in it cannot work. The message names the file, the key and the fix.
+    """
+    path = Path(locate(str(path)))
+    file = read_yaml(path)
     with naming(path):
-        return build_config(overridden(raw, overrides or []), Path(path))
+        values = overridden(file.values, list(overrides or ()), parse_yaml)
+        return build_config(values, path, file.folders)
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """What is wrong in here is said of this file."""
+    """Put the file's name in front of a UserError raised in the block."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def build_config(raw: dict[str, Any], path: Path) -> Config:
-    """Every section typed and checked."""
-    sections = [f.name for f in dataclasses.fields(Config) if f.name != "raw"]
-    for key in raw:
-        if key not in sections:
-            near = (
-                did_you_mean(key, [*sections, "extends"])
-                if key != "extends"
-                else " It belongs in the file."
-            )
-            raise UserError(
-                f"Key {key!r} is not a section.{near} The sections are {', '.join(sections)}."
-            )
-    raw = merge(DEFAULTS, raw)
-    for key in ("model", "data"):
-        if key not in raw:
-            raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
-    config = Config(
-        model=read_model_config(raw["model"]),
-        sampler=build_sampler(raw["sampler"]),
-        objective=build_named(OBJECTIVES, raw["objective"], "objective", Objective),
-        advantage=build_named(ADVANTAGES, raw["advantage"], "advantage", ("rewards", "group")),
-        combine=build_named(COMBINE, raw["combine"], "combine", Combine),
-        rewards=checked_rewards(raw.get("rewards", {}), "rewards"),
-        data=build(Data, raw["data"], "data"),
-        train=build(Train, raw.get("train", {}), "train"),
-        evaluation=build(Evaluation, raw.get("evaluation", {}), "evaluation"),
-        output=checked_output(raw.get("output", str(Path("outputs") / path.stem))),
-        raw=raw,
+def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> Config:
+    """Return a configuration with every section typed and checked.
+
+    Args:
+        values: the sections, without defaults.
+        path: the file; its name is the default name of the run folder.
+        folders: where relative paths are looked up, after the working directory.
+    """
+    check_names(values)
+    values = interpolate(merge(DEFAULTS, values))
+    check_written(values)
+    values = locate_files(values, folders)
+    plain = PlainSections(
+        data=build(Data, values["data"], "data"),
+        train=build(Train, values.get("train", {}), "train"),
+        evaluation=build(Evaluation, values.get("evaluation", {}), "evaluation"),
+        output=check_output(values.get("output", str(Path("outputs") / path.stem))),
     )
-    check_evaluation(config)
-    check_experience(config)
-    check_combine(config)
-    check_idle(config)
-    check_stop(config)
-    return config
+    # Importing torch takes seconds, so it waits until the sections above are right.
+    from flowalign.config.build import build_objects
+
+    return build_objects(values, **vars(plain))
 
 
-def checked_output(output: Any) -> str:
-    if not isinstance(output, str) or not output or "${" in output:
+@dataclasses.dataclass(kw_only=True)
+class PlainSections:
+    """The sections that need no torch."""
+
+    data: Data
+    train: Train
+    evaluation: Evaluation
+    output: str
+
+
+def check_names(values: Section) -> None:
+    """Refuse a section that does not exist, and name one that is missing."""
+    for key in values:
+        if key == "extends":
+            raise UserError("Key 'extends' is not a section. It belongs in the file.")
+        if key not in SECTIONS:
+            nearest = did_you_mean(key, [*SECTIONS, "extends"])
+            raise UserError(
+                f"Key {key!r} is not a section.{nearest} The sections are {', '.join(SECTIONS)}."
+            )
+    for key in REQUIRED:
+        if key not in values:
+            raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
+
+
+def check_written(values: object, key: str = "") -> None:
+    """Refuse the text `???`, OmegaConf's mark for a value that must still be written."""
+    if values == "???":
+        raise UserError(f"{key} is ???, which stands for a missing value. Write {key}=VALUE.")
+    if isinstance(values, dict):
+        for name, value in values.items():
+            check_written(value, f"{key}.{name}" if key else str(name))
+
+
+def check_output(output: object) -> str:
+    """Return the run folder, with `~` expanded. UserError if it cannot be a folder."""
+    if not isinstance(output, str) or not output:
         raise UserError(f"output is {output!r}; write a folder, such as outputs/first.")
+    output = os.path.expanduser(output)
     try:
         possible = stat.S_ISDIR(os.stat(output).st_mode)
     except (FileNotFoundError, PermissionError):
@@ -98,12 +123,3 @@ def checked_output(output: Any) -> str:
             f"output is {output!r}, which cannot be a folder; write another, such as outputs/first."
         )
     return output
-
-
-def build_sampler(section: Any) -> Sampler:
-    section = mapping(section, "sampler")
-    dynamics = build_named(DYNAMICS, section["dynamics"], "sampler.dynamics", ("x", "v", "t", "s"))
-    settings = build(Sampler, {k: v for k, v in section.items() if k != "dynamics"}, "sampler")
-    sampler = dataclasses.replace(settings, dynamics=dynamics)
-    sampler.stochastic_steps(0, 0)  # UserError where the window does not fit
-    return sampler

@@ -1,70 +1,82 @@
-"""A configuration with every default written out, and which of its keys may change when a run is resumed."""
+"""Write a configuration with every default, and say which keys may change when a run is resumed."""
 
 from dataclasses import asdict
-from typing import Any
 
 from flowalign.config.sections import Config
+from flowalign.settings.merging import Section
 from flowalign.settings.types import settings_of
 
 MAY_CHANGE = (
-    *(
-        "output",
-        "train.steps",
-        "train.save_every",
-        "train.evaluate_every",
-        "train.keep",
-        "train.stop",
-        "train.max_bad_steps",
-    ),
-    *(
-        "train.learning_rate",
-        "train.cooldown",
-        "train.images_per_pass",
-        "model.gradient_checkpointing",
-        "model.attention",
-    ),
+    # How long the run takes, and what is kept of it.
+    "output",
+    "train.steps",
+    "train.save_every",
+    "train.evaluate_every",
+    "train.keep",
+    "train.stop",
+    "train.max_bad_steps",
+    # What a user adjusts after looking at the first curves.
+    "train.learning_rate",
+    "train.cooldown",
+    # Memory and speed.
+    "train.images_per_pass",
+    "model.gradient_checkpointing",
+    "model.attention",
 )
-"""Keys that may differ, with all below them, when a run goes on."""
+"""Keys that may change, with all below them, when a run is resumed."""
 
 
 def may_change(key: str) -> bool:
+    """Return True if a dotted key may change when a run is resumed."""
     return any(key == known or key.startswith(f"{known}.") for known in MAY_CHANGE)
 
 
-def resolve(config: Config) -> dict[str, Any]:
-    """The configuration with every default written out, as a YAML that loads again."""
-
-    def named(section: str, value: Any) -> dict[str, Any]:
-        return {**config.raw[section], **settings_of(value)}
-
-    sampler = {**asdict(config.sampler), "dynamics": named_dynamics(config)}
-    sampler["window"] = {**sampler["window"], "range": list(sampler["window"]["range"])}
-    return {
+def resolve(config: Config) -> Section:
+    """Return the configuration with every default written out, as a YAML file that loads again."""
+    raw, sampler = config.raw, asdict(config.sampler)
+    assert isinstance(raw["sampler"], dict)
+    sampler["dynamics"] = with_settings(raw["sampler"]["dynamics"], config.sampler.dynamics)
+    sampler["window"]["range"] = list(sampler["window"]["range"])
+    resolved: Section = {
         "model": asdict(config.model),
         "sampler": sampler,
-        "objective": named("objective", config.objective),
-        "advantage": named("advantage", config.advantage),
-        "combine": named("combine", config.combine),
+        "objective": with_settings(raw["objective"], config.objective),
+        "advantage": with_settings(raw["advantage"], config.advantage),
+        "combine": with_settings(raw["combine"], config.combine),
         "rewards": config.rewards,
         "data": asdict(config.data),
         "train": asdict(config.train),
         "evaluation": asdict(config.evaluation),
         "output": config.output,
     }
+    return {key: escape(value) for key, value in resolved.items()}
 
 
-def named_dynamics(config: Config) -> dict[str, Any]:
-    """The dynamics with its settings."""
-    return {**config.raw["sampler"]["dynamics"], **settings_of(config.sampler.dynamics)}
+def with_settings(section: object, value: object) -> Section:
+    """Return a section as written, over which the settings of the object made from it are laid.
+
+    A user's class that is not a dataclass has no settings to read back: what is written remains.
+    """
+    assert isinstance(section, dict)
+    return {**section, **settings_of(value)}
 
 
-def differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys under which two configurations differ."""
+def escape(value: object) -> object:
+    """Return a value whose texts are read back as they are: `${` alone would be a reference."""
+    if isinstance(value, dict):
+        return {key: escape(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [escape(entry) for entry in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def differing(one: Section, other: Section, prefix: str = "") -> list[str]:
+    """Return the dotted keys whose values differ between two configurations."""
     keys = []
-    for key in {*a, *b}:
-        one, other = a.get(key), b.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            keys += differing(one, other, f"{prefix}{key}.")
-        elif one != other:
+    for key in one | other:
+        ours, theirs = one.get(key), other.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            keys += differing(ours, theirs, f"{prefix}{key}.")
+        elif ours != theirs:
             keys.append(prefix + key)
     return keys

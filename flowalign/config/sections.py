@@ -1,135 +1,201 @@
-"""The sections of a YAML file as dataclasses: what may be written, with defaults and ranges."""
+"""The sections of a configuration as dataclasses: keys, types, defaults and ranges.
+
+This module does not import torch, so that a misspelt key is answered at once. Types of the sections
+that need torch are named for type checkers only.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, TYPE_CHECKING
 
 from pydantic import Field
 
-from flowalign.batch import Pairs
-from flowalign.dynamics import ode
 from flowalign.evaluation.early_stopping import StopRule
-from flowalign.models.config import ModelConfig
-from flowalign.objectives.base import Objective
-from flowalign.policy import Decay, Sampler
-from flowalign.rewards.combine import Combine
-from flowalign.rewards.registry import reward_name
-from flowalign.rollouts.ranking import Ranking
+from flowalign.rollouts.ranking_settings import Ranking
+from flowalign.settings.merging import Section
 from flowalign.settings.types import Count, CountOrZero, Positive, Settings, Share
 
-DEFAULTS: dict[str, Any] = {
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowalign.models.config import ModelConfig
+    from flowalign.objectives.base import Objective
+    from flowalign.policy import Sampler
+    from flowalign.rewards.combine import Combine
+
+DEFAULTS: Section = {
     "sampler": {"dynamics": {"name": "ode"}},
     "objective": {"name": "flow_grpo"},
     "advantage": {"name": "group"},
     "combine": {"name": "weighted_sum"},
 }
+"""The names of sections that a file may leave out."""
 
 
 @dataclass
 class Ema(Settings):
-    """An average of the trained adapter, evaluated and saved instead of it. `decay` 0 for none."""
+    """An exponential moving average of the adapter, evaluated and exported in its place."""
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the old average that stays in an update; 0 turns the average off."""
     every: Count = 1
-    """Updates between two steps of the average."""
+    """Optimizer updates between two updates of the average."""
 
-    @property
-    def follow(self) -> Decay:
-        return Decay(value=self.decay, every=self.every)
+    def decay_at(self, updates: int) -> float:
+        """Return the share of the old average that stays after this many optimizer updates."""
+        return 1.0 if updates % self.every else self.decay
 
 
 @dataclass
 class Train(Settings):
-    """The loop. The experiment is prompts, images and updates per step; memory only decides images_per_pass."""
+    """The training loop.
+
+    Prompts, images and updates per step define the experiment. `images_per_pass` only sets how much
+    memory it needs.
+    """
 
     steps: Count = 100
+    """Training steps of the run."""
     prompts_per_step: Count = 8
+    """Prompts of a step, over all processes; entries of `data.pairs` if those are given."""
     images_per_prompt: Count = 8
+    """Images generated for each prompt; 1 with `data.pairs`."""
     updates_per_step: Count = 1
-    """Each on its share of the step's prompts; the later ones are off-policy, as published."""
+    """Optimizer updates of a step, each on its share of the prompts; later ones are off-policy."""
     images_per_pass: Count = 8
+    """Images in one forward and backward pass; lower it if memory runs out."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
+    """Learning rate of AdamW."""
     warmup: CountOrZero = 0
-    """Updates at the start in which the learning rate rises from 0."""
+    """Updates at the start during which the learning rate rises from 0."""
     cooldown: CountOrZero = 0
-    """Updates at the end in which it falls to 0."""
+    """Updates at the end during which the learning rate falls to 0."""
     weight_decay: Share = 1e-4
+    """Weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
+    """Gradients with a larger norm are scaled down to it."""
     ema: Ema = field(default_factory=Ema)
+    """Moving average of the adapter."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of every random draw."""
     save_every: Count = 50
+    """Steps between two checkpoints."""
     evaluate_every: CountOrZero = 50
-    """Steps; 0 for only before and after."""
+    """Steps between two evaluations; 0 evaluates only before and after training."""
     keep: Count = 2
-    """Checkpoints that stay."""
+    """Number of checkpoints that are kept."""
     drop_equal_groups: bool = False
-    """Whether images of a prompt whose advantages are all equal are left out, instead of having advantage 0. Ties always are."""
+    """True to leave out prompts whose images all have one advantage; otherwise they count as 0."""
     max_bad_steps: Count = 3
-    """Updates with a loss or gradient that is not finite, which are not applied, before the run stops."""
+    """Updates in a row with a loss or gradient that is not finite before the run stops."""
     stop: dict[str, StopRule] = field(default_factory=dict)
-    """Of metrics by name, when to stop early; the best evaluated weights are handed over then."""
+    """Rules for early stopping by metric name; the run then exports its best evaluated weights."""
 
 
 @dataclass
 class Evaluation(Settings):
-    """Fixed prompts and noise, before and after, by the ODE."""
+    """Evaluation before and after training, on fixed prompts and noise, sampled by the ODE."""
 
     prompts: str = ""
-    """A prompt file; empty for the training prompts."""
+    """A prompt file; the training prompts if empty."""
     images_per_prompt: Count = 1
-    rewards: dict[str, Any] = field(default_factory=dict)
-    """As the training rewards; none for the training rewards themselves."""
+    """Images generated for each prompt."""
+    rewards: dict[str, object] = field(default_factory=dict)
+    """Rewards to report, written as the section `rewards`; the training rewards if empty."""
     pairs: str = ""
-    """As data.pairs: pictures that are not trained on, for reconstruction_error and, where they are pairs, chosen_preferred."""
-    sampler: dict[str, Any] = field(default_factory=dict)
-    """What differs from the training sampler: steps, guidance."""
+    """Held-out pairs or pictures, written as `data.pairs`, for reconstruction and preference metrics."""
+    sampler: dict[str, object] = field(default_factory=dict)
+    """Settings that differ from the training sampler: steps, guidance."""
 
 
 @dataclass
 class Data:
-    """What there is to learn from: prompts to make images for, or given pictures."""
+    """The training data: prompts to generate images for, or given pictures."""
 
     prompts: str = ""
-    """A .txt file (a prompt a line) or a .jsonl file (objects with `prompt`; other fields are metadata)."""
+    """A .txt file with a prompt per line, or a .jsonl file with `prompt` and metadata."""
     pairs: str = ""
-    """A .jsonl file, a folder, or a dataset of better and worse pictures, or of single ones."""
+    """A .jsonl file, a folder or a data set of chosen and rejected pictures, or of single ones."""
     ranking: Ranking = field(default_factory=Ranking)
-    """Which pairs are made of ranked images, for objectives that learn from pairs where none are given."""
+    """How generated images become pairs, for objectives that learn from pairs."""
 
 
-@dataclass
+Advantage = Callable[["Tensor", "Tensor"], "Tensor"]
+"""Takes rewards and groups, and returns advantages."""
+
+
+@dataclass(kw_only=True)
 class Config:
-    """A run. `raw` is the merged YAML it was built from."""
+    """A checked configuration. No weights and no data have been loaded for it."""
 
-    model: ModelConfig
-    sampler: Sampler
-    objective: Objective
-    advantage: Callable[..., Any]
-    combine: Combine
-    rewards: dict[str, Any]
+    model: "ModelConfig"
+    sampler: "Sampler"
+    objective: "Objective"
+    advantage: Advantage
+    combine: "Combine"
+    rewards: dict[str, object]
     data: Data
     train: Train
     evaluation: Evaluation
     output: str
-    raw: dict[str, Any]
+    """The run folder."""
+    raw: Section
+    """The merged YAML with references filled in and files located."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on settings that have no effect in this run, for the user to read."""
+
+    @property
+    def objective_name(self) -> str:
+        """The name of the objective, as the YAML writes it."""
+        return self.name_of("objective")
+
+    @property
+    def advantage_name(self) -> str:
+        """The name of the advantage, as the YAML writes it."""
+        return self.name_of("advantage")
+
+    @property
+    def combine_name(self) -> str:
+        """The name of the rule that combines rewards, as the YAML writes it."""
+        return self.name_of("combine")
+
+    @property
+    def dynamics_name(self) -> str:
+        """The name of the sampler's dynamics, as the YAML writes it."""
+        return self.name_of("sampler", "dynamics")
+
+    def name_of(self, *sections: str) -> str:
+        """Return `name` of a section that was built from the YAML."""
+        section: object = self.raw
+        for key in sections:
+            assert isinstance(section, dict)
+            section = section[key]
+        assert isinstance(section, dict)
+        return str(section["name"])
 
     @property
     def selection_metric(self) -> tuple[str, int]:
-        """The metric by which one evaluation is better than another, and 1 where more of it is better, or -1."""
+        """The metric that ranks evaluations, and 1 if more of it is better or -1 if less is."""
+        from flowalign.batch import Pairs
+        from flowalign.rewards.registry import reward_name
+
         for name, rule in self.train.stop.items():
-            if rule.falling or rule.rising:
-                return name, 1 if rule.falling else -1
+            if rule.falling:
+                return name, 1
+            if rule.rising:
+                return name, -1
         if self.evaluation.rewards:
             return f"eval/{reward_name(next(iter(self.evaluation.rewards)))}", 1
-        return (
-            ("eval/chosen_preferred", 1)
-            if self.objective.learns_from is Pairs
-            else ("eval/reconstruction_error", -1)
-        )
+        if self.objective.learns_from is Pairs:
+            return "eval/chosen_preferred", 1
+        return "eval/reconstruction_error", -1
 
     @property
-    def evaluation_sampler(self) -> Sampler:
+    def evaluation_sampler(self) -> "Sampler":
+        """The sampler of evaluations: the ODE, with the settings of `evaluation.sampler`."""
+        from flowalign.dynamics import ode
+
         return dataclasses.replace(
             self.sampler, dynamics=ode, same_noise=False, **self.evaluation.sampler
         )

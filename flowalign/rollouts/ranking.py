@@ -1,24 +1,11 @@
 """Preference pairs from the ranked images of each prompt."""
 
-from dataclasses import dataclass
-
 import torch
 
 from flowalign import distributed
 from flowalign.batch import Pairs, Rollout
 from flowalign.flow import PerImage
-from flowalign.settings.types import Count, NonNegative, Settings
-
-
-@dataclass
-class Ranking(Settings):
-    """Which pairs are made of the ranked images of a prompt: each of the best `top` with each of the worst."""
-
-    top: Count = 1
-    min_gap: NonNegative = 0.0
-    """Pairs whose rewards differ by this or less teach nothing."""
-    weighted: bool = False
-    """Whether pairs, and prompts, whose rewards lie further apart count more (DP²O, arXiv 2510.18851)."""
+from flowalign.rollouts.ranking_settings import Ranking
 
 
 def rank(rollout: Rollout, ranking: Ranking) -> Pairs:

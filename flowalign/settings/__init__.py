@@ -1,1 +1,1 @@
-"""Types and ranges of settings, YAML files, and names that stand for objects."""
+"""Settings: types and ranges, YAML files, merging, and names that mean objects."""

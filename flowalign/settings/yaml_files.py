@@ -1,142 +1,206 @@
-"""YAML files as mappings: `extends`, overrides of the command line, and errors that name the file and the line."""
+"""Read YAML files as mappings: strict values, small limits, `extends`, and errors with file and line.
+
+A configuration may come from a stranger. Text is measured before anything is built from it, so that
+a hostile file is refused at once.
+"""
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from flowalign.bundled import CONFIGS
+from flowalign.bundled import CONFIGS, locate
 from flowalign.errors import similar_file, UserError
+from flowalign.settings.merging import merge, Section
 
-REPLACED = ("rewards",)
-"""Maps that a child YAML or an override replaces as a whole."""
+MAX_CHARACTERS = 64_000
+MAX_VALUES = 2_000
+"""Keys and values of a file, with aliases written out."""
+MAX_DEPTH = 20
+MAX_FILES = 10
+"""Files in one chain of `extends`."""
 
 
-def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file merged over what it extends."""
+@dataclass(frozen=True)
+class YamlFile:
+    """A file merged over what it extends."""
+
+    values: Section
+    folders: tuple[Path, ...]
+    """Folders of the file and of those it extends: relative paths are looked up there."""
+
+
+def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> YamlFile:
+    """Read a YAML file and what it extends.
+
+    Args:
+        path: the file.
+        children: the files whose `extends` led here, the first one first.
+
+    Raises:
+        UserError: a file does not exist, is not a mapping, or extends itself.
+    """
     if path.resolve() in [child.resolve() for child in children]:
-        raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, children))}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}.{similar_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}; give a YAML file, saved as UTF-8."
-        ) from None
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else type(raw).__name__
-        raise UserError(f"{path}: expected sections such as `model:` and `train:`, found {found}.")
-    if "extends" not in raw:
-        return raw
-    parent = raw.pop("extends")
+        chain = " -> ".join(map(str, children))
+        raise UserError(f"{path}: the file extends itself, through {chain}. Remove one `extends`.")
+    if len(children) >= MAX_FILES:
+        raise UserError(f"{path}: `extends` leads through over {MAX_FILES} files. Merge some.")
+    values = parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict):
+        kind = "nothing" if values is None else type(values).__name__
+        raise UserError(f"{path}: expected sections such as `model:` and `train:`, found {kind}.")
+    if "extends" not in values:
+        return YamlFile(values, (path.parent,))
+    parent_path = locate_parent(path, values.pop("extends"))
+    parent = read_yaml(parent_path, (*children, path))
+    return YamlFile(merge(parent.values, values), (path.parent, *parent.folders))
+
+
+def locate_parent(path: Path, parent: object) -> Path:
+    """Return the file that `extends` names."""
     if not isinstance(parent, str):
         raise UserError(
-            f"{path}: extends is {parent!r}; write one file, such as base/tiny-sd3.yaml."
+            f"{path}: extends is {parent!r}. Write one file, such as base/tiny-sd3.yaml."
         )
-    for place in (path.parent / parent, CONFIGS / parent):
-        if os.path.isfile(place):
-            return merge(read_yaml(place, (*children, path)), raw)
-    raise UserError(
-        f"{path}: extends: there is no file {parent} beside it or under configs/.{similar_file(CONFIGS / parent)}"
-    )
+    located = locate(parent, [path.parent])
+    if not os.path.isfile(located):
+        nearest = similar_file(path.parent / parent) or similar_file(CONFIGS / parent)
+        raise UserError(
+            f"{path}: extends: there is no file {parent} in the working directory, next to this "
+            f"file, or under {CONFIGS}.{nearest}"
+        )
+    return Path(located)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file of at most MAX_CHARACTERS characters."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            # Never the whole file: it may be gigabytes of weights, or a device without an end.
+            text = file.read(MAX_CHARACTERS + 1)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.{similar_file(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}. Give a YAML file, saved as UTF-8."
+        ) from None
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(
+            f"{path} cannot be read: it has more than {MAX_CHARACTERS:,} characters. "
+            "Give a YAML file, saved as UTF-8."
+        )
+    return text
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers are decimal: 1e-4 is one, and neither 010 nor 1:30 is 8 or 90. Keys written twice are refused, and loops."""
+    """SafeLoader with decimal numbers only: 1e-4 is a number, and 010 and 1:30 are text."""
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in keys[:i]:
+    def __init__(self, text: str, source: str):
+        super().__init__(text)
+        self.source, self.values, self.depth = source, 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        """Compose a value, and stop at the limits: the rest of a large text is never read."""
+        self.values, self.depth = self.values + 1, self.depth + 1
+        if self.values > MAX_VALUES or self.depth > MAX_DEPTH:
+            raise too_large(self.source)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: dict[str, yaml.Node] | None) -> yaml.MappingNode:
+        """Compose a mapping, and refuse a key that is written twice."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key is a list or a mapping; write a word",
+                    problem_mark=key.start_mark,
+                )
+            if key.value in keys:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark
                 )
+            keys.add(key.value)
         return node
 
-    def construct_document(self, node: Any) -> Any:
-        return self.construct_object(node, deep=True)
+
+def _number_resolvers() -> None:
+    """Replace YAML 1.1's numbers, in which 010 is 8, 1:30 is 90 and 1e-4 is a text."""
+    numbers = ("int", "float", "timestamp")
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers
+    _Loader.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in numbers]
+        for first, rules in resolvers.items()
+    }
+    integer = re.compile(r"^[-+]?(0|[1-9][0-9_]*)$")
+    decimal = re.compile(
+        r"^[-+]?(([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$"
+        r"|^\.(nan|NaN|NAN)$"
+    )
+    _Loader.add_implicit_resolver("tag:yaml.org,2002:int", integer, list("-+0123456789"))
+    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", decimal, list("-+0123456789."))
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in rules
-        if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
-    ]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
+_number_resolvers()
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """UserError where it is not YAML, or has a value that its tag cannot read."""
+def parse_yaml(text: str, source: str) -> object:
+    """Return the value of a YAML text.
+
+    Args:
+        text: the YAML.
+        source: where it stands, as the message of an error begins.
+
+    Raises:
+        UserError: it is not YAML, has a key twice, a tag that is not plain data, or is too large.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{source} has over {MAX_CHARACTERS:,} characters. Write a shorter one.")
+    loader = _Loader(text, source)
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if measure(node, {}, ()) > MAX_VALUES:
+            raise too_large(source)
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise UserError(f"{what} is not YAML: {reason}") from None
+        raise UserError(f"{source} is not YAML: {reason}") from None
+    finally:
+        loader.dispose()
 
 
-def overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A file with overrides laid over it, in their order. UserError for one that would have no effect."""
-    given = [(text.partition("=")[0], text, parse_override(text)) for text in overrides]
-    for key, _, nested in given:
-        raw = merge(raw, nested, replaced=() if {*key.split(".")[:-1]} & {*REPLACED} else REPLACED)
-    for i, (key, text, nested) in enumerate(given):
-        if key not in [later for later, _, _ in given[i + 1 :]] and not _holds(raw, nested):
-            raise UserError(
-                f"{text!r} would have no effect: an empty map changes nothing, and a section whose name changes later loses "
-                f"its other keys; name a key of {key.partition('.')[0]}, and a section's name before its other keys."
-            )
-    return raw
-
-
-def _holds(raw: Any, asked: Any) -> bool:
-    """Whether every key that was asked for is there; what is asked for as an empty map must be one."""
-    if not isinstance(asked, dict):
-        return True
-    return isinstance(raw, dict) and (
-        all(key in raw and _holds(raw[key], asked[key]) for key in asked) if asked else not raw
+def too_large(source: str) -> UserError:
+    """Return the error of a text with more values than a configuration needs."""
+    return UserError(
+        f"{source} is too large. Write at most {MAX_VALUES:,} keys and values, with aliases "
+        f"written out, nested at most {MAX_DEPTH} deep."
     )
 
 
-def parse_override(text: str) -> dict[str, Any]:
-    """`train.steps=10` as the nested mapping it stands for; values are YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(
-            f"{text!r} is not an override; write section.key=value, for example train.steps=10."
+def measure(node: yaml.Node, known: dict[int, int], parents: tuple[int, ...]) -> int:
+    """Count the nodes of a YAML tree as if every alias were written out.
+
+    An alias costs the parser nothing, but everything after it: nine lines of nine aliases each
+    stand for 400 million values. Each node is visited once, so counting them is quick.
+    """
+    if id(node) in parents:
+        raise yaml.MarkedYAMLError(
+            problem="an alias stands inside its own anchor", problem_mark=node.start_mark
         )
-    nested: Any = parse_yaml(value, f"{text!r}: the value")
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested
+    if id(node) not in known:
+        inside = (*parents, id(node))
+        known[id(node)] = 1 + sum(measure(child, known, inside) for child in children_of(node))
+    return known[id(node)]
 
 
-def merge(
-    parent: dict[str, Any], child: dict[str, Any], replaced: tuple[str, ...] = REPLACED
-) -> dict[str, Any]:
-    """The child over the parent. Reward maps replace; so does a section whose `name` changes; others merge."""
-    merged = dict(parent)
-    for key, value in child.items():
-        before = merged.get(key)
-        if isinstance(before, dict) and isinstance(value, dict) and key not in replaced:
-            renamed = "name" in value and value["name"] != before.get("name")
-            merged[key] = value if renamed else merge(before, value, replaced)
-        else:
-            merged[key] = value
-    return merged
+def children_of(node: yaml.Node) -> list[yaml.Node]:
+    """Return the keys and values of a mapping, or the entries of a list."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
