@@ -5,6 +5,7 @@ misspelt key in a YAML file is answered before PyTorch's models are imported.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,7 @@ def train(config: "Config | str | Path", overrides: Overrides = ()) -> "Summary"
 
             facts = run_facts(checked, distributed.count(), distributed.device())
         screen.print_facts(console, "flowalign train", facts)
+        _say_notes(checked)
         return trainer.train(checked)
 
 
@@ -107,6 +109,7 @@ def check(config: "Config | str | Path", overrides: Overrides = ()) -> bool:
     with screen.shown(), _checked_config(config, overrides) as checked:
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.diagnostics.check import check
+        _say_notes(checked)
         return check(checked)
 
 
@@ -127,6 +130,7 @@ def plan(
     with _checked_config(config, overrides) as checked:
         from flowalign.diagnostics.plan import report
 
+        _say_notes(checked)
         return list(report(checked, gpu, memory))
 
 
@@ -288,6 +292,13 @@ def _import_sampling() -> ModuleType:
     with progress.task("importing PyTorch and diffusers"):
         from flowalign import sampling
     return sampling
+
+
+def _say_notes(config: "Config") -> None:
+    """Print which settings have no effect, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in config.notes:
+            progress.say(f"Note: {note}")
 
 
 def _as_strings(overrides: Overrides) -> list[str]:

@@ -104,7 +104,7 @@ class Evaluation(Settings):
     rewards: dict[str, object] = field(default_factory=dict)
     """Rewards to report, written as the section `rewards`; the training rewards if empty."""
     pairs: str = ""
-    """Held-out pairs or pictures, written as `data.pairs`, for reconstruction and preference metrics."""
+    """Held-out pairs or pictures, written as `data.pairs`, for metrics of both."""
     sampler: dict[str, object] = field(default_factory=dict)
     """Settings that differ from the training sampler: steps, guidance."""
 

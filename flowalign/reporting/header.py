@@ -19,7 +19,7 @@ def run_facts(config: Config, processes: int, device: torch.device) -> dict[str,
     """
     return {
         "model": model_fact(config.model),
-        "objective": config.raw["objective"]["name"],
+        "objective": config.objective_name,
         **_data_facts(config),
         "training": _training_fact(config),
         "evaluation": _evaluation_fact(config),

@@ -17,4 +17,4 @@ class Ranking(Settings):
     min_gap: NonNegative = 0.0
     """Pairs whose rewards differ by this or less are not trained on."""
     weighted: bool = False
-    """True to weight pairs and prompts by the distance of their rewards (DP²O, arXiv 2510.18851)."""
+    """True to weight pairs and prompts by how far their rewards differ (DP²O, arXiv 2510.18851)."""

@@ -121,7 +121,7 @@ def imported(spec: str, key: str, table: Mapping[str, object]) -> Any:
 
 
 def unknown_name(name: str, key: str, table: Mapping[str, object]) -> str:
-    """Return the message for a name that is not in the table: how it is written here, or nearest."""
+    """Return the message for an unknown name: how it is written here, or the nearest name."""
     known = RELATIVES.get("".join(filter(str.isalnum, name.lower())))
     nearest = f" Here it is {known}." if known else did_you_mean(name, table)
     return (

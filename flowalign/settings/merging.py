@@ -40,7 +40,8 @@ def merge(parent: Section, child: Section, replaced: tuple[str, ...] = REPLACED)
     """
     kept = without_replaced(parent, child, replaced)
     try:
-        return to_plain(OmegaConf.merge(OmegaConf.create(kept), OmegaConf.create(child)))
+        # "Unsafe" as it may reuse its arguments, which are copies here; it takes half the time.
+        return to_plain(OmegaConf.unsafe_merge(OmegaConf.create(kept), OmegaConf.create(child)))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
 
@@ -140,6 +141,8 @@ def interpolate(values: Section) -> Section:
             itself, or the limits of this file are exceeded.
     """
     pending = dict(references(values))
+    if not pending:
+        return values
     check_limits(pending)
     config = OmegaConf.create(values)
     for key in pending:

@@ -1,4 +1,4 @@
-"""Read YAML files as mappings: strict values, small limits, `extends`, and errors with file and line.
+"""Read YAML files as mappings, with strict values, small limits, and errors with file and line.
 
 A configuration may come from a stranger. Text is measured before anything is built from it, so that
 a hostile file is refused at once.
@@ -81,7 +81,8 @@ def read_text(path: Path) -> str:
             # Never the whole file: it may be gigabytes of weights, or a device without an end.
             text = file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError:
-        raise UserError(f"There is no file {path}.{similar_file(path)}") from None
+        nearest = similar_file(path) or similar_file(CONFIGS / path)
+        raise UserError(f"There is no file {path}.{nearest}") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read: {error}. Give a YAML file, saved as UTF-8."
@@ -160,6 +161,15 @@ def parse_yaml(text: str, source: str) -> object:
     """
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{source} has over {MAX_CHARACTERS:,} characters. Write a shorter one.")
+    try:
+        return construct(text, source)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise UserError(f"{source} is not YAML: {reason}") from None
+
+
+def construct(text: str, source: str) -> object:
+    """Return the value of a YAML text, or raise PyYAML's errors."""
     loader = _Loader(text, source)
     try:
         node = loader.get_single_node()
@@ -168,9 +178,6 @@ def parse_yaml(text: str, source: str) -> object:
         if measure(node, {}, ()) > MAX_VALUES:
             raise too_large(source)
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise UserError(f"{source} is not YAML: {reason}") from None
     finally:
         loader.dispose()
 

@@ -199,7 +199,7 @@ def check_rewards(config: Config, rewards: Sequence[Reward]) -> None:
     if learning and learns_from not in (Rollout, Pairs):
         raise UserError(
             f"rewards.{learning[0]} learns from whole steps, but the objective "
-            f"{config.raw['objective']['name']} takes each image's gradient. Remove the reward, or "
+            f"{config.objective_name} takes each image's gradient. Remove the reward, or "
             "choose an objective that learns from scores."
         )
     comparing = [reward.name for reward in rewards if reward.of_groups]

@@ -79,7 +79,7 @@ def apply_update(state: TrainState, train: Train) -> None:
         group["lr"] = learning_rate(state.updates, train)
     state.optimizer.step()
     if train.ema.decay:
-        state.policy.update_copy("ema", train.ema.follow(state.updates))
+        state.policy.update_copy("ema", train.ema.decay_at(state.updates))
 
 
 def learning_rate(updates: int, train: Train) -> float:

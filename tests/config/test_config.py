@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flowalign.bundled import CONFIGS
 from flowalign.config.load import load_config
 from flowalign.dynamics import cps, flow_sde, ode
 from flowalign.errors import UserError
@@ -12,7 +13,6 @@ from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.nft import NFT
 from flowalign.settings.by_name import imported, RELATIVES
-from flowalign.bundled import CONFIGS
 from flowalign.settings.merging import merge, parse_override
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
 
@@ -76,7 +76,8 @@ def test_a_file_becomes_typed_sections(small):
 def test_what_a_file_leaves_out_has_its_default(tmp_path):
     path = written(
         tmp_path,
-        "model: {name: sd3, path: p}\ndata: {prompts: p.txt}\nrewards: {brightness: 1}\nobjective: {name: nft}\n",
+        "model: {name: sd3, path: p}\ndata: {prompts: p.txt}\n"
+        "rewards: {brightness: 1}\nobjective: {name: nft}\n",
     )
     config = load_config(path)
     assert config.objective == NFT()

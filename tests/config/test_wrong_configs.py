@@ -1,4 +1,4 @@
-"""Wrong configurations: each is answered with exit status 2, the file, the key and what to type, before weights are loaded."""
+"""Wrong configurations exit with status 2 and say what to type, before weights are loaded."""
 
 import copy
 import dataclasses
@@ -20,12 +20,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from flowalign.bundled import CONFIGS
 from flowalign.cli import main
 from flowalign.config.load import load_config
 from flowalign.config.resolved import resolve
 from flowalign.config.sections import Config
 from flowalign.errors import UserError
-from flowalign.bundled import CONFIGS
 from flowalign.settings.merging import parse_override
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
 
@@ -33,7 +33,8 @@ SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONF
 SCENE = {"rewards": {"scene_match": 1.0}, "evaluation": {"rewards": {"scene_match": 1.0}}}
 """Rewards that cost milliseconds."""
 TYPE = re.compile(
-    "write|choose|must be|Did you mean|has |missing|give|rename|nearest|name |It belongs|use |take |are ",
+    "write|choose|must be|Did you mean|has |missing|give|rename|nearest|name |It belongs|use "
+    "|take |are |remove|set ",
     re.IGNORECASE,
 )
 """How a message says what to type."""
@@ -822,7 +823,8 @@ def test_a_key_written_twice_is_refused(data, where):
 )
 def test_text_that_is_no_configuration_is_refused(text):
     assert re.search(
-        "is not YAML: |expected sections such as `model:` and `train:`, found", refusal(text)
+        "is not YAML: |is too large|expected sections such as `model:` and `train:`, found",
+        refusal(text),
     )
 
 

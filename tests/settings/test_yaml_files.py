@@ -1,0 +1,110 @@
+"""YAML from strangers: strict values, and limits that hold before anything is built from a text."""
+
+import itertools
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from flowalign.errors import UserError
+from flowalign.settings.yaml_files import (
+    MAX_CHARACTERS,
+    MAX_FILES,
+    MAX_VALUES,
+    parse_yaml,
+    read_yaml,
+)
+
+LETTERS = "abcdefghi"
+
+
+def bomb(line: str) -> str:
+    """Ten lines, each with nine aliases of the line before."""
+    lines = ["a: &a {k: 1}"]
+    for before, letter in itertools.pairwise(LETTERS):
+        lines.append(f"{letter}: &{letter} " + line.format(", ".join([f"*{before}"] * 9)))
+    return "\n".join(lines)
+
+
+LISTS, MERGES = bomb("[{}]"), bomb("{{<<: [{}]}}")
+
+
+@contextmanager
+def within_a_second():
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(LISTS, id="aliases of lists"),
+        pytest.param(MERGES, id="aliases of merged mappings"),
+        pytest.param("a: &a [1]\nb: [" + "*a, " * 9_000 + "]", id="many aliases"),
+        pytest.param("\n".join(f"key{i}: 1" for i in range(30_000)), id="30,000 keys"),
+        pytest.param("\n".join(f"k{i}: 1" for i in range(7_000)), id="7,000 keys"),
+        pytest.param("[" * 60_000, id="nested lists"),
+        pytest.param("{a: " * 15_000, id="nested mappings"),
+        pytest.param("- " * 30_000, id="nested entries"),
+        pytest.param("? " * 30_000, id="nested keys"),
+        pytest.param("[x, " * 15_000, id="a list in a list in a list"),
+        pytest.param("x" * (MAX_CHARACTERS + 1), id="a long text"),
+    ],
+)
+def test_a_hostile_text_is_refused_in_a_second_by_its_size(text):
+    with within_a_second(), pytest.raises(UserError, match=r"^it is too large|^it has over"):
+        parse_yaml(text, "it")
+
+
+def test_bombs_are_small():
+    assert len(LISTS) < 1_000
+    assert len(MERGES) < 1_000
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: &t {b: *t}", "an alias stands inside its own anchor"),
+        ("&t [*t]", "an alias stands inside its own anchor"),
+        ("a: !!python/object:os.system {}", "could not determine a constructor for the tag"),
+        ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
+        ("{a: 1, a: 2}", "the key 'a' is written twice"),
+        ("? [a]\n: b", "a key is a list or a mapping"),
+        ("a: \x00", "special characters are not allowed"),
+    ],
+)
+def test_loops_tags_and_double_keys_are_refused(text, problem):
+    with within_a_second(), pytest.raises(UserError, match="it is not YAML") as error:
+        parse_yaml(text, "it")
+    assert problem in str(error.value)
+
+
+def test_an_error_names_line_and_column():
+    with pytest.raises(UserError, match="line 2, column 4"):
+        parse_yaml("a: 1\nb: [1\n", "it")
+
+
+def test_as_many_values_as_the_limit_are_read():
+    text = "[" + ", ".join(["1"] * (MAX_VALUES - 1)) + "]"
+    assert parse_yaml(text, "it") == [1] * (MAX_VALUES - 1)
+
+
+def test_an_alias_counts_as_what_it_stands_for():
+    half = ", ".join(["1"] * (MAX_VALUES // 2))
+    with pytest.raises(UserError, match="too large"):
+        parse_yaml(f"a: &a [{half}]\nb: *a", "it")
+
+
+def test_a_chain_of_files_has_an_end(tmp_path):
+    for number in range(MAX_FILES + 1):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml\n")
+    with pytest.raises(UserError, match=f"leads through over {MAX_FILES} files"):
+        read_yaml(tmp_path / "0.yaml")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/urandom"])
+def test_a_device_without_an_end_is_refused(path):
+    with within_a_second(), pytest.raises(UserError, match=r"cannot be read|not YAML"):
+        read_yaml(Path(path))
