@@ -248,7 +248,7 @@ def test_a_misspelt_key_or_name_is_answered_with_the_right_one(small, override, 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rewards={beauty: 1}", "choose from scene_match, "),
+        ("rewards={beauty: 1}", "Choose from scene_match, "),
         ("objective={name: magic}", "choose from flow_grpo"),
         ("sampler.dynamics={name: heun}", "choose from ode, flow_sde, dance_sde, cps"),
         ("model.name=unet", "choose from sd3, flux"),
