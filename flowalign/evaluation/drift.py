@@ -31,6 +31,7 @@ def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
         `diversity`, if prompts have several images, `velocity_norm` and `velocity_moved`; see
         `diversity` and `velocity_drift`.
     """
+    # A rank without images sends no row, so the means are over the ranks that have some.
     rows = []
     if rollout:
         some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / SHOWN)))]
@@ -64,6 +65,7 @@ def diversity(rollout: Rollout) -> float:
         The root mean square difference of two images of a prompt, in [0, 1], as the mean over
         pairs and then over prompts. NaN if every prompt has a single image.
     """
+    # Images are bytes; in [0, 1] the difference does not depend on how they are stored.
     small = F.adaptive_avg_pool2d(rollout.images.float() / 255, SIDE).flatten(1)
     means = []
     for label in rollout.group.unique():

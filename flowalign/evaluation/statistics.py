@@ -17,9 +17,9 @@ Interval = tuple[float, float, float]
 def paired_difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, Interval]:
     """Return the mean difference of every reward and held-out figure, with its 95 % t-interval.
 
-    Both evaluations must be of the same prompts and noise. Images of one prompt are not independent,
-    so the interval is over prompts; with a single prompt it is over images. Images without a score
-    before or after do not count.
+    Both evaluations must be of the same prompts and noise. Images of one prompt are not
+    independent, so the interval is over prompts; with a single prompt it is over images. Images
+    without a score before or after do not count.
     """
     differences = {
         name: _interval((values - before.held_out[name]).double())

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +117,7 @@ def save_checkpoint(
         The folder of the checkpoint.
     """
     folder = checkpoint_folder(run, progress.step)
+    # A step is saved again when a resumed run stops at once; its checkpoint would be the same.
     if not folder.exists():
         write_folder(folder, lambda unfinished: write_checkpoint(state, progress, unfinished))
     for old in checkpoints(run)[:-keep]:
@@ -195,7 +197,7 @@ def remove_unfinished(run: Path) -> None:
 
 def _moment_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
     """Return the shapes that AdamW has after its first update, named as in the file."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     shapes: dict[str, torch.Size] = {}
     for index, parameter in enumerate(parameters):
         shapes[f"{index}.step"] = torch.Size()

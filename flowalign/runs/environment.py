@@ -27,7 +27,7 @@ class Environment(TypedDict):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were in use: allocated on a GPU, resident in this process on a CPU."""
+    """Return the most bytes in use so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -59,6 +59,7 @@ def write_failure(
         (unfinished / "failure.json").write_text(text, encoding="utf-8")
         write_checkpoint(state, progress, unfinished)
 
+    # Written atomically, because a run that fails here may have filled the disk.
     write_folder(folder, write)
     for old in sorted(folder.parent.glob(f"step-*-process-{rank}"))[:-keep]:
         shutil.rmtree(old)

@@ -106,10 +106,12 @@ class Run:
         except NotFinite as error:
             self.skip_update(SkippedUpdate(error.rollout, 0, str(error)))
             self.progress.count_update(applied=False)
+            # The loop goes on, so that one bad batch costs one step and not the run.
             return error.rollout[[]], {}
 
     def skip_update(self, skipped: SkippedUpdate) -> None:
         """Dump an update that is not applied, and say where the dump is."""
+        # Earlier updates of the same step are in the weights, so the dump must count them.
         progress = replace(self.progress, updates=self.state.updates)
         keep = self.config.train.max_bad_steps
         folder = write_failure(self.folder, self.state, progress, skipped, keep)
@@ -162,6 +164,7 @@ class Run:
 
         Evaluations beyond the limits of `train.stop` do not count. Looks into the run folder.
         """
+        # The present step is not saved yet, but it will be if it is the best.
         present = [
             entry
             for entry in self.progress.evaluations
@@ -201,6 +204,7 @@ def prepare(config: Config) -> Run:
     Raises:
         UserError: Something cannot work. The message says what to write instead.
     """
+    # Everything that costs little is checked first: the model may take minutes to load.
     inputs = distributed.raise_everywhere(lambda: read_inputs(config))
     assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
     refuse_what_is_wrong(assembly)

@@ -50,6 +50,8 @@ def execute(run: Run) -> Summary:
         keep_finished_steps(run.folder, run.save_finished_steps),
         advise_on_out_of_memory(run.config),
     ):
+        # Only the loop waits for the end of a step. Ctrl-C in the export stops at once, which loses
+        # nothing: the last step is saved, and the same command exports it.
         with run.interrupt.listening():
             before = run.evaluate_reference()
             reason = fit(run)
@@ -67,6 +69,7 @@ def fit(run: Run) -> str:
             began = time.monotonic()
             batch, metrics = run.next_batch()
             result = update(run.state, config.objective, batch, train, run.skip_update)
+            # Copies follow after every step, also after one whose updates were skipped.
             update_snapshots(
                 run.state.policy, config.objective, progress.step * train.updates_per_step
             )
@@ -74,6 +77,7 @@ def fit(run: Run) -> str:
             progress.advance(result.outcomes, run.images_per_step, seconds)
             speed = {"images_per_second": run.plan.images_per_step / seconds}
             metrics = {**progress.totals, **result.metrics, **speed, **metrics}
+            # Recorded first, so that the steps that led to the failure can be seen.
             record(run, trackers, metrics)
             run.raise_if_not_finite()
             bar.advance(note=describe(metrics))

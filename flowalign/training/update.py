@@ -51,11 +51,13 @@ def update(
     meter, norms, outcomes = Meter(), [], []
     for index, piece in enumerate(_shares(batch, train.updates_per_step)):
         rows = piece.trainable_rows()
+        # A rank without rows still takes part if another rank has some, or that one would wait.
         if not distributed.any_rank(len(rows) > 0):
             continue
         state.optimizer.zero_grad()
         loss = compute_gradient(state.policy, objective, rows, train.images_per_pass, meter, index)
         norm = nn.utils.clip_grad_norm_(parameters, train.max_grad_norm).item()
+        # Both numbers are of all ranks together, so all ranks apply the update or all skip it.
         is_finite = math.isfinite(norm) and bool(loss.isfinite())
         if is_finite:
             apply_update(state, train)
@@ -75,6 +77,7 @@ def _shares(batch: Batch, updates: int) -> list[Batch]:
 
 def apply_update(state: TrainState, train: Train) -> None:
     """Apply the gradients with AdamW at the scheduled rate, and update the moving average."""
+    # The schedule counts applied updates, so a skipped one delays it and never jumps it.
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.updates, train)
     state.optimizer.step()

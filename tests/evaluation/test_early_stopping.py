@@ -68,7 +68,7 @@ def test_a_rule_about_a_metric_that_is_not_logged_is_named():
     )
 
 
-def test_a_run_stops_by_its_rule_and_hands_over_the_best_weights(tmp_path, capsys):
+def test_a_run_stops_by_its_rule_and_exports_the_best_weights(tmp_path, capsys):
     overrides = [
         "train.steps=9",
         "train.evaluate_every=1",
@@ -111,11 +111,11 @@ def test_a_budget_of_distance_stops_a_run(tmp_path):
     assert summary["stopped"].startswith("eval/velocity_moved: ")
     assert moved[-1] > 1e-3
     assert all(value <= 1e-3 for value in moved[:-1])
-    assert summary["step"] < len(moved)  # what is handed over is within the budget
+    assert summary["step"] < len(moved)  # the exported weights are within the budget
 
 
-def test_an_evaluation_whose_checkpoint_is_gone_is_not_handed_over(tmp_path):
-    """Rules of train.stop may come later; what was best by another measure may have been pruned then."""
+def test_an_evaluation_whose_checkpoint_is_gone_is_not_exported(tmp_path):
+    """Rules of train.stop may be added later, when the best checkpoint is already removed."""
     overrides = [
         "train.evaluate_every=1",
         "train.save_every=1",

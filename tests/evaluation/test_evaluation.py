@@ -22,7 +22,7 @@ def test_the_interval_is_student_s_over_prompts():
     assert mean - low == pytest.approx(high - mean)
 
 
-def test_evaluations_tell_of_over_optimisation(tmp_path):
+def test_evaluations_measure_over_optimisation(tmp_path):
     overrides = [
         "train.evaluate_every=1",
         "evaluation.images_per_prompt=2",

@@ -12,7 +12,7 @@ from tests.tiny import ROOT, small_config
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run of four steps with a checkpoint of each of the last three: its folder."""
+    """The folder of a run of four steps, with checkpoints of the last three."""
     os.chdir(ROOT)
     run = tmp_path_factory.mktemp("runs") / "whole"
     trainer.train(small_config(run, *STEPS))
@@ -21,7 +21,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it that may be damaged, and a fourth step to make again."""
+    """A copy of the finished run, without its exported adapter, to damage and train again."""
     copy = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(copy / "adapter")
     return copy

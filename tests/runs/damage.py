@@ -33,7 +33,7 @@ FILES = [
 ]
 
 
-def again(run, *overrides):
+def train_again(run, *overrides):
     return main(["train", str(TINY), *SMALL, *STEPS, f"output={run}", *overrides])
 
 
@@ -55,17 +55,17 @@ def pickled(file):
     torch.save({"weights": torch.zeros(3)}, file)
 
 
-def pickled_with_its_sum(file):
-    """As one who knows the format would tamper with it."""
+def pickled_with_its_checksum(file):
+    """Tamper with a file as someone who knows the format would."""
     file.write_bytes(pickle.dumps(Path))
-    sum_again(file)
+    renew_checksum(file)
 
 
-def sum_again(file):
-    sums = file.parents[[p.name.startswith("step-") for p in file.parents].index(True)] / CHECKSUMS
-    listed = json.loads(sums.read_text())
-    listed[str(file.relative_to(sums.parent))] = sha256(file)
-    sums.write_text(json.dumps(listed))
+def renew_checksum(file):
+    folder = next(parent for parent in file.parents if parent.name.startswith("step-"))
+    checksums = json.loads((folder / CHECKSUMS).read_text())
+    checksums[str(file.relative_to(folder))] = sha256(file)
+    (folder / CHECKSUMS).write_text(json.dumps(checksums))
 
 
 def removed(file):
@@ -73,23 +73,22 @@ def removed(file):
 
 
 def tensors(change):
-    """Change the tensors of a file."""
+    """Return a way to change the tensors of a file."""
 
     def tamper(file):
-        found = load_file(file)
-        change(found)
-        save_file(found, file)
+        content = load_file(file)
+        change(content)
+        save_file(content, file)
 
     return tamper
 
 
 def values(**changed):
-    """Change an object; None removes a key."""
+    """Return a way to change a JSON object; None removes a key."""
 
     def tamper(file):
-        found = json.loads(file.read_text()) | changed
-        file.write_text(
-            json.dumps({key: value for key, value in found.items() if value is not None})
-        )
+        content = json.loads(file.read_text()) | changed
+        kept = {key: value for key, value in content.items() if value is not None}
+        file.write_text(json.dumps(kept))
 
     return tamper

@@ -14,34 +14,33 @@ from flowalign.runs.checkpoint import checkpoints, Progress, read_progress
 from flowalign.training import trainer
 from tests.runs.damage import (
     ADAPTER,
-    again,
     cut,
     FILES,
     flip,
     pickled,
-    pickled_with_its_sum,
+    pickled_with_its_checksum,
     removed,
+    renew_checksum,
     same_adapter,
     STEPS,
-    sum_again,
     tensors,
+    train_again,
     values,
 )
 from tests.tiny import small_config
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [cut, flip, pickled, pickled_with_its_sum, removed])
+@pytest.mark.parametrize("damage", [cut, flip, pickled, pickled_with_its_checksum, removed])
 def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
-    if damage is pickled_with_its_sum and name == "sha256.json":
-        pytest.skip("a file of sums has no sum")
+    if damage is pickled_with_its_checksum and name == "sha256.json":
+        pytest.skip("the list of checksums is not in itself")
     saved, before = checkpoints(run)[-1], checkpoints(run)[-2]
     damage(saved / name)
-    assert again(run) == 2
+    assert train_again(run) == 2
     error = capsys.readouterr().err
-    if (
-        damage is flip and name == "sha256.json"
-    ):  # some sum or name in it, so that it and a file do not agree
+    # A flipped bit in the list of checksums makes it disagree with some file.
+    if damage is flip and name == "sha256.json":
         assert any(f"{saved / file} is" in error for file in FILES)
     else:
         assert f"{saved / name} is" in error
@@ -55,26 +54,30 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
         ("optimizer.safetensors", tensors(dict.clear), "does not fit"),
         (
             "optimizer.safetensors",
-            tensors(lambda found: found.pop("0.exp_avg")),
+            tensors(lambda content: content.pop("0.exp_avg")),
             "0.exp_avg is missing in the file",
         ),
         (
             "optimizer.safetensors",
-            tensors(lambda found: found.update({"a.b.c": torch.zeros(1)})),
+            tensors(lambda content: content.update({"a.b.c": torch.zeros(1)})),
             "a.b.c is (1,) in the file and missing in the model",
         ),
         (
             "optimizer.safetensors",
-            tensors(lambda found: found.update({"0.exp_avg": torch.zeros(1)})),
+            tensors(lambda content: content.update({"0.exp_avg": torch.zeros(1)})),
             "0.exp_avg is (1,)",
         ),
         (
             ADAPTER.name,
-            tensors(lambda found: found.update({min(found): torch.zeros(1)})),
+            tensors(lambda content: content.update({min(content): torch.zeros(1)})),
             "is (1,) in the file and (",
         ),
         (f"snapshots/ema/{ADAPTER.name}", tensors(dict.clear), "does not fit"),
-        ("rewards.safetensors", tensors(lambda found: found.update(more=torch.zeros(1))), "more"),
+        (
+            "rewards.safetensors",
+            tensors(lambda content: content.update(more=torch.zeros(1))),
+            "more",
+        ),
         ("state.json", values(step="3"), "state.json.step is '3'; it must be a valid integer"),
         ("state.json", values(updates=-1), "state.json.updates is -1"),
         ("state.json", values(evaluations=[3]), "state.json.evaluations.0 is 3"),
@@ -82,13 +85,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
         ("state.json", values(more=1), "state.json.more is not known"),
     ],
 )
-def test_a_checkpoint_tampered_with_is_refused_though_its_sums_are_right(
+def test_a_checkpoint_tampered_with_is_refused_though_its_checksums_are_right(
     name, tamper, why, run, capsys
 ):
     saved, before = checkpoints(run)[-1], checkpoints(run)[-2]
     tamper(saved / name)
-    sum_again(saved / name)
-    assert again(run) == 2
+    renew_checksum(saved / name)
+    assert train_again(run) == 2
     error = capsys.readouterr().err
     assert str(saved / name) in error
     assert why in error
@@ -96,11 +99,11 @@ def test_a_checkpoint_tampered_with_is_refused_though_its_sums_are_right(
     assert "Traceback" not in error
 
 
-def test_a_file_without_a_sum_is_refused(run, capsys):
+def test_a_file_without_a_checksum_is_refused(run, capsys):
     saved = checkpoints(run)[-1]
     flip(saved / ADAPTER.name)
     (saved / CHECKSUMS).write_text("{}")
-    assert again(run) == 2
+    assert train_again(run) == 2
     assert (
         f"{saved / CHECKSUMS} is damaged: it does not list {ADAPTER.name}."
         in capsys.readouterr().err
@@ -110,11 +113,11 @@ def test_a_file_without_a_sum_is_refused(run, capsys):
 def test_a_note_beside_the_weights_damages_nothing(run, finished):
     for folder in (checkpoints(run)[-1], checkpoints(run)[-1] / "snapshots" / "ema"):
         (folder / "notes.txt").write_text("the best one so far")
-    assert again(run) == 0
+    assert train_again(run) == 0
     assert same_adapter(run, finished)
 
 
-def test_a_state_with_a_figure_that_is_not_finite_is_read_again(tmp_path):
+def test_progress_with_a_metric_that_is_not_finite_is_read_back(tmp_path):
     state = Progress(evaluations=[{"step": 1, "loss": float("nan"), "kl": 1.0}])
     (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
     (entry,) = read_progress(tmp_path / "state.json").evaluations
@@ -122,7 +125,7 @@ def test_a_state_with_a_figure_that_is_not_finite_is_read_again(tmp_path):
     assert isinstance(entry["step"], int)
 
 
-def test_a_copy_of_a_checkpoint_is_none(run):
+def test_a_copy_under_another_name_is_not_a_checkpoint(run):
     shutil.copytree(checkpoints(run)[-1], run / "checkpoints" / "step-000004-backup")
     assert [saved.name for saved in checkpoints(run)] == [
         "step-000002",
@@ -131,12 +134,12 @@ def test_a_copy_of_a_checkpoint_is_none(run):
     ]
 
 
-def test_after_removing_it_the_run_goes_on_to_the_same_end(run, finished, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run, finished, capsys):
     cut(checkpoints(run)[-1] / "optimizer.safetensors")
-    assert again(run) == 2
-    asked = capsys.readouterr().err.rpartition("Remove ")[2].partition(" to resume")[0]
-    shutil.rmtree(asked)
-    assert again(run) == 0
+    assert train_again(run) == 2
+    advised = capsys.readouterr().err.rpartition("Remove ")[2].partition(" to resume")[0]
+    shutil.rmtree(advised)
+    assert train_again(run) == 0
     assert same_adapter(run, finished)
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
 
@@ -146,12 +149,12 @@ def test_equal_adapters_are_equal_files(finished, tmp_path):
     assert same_adapter(tmp_path / "other", finished)
 
 
-def test_what_a_killed_run_left_behind_is_cleared(run, finished):
-    left = run / "checkpoints" / ".step-000005.part"
-    shutil.copytree(checkpoints(run)[-1], left)
-    (left / "state.json").unlink()
-    assert again(run) == 0
-    assert not left.exists()
+def test_unfinished_checkpoints_of_a_killed_run_are_removed(run, finished):
+    unfinished = run / "checkpoints" / ".step-000005.part"
+    shutil.copytree(checkpoints(run)[-1], unfinished)
+    (unfinished / "state.json").unlink()
+    assert train_again(run) == 0
+    assert not unfinished.exists()
     assert same_adapter(run, finished)
 
 

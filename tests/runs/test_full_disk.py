@@ -19,16 +19,16 @@ from flowalign.runs import checkpoint
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import setup
 from tests.runs.damage import (
-    again,
     FILES,
     same_adapter,
     STEPS,
+    train_again,
 )
 from tests.tiny import SMALL, TINY
 
 
 class Failing:
-    """Stands before what writes files; the n-th call and all after it find the disk full, when half of the file is written."""
+    """A disk that is full from the n-th write on, when half of the file is written."""
 
     def __init__(self, monkeypatch, first):
         self.calls, self.first = 0, first
@@ -99,7 +99,7 @@ def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, cap
     assert first > 30
 
 
-def test_a_file_that_may_grow_no_larger_is_named_and_the_run_goes_on_afterwards(run, finished):
+def test_a_file_that_may_grow_no_larger_is_named_and_the_run_resumes_afterwards(run, finished):
     """A real failing write: the system refuses bytes beyond a limit, as a quota does."""
     shutil.rmtree(run / "checkpoints" / "step-000004")
     command = [sys.executable, "train.py", str(TINY), *SMALL, *STEPS, f"output={run}"]
@@ -109,5 +109,5 @@ def test_a_file_that_may_grow_no_larger_is_named_and_the_run_goes_on_afterwards(
     assert "File too large" in ended.stderr
     assert f"The finished steps are in {run / 'checkpoints' / 'step-000003'}" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert again(run) == 0
+    assert train_again(run) == 0
     assert same_adapter(run, finished)

@@ -24,6 +24,7 @@ from flowalign.files import read_tensors, to_json
 from flowalign.policy import Policy, Sampler
 from flowalign.reporting.trackers import read_metrics
 from flowalign.runs.adapter import ADAPTER_FILE, load_adapter
+from flowalign.runs.adapter_card import base_model
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.runs.lock import FolderLock
 from flowalign.training import trainer
@@ -56,7 +57,7 @@ def test_a_run_folder_holds_what_was_promised(run):
     ):
         assert (run / name).exists(), name
     assert (run / "pictures" / "before-after.png").exists()
-    assert (run / "adapter" / "README.md").exists()
+    assert base_model(run / "adapter") == small_config(run).model.path
     saved = checkpoints(run)[-1]
     assert saved.name == "step-000002"
     assert {
@@ -129,7 +130,7 @@ def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
     assert (bare - theirs).abs().max() > 1e-3
 
 
-def test_stopping_and_going_on_equals_never_stopping(tmp_path):
+def test_stopping_and_resuming_equals_never_stopping(tmp_path):
     overrides = [
         "train.ema.decay=0.5",
         "train.warmup=3",
@@ -207,7 +208,7 @@ def test_two_runs_train_one_after_the_other_in_a_thread(tmp_path):
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, capsys):
     config = small_config(tmp_path / "run", "train.steps=50")
     run = trainer.prepare(config)
     source = run.source
@@ -265,7 +266,7 @@ def test_figures_that_are_not_finite_are_null_in_the_files():
     }
 
 
-def test_a_group_of_equal_rewards_is_reported_and_teaches_nothing(tmp_path):
+def test_a_group_of_equal_rewards_is_reported_and_trains_nothing(tmp_path):
     (tmp_path / "flat.py").write_text(
         "def flat(images, prompts, metadata):\n    return [1.0] * len(images)\n"
     )

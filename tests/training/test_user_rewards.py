@@ -90,9 +90,7 @@ def test_a_users_file_imports_its_neighbours(tmp_path):
     assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [0.25, 0.25]
 
 
-def test_a_module_beside_the_user_is_found_where_an_installed_script_was_started(
-    tmp_path, monkeypatch
-):
+def test_a_module_in_the_working_directory_is_found_by_an_installed_script(tmp_path, monkeypatch):
     (tmp_path / "house").mkdir()
     (tmp_path / "house" / "taste.py").write_text(
         "def red(images, prompts, metadata):\n    return images[:, 0, 0, 0]\n"
