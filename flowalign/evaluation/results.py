@@ -44,7 +44,7 @@ class EvaluationResult:
 
     def save(self, path: Path) -> None:
         """Write everything but `figures` into a safetensors file."""
-        # Only the evaluation before training is saved, and its figures are those of no drift.
+        # Figures are logged but never compared with a later evaluation, so they are not saved.
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name, values in self.rewards.items():
             tensors[f"reward/{name}"] = values.contiguous()
