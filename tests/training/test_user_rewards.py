@@ -84,7 +84,9 @@ def test_a_reward_that_fails_while_running_leaves_the_steps_done(user_rewards, t
 def test_a_users_file_imports_its_neighbours(tmp_path):
     (tmp_path / "weights_of_mine.py").write_text("RED = 0.25")
     (tmp_path / "neighbourly.py").write_text(
-        "import weights_of_mine\ndef red(i, p, m):\n    return i[:, 0, 0, 0] * weights_of_mine.RED\n"
+        "import weights_of_mine\n"
+        "def red(images, prompts, metadata):\n"
+        "    return images[:, 0, 0, 0] * weights_of_mine.RED\n"
     )
     (reward,) = load_rewards({f"{tmp_path}/neighbourly.py:red": 1.0})
     assert reward(torch.ones(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [0.25, 0.25]
