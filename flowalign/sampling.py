@@ -12,6 +12,7 @@ from flowalign import distributed
 from flowalign.advantages import ADVANTAGES
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
+from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
@@ -31,6 +32,7 @@ from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.adapter import ADAPTER_FILE, load_adapter
 from flowalign.runs.adapter_card import base_model, lora_settings
 from flowalign.runs.checkpoint import checkpoints
+from flowalign.training.setup import assemble, make_scorer, read_inputs
 
 IMAGES_PER_PASS = 16
 """For a model without a run."""
@@ -289,14 +291,20 @@ def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> S
 
 
 def evaluate(source: Source) -> EvaluationResult:
-    """Score the evaluation prompts of a run, with its adapter if there is one."""
+    """Evaluate a run as its training does, with its adapter if there is one.
+
+    Raises UserError if the source has no configuration.
+    """
     config = source.config
     if config is None:
         raise UserError("The source has no evaluation prompts. Give a run folder or a YAML file.")
-    settings = SampleSettings(config.evaluation.images_per_prompt, config.train.seed)
-    policy = load_policy(source, settings)
-    evaluator = make_evaluator(source, evaluation_prompts(config), settings)
-    return evaluator(policy.at("policy" if source.adapter else "reference"))
+    inputs = distributed.raise_everywhere(lambda: read_inputs(config))
+    assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
+    policy = assembly.state.policy
+    if source.adapter:
+        load_adapter(policy, source.adapter)
+    weights = policy.at("policy" if source.adapter else "reference")
+    return assembly.evaluator(weights.sampling(config.evaluation_sampler))
 
 
 def describe_source(
@@ -333,21 +341,35 @@ def load_policy(source: Source, settings: SampleSettings) -> Policy:
 
 def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettings) -> Evaluator:
     """Return an evaluator that makes the pictures of these prompts and scores them."""
-    config = source.config
-    if config is None:
-        rewards, rules = [], (COMBINE["weighted_sum"](), ADVANTAGES["group"])
-        images_per_pass = IMAGES_PER_PASS
-    else:
-        rewards = load_rewards(config.evaluation.rewards, "evaluation.rewards")
-        rules, images_per_pass = (config.combine, config.advantage), config.train.images_per_pass
-    scorer = RolloutScorer(rewards, *rules, images_per_pass, distributed.device())
+    images_per_pass = source.config.train.images_per_pass if source.config else IMAGES_PER_PASS
     count = len(prompts) * settings.images
-    return Evaluator(prompts, settings.images, scorer, images_per_pass, settings.seed, shown=count)
+    return Evaluator(
+        prompts,
+        settings.images,
+        scorer_of(source),
+        images_per_pass,
+        settings.seed,
+        shown=count,
+    )
+
+
+def scorer_of(source: Source) -> RolloutScorer:
+    """Return the evaluation rewards of the run; none without a run."""
+    config = source.config
+    if config:
+        return make_scorer(config, load_rewards(config.evaluation.rewards, "evaluation.rewards"))
+    # Nothing is combined or compared without rewards, so the two rules are never called.
+    combine, advantage = COMBINE["weighted_sum"](), ADVANTAGES["group"]
+    return RolloutScorer([], combine, advantage, IMAGES_PER_PASS, distributed.device())
 
 
 def evaluation_prompts(config: Config) -> list[Prompt]:
-    """Return the evaluation prompts of a run, or else its training prompts."""
-    return read_prompts(config.evaluation.prompts or config.data.prompts)
+    """Return the evaluation prompts of a run, or else its training prompts, each once."""
+    path = config.evaluation.prompts or config.data.prompts
+    if path:
+        return read_prompts(path)
+    examples = read_examples(config.data.pairs, "data.pairs", paired=False)
+    return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
 
 
 def default_prompts(source: Source) -> list[Prompt]:

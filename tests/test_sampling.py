@@ -120,6 +120,14 @@ def test_an_adapter_alone_brings_its_rank_and_makes_the_pictures_of_diffusers(ad
     assert (layers.r, layers.lora_alpha) == (lora.rank, lora.alpha)
 
 
+def test_an_exported_adapter_names_its_base_model(adapter):
+    assert base_model(adapter) == "assets/tiny-sd3"
+    source = find_source(str(adapter))
+    assert source.config is None
+    assert source.adapter == adapter
+    assert (source.model.path, source.model.lora.rank) == ("assets/tiny-sd3", 32)
+
+
 def test_an_adapter_without_a_model_is_answered(adapter, capsys):
     (adapter / "README.md").write_text("# An adapter\n")
     assert main(["sample", str(adapter), PROMPT]) == 2

@@ -5,6 +5,8 @@ A new family is one file and one row in each table below, or a path in the YAML:
 
 from typing import TYPE_CHECKING
 
+from flowalign.progress import task
+
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
@@ -30,4 +32,5 @@ def load_model(config: "ModelConfig", device: str = "cpu") -> "FlowModel":
     """
     from flowalign.models.families import family_of  # imports torch, which the tables do not need
 
-    return family_of(config.name)(config, device)
+    with task(f"loading {config.path}"):
+        return family_of(config.name)(config, device)

@@ -16,6 +16,7 @@ from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
 from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
 from flowalign.models.text_cache import Row, TextCache
+from flowalign.progress import task
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -163,12 +164,13 @@ class FlowModel(ABC, Generic[C]):
 
     @torch.no_grad()
     def _encode_missing(self, texts: list[str]) -> Iterator[tuple[str, Row]]:
-        with self.text_encoders_on_device():
+        with task("encoding prompts", len(texts)) as work, self.text_encoders_on_device():
             for start in range(0, len(texts), ENCODE_AT_ONCE):
                 chunk = texts[start : start + ENCODE_AT_ONCE]
                 inputs = {name: rows.cpu() for name, rows in self.encode_texts(chunk).items()}
                 for number, text in enumerate(chunk):
                     yield text, {name: rows[number] for name, rows in inputs.items()}
+                work.advance(len(chunk))
 
     def text_encoders_on_device(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which `encode_texts` is called."""

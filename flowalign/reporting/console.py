@@ -146,13 +146,14 @@ class PlainDisplay:
     def __init__(self, console: Console, seconds: float = SECONDS_BETWEEN_LINES):
         self.console, self.seconds = console, seconds
         self.open_tasks = 0
-        self.last_line = 0.0
+        self.last_line = time.monotonic()
 
     @contextmanager
     def task(self, description: str, total: int | None, done: int) -> Iterator["PlainTask"]:
-        """Print the start and the end of a task. A task inside another one prints no such lines."""
+        """Print the start and the end of a task, unless it is part of another or has one item."""
         work = PlainTask(self, description, total, done)
-        outermost = self.open_tasks == 0
+        # A log that repeats "evaluating: 0 of 43" in every step hides the training.
+        outermost = self.open_tasks == 0 and total != 1
         self.open_tasks += 1
         try:
             if outermost:
@@ -180,7 +181,8 @@ class PlainTask:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Print a line if the last one was long ago, or if this is the first item."""
-        first = self.note == "" != note
+        # The first note, such as the reward of step 1, tells a reader how long the run will take.
+        first = bool(note) and not self.note
         self.done, self.note, self.is_printed = self.done + count, note, False
         if first or time.monotonic() - self.display.last_line >= self.display.seconds:
             self.print_line()

@@ -1,4 +1,4 @@
-"""Read what an adapter says about itself: its base model and its LoRA settings."""
+"""The card of an adapter: its base model and its LoRA settings."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,16 @@ from safetensors import safe_open, SafetensorError
 from flowalign.errors import UserError
 from flowalign.models.config import Lora
 from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
+
+
+def card_head(model: str) -> str:
+    """Return the head of an adapter's README: the model card of the Hugging Face hub."""
+    entries = {
+        "base_model": model,
+        "library_name": "diffusers",
+        "tags": ["lora", "text-to-image", "flowalign"],
+    }
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
 
 
 def base_model(folder: Path) -> str | None:

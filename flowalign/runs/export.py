@@ -14,6 +14,7 @@ from flowalign.reporting.html import write_report
 from flowalign.reporting.images import save_before_after
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import save_adapter
+from flowalign.runs.adapter_card import card_head
 
 ADAPTER = "adapter"
 """Name of the exported adapter's folder in a run folder."""
@@ -75,7 +76,8 @@ def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -
 
     def write(unfinished: Path) -> None:
         save_adapter(policy, unfinished, weights)
-        (unfinished / "README.md").write_text(readme, encoding="utf-8")
+        card = card_head(config.model.path) + readme
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(folder, write)
 

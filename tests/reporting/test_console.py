@@ -57,9 +57,17 @@ def test_in_a_pipe_a_line_comes_whenever_enough_time_has_passed():
 
 def test_a_task_inside_another_one_prints_no_start_and_no_end():
     console = plain_console()
-    with shown(console), progress.task("training", total=1):
+    with shown(console), progress.task("training", total=2) as work:
         assert list(progress.track([1, 2], "evaluating")) == [1, 2]
-    assert console.file.getvalue() == "training: 0 of 1\n"
+        work.advance(2)
+    assert console.file.getvalue() == "training: 0 of 2\ntraining: 2 of 2\n"
+
+
+def test_a_task_of_one_item_prints_nothing():
+    console = plain_console()
+    with shown(console):
+        assert list(progress.track(["a"], "encoding prompts")) == ["a"]
+    assert console.file.getvalue() == ""
 
 
 def test_a_task_of_unknown_length_prints_its_description_once():
