@@ -1,17 +1,19 @@
-"""A model without its weights, to count with: networks that know shapes and nothing else, and a ledger of what they would take.
+"""A model without weights, and a ledger that counts what the real one would allocate and compute.
 
-The networks are built from their configuration files on torch's device `meta`. Callers work on the CPU with small latents of
-zeros, and every question is put to the networks at full size.
+The networks are built from their configuration files on torch's device `meta`, where tensors have a
+shape but no values. The code that trains works on the CPU, with small latents of zeros. Every call
+of a network is carried out on the meta device at full size, where the ledger counts it.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from math import prod
-from typing import Any, cast
+from typing import cast
+from unittest.mock import patch
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,60 +26,69 @@ from torch.utils.flop_counter import flop_registry
 from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.models.base import ENCODE_AT_ONCE
+from flowalign.models.base import ENCODE_AT_ONCE, FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.models.families import family_of
+from flowalign.models.loading import Untyped
 from flowalign.models.pipeline import PipelineModel
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SIDE = 8
-"""Of the small latents, where the full ones are larger."""
+"""Largest height and width of the small latents."""
 CALLS = "forwards without gradient", "forwards with gradient", "backwards"
-"""Of the transformer, as the ledger names them."""
+"""Names of the transformer's calls in a ledger."""
+Work = Counter[str]
+"""FLOPs by precision ("half", "tf32", "float32"), and calls of the transformer by kind."""
 
 
 @dataclass
 class Cost:
-    """What a part of the work took."""
+    """What a part of the work takes."""
 
-    work: Counter[str] = field(default_factory=Counter)
-    """FLOPs by precision, and calls of the transformer by kind."""
+    work: Work = field(default_factory=Counter)
     peak: int = 0
-    """Bytes at most, and"""
+    """The most bytes allocated, beyond those allocated before."""
     kept: int = 0
-    """bytes at its end, beyond those that were there before."""
+    """The bytes still allocated at the end, beyond those allocated before."""
 
 
 class Ledger(TorchDispatchMode):
-    """While it is active, the bytes in use on the meta device and the work done there; small latents count as full ones."""
+    """While active, counts the bytes in use and the work done on the meta device.
+
+    Tensors on the CPU count only if they are latents of the shape `small`. They count as latents of
+    the shape `full`.
+    """
 
     def __init__(self, small: tuple[int, ...], full: tuple[int, ...]) -> None:
         super().__init__()
-        self.small, self.magnified = small, prod(full) // prod(small)
-        self.bytes, self.peak, self.work = 0, 0, Counter[str]()
+        self.small, self.magnification = small, prod(full) // prod(small)
+        self.bytes, self.peak, self.work = 0, 0, Work()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = _tensors((args, kwargs))
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in _tensors(made):
-            storage = tensor.untyped_storage()
-            if (size := self.size(tensor)) and storage._cdata not in known:
+    def __torch_dispatch__(
+        self, func: Untyped, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = _tensors((args, kwargs))
+        # Views share the storage of an input, and the storage of a result must count once.
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        for tensor in _tensors(result):
+            storage, size = tensor.untyped_storage(), self.size(tensor)
+            if size and storage._cdata not in known:
                 known.add(storage._cdata)
                 self._add(size)
                 weakref.finalize(storage, self._add, -size)
-        if flops := flop_registry.get(func._overloadpacket):
-            self.work[_precision(func, given[0].dtype)] += flops(
-                *args, **(kwargs or {}), out_val=made
-            )
-        return made
+        if formula := flop_registry.get(func._overloadpacket):
+            flops = formula(*args, **kwargs, out_val=result)
+            self.work[_precision(func, inputs[0].dtype)] += flops
+        return result
 
     def size(self, tensor: Tensor) -> int:
-        """Bytes of all that its storage stands for."""
-        times = (
-            1 if tensor.device == META else self.magnified if tensor.shape[-3:] == self.small else 0
-        )
-        return times * tensor.untyped_storage().nbytes()
+        """Return the bytes that the tensor's storage stands for."""
+        size = tensor.untyped_storage().nbytes()
+        if tensor.device == META:
+            return size
+        return self.magnification * size if tensor.shape[-3:] == self.small else 0
 
     def _add(self, size: int) -> None:
         self.bytes += size
@@ -85,33 +96,37 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def part(self) -> Iterator[Cost]:
-        """What is done inside."""
+        """Measure what is done inside. The cost is filled in at the end."""
         cost, start, peak, work = Cost(), self.bytes, self.peak, self.work.copy()
         self.peak = start
         yield cost
         cost.work, cost.peak, cost.kept = self.work - work, self.peak - start, self.bytes - start
         self.peak = max(peak, self.peak)
 
-    def again(self, cost: Cost) -> None:
-        """The same once more."""
+    def repeat(self, cost: Cost) -> None:
+        """Count a cost again, without doing its work."""
         self.work += cost.work
         self.peak = max(self.peak, self.bytes + cost.peak)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _precision(func: Any, dtype: torch.dtype) -> str:
-    """Which units of a GPU do it. By default torch allows tf32 in float32's convolutions, not in its products."""
+def _precision(func: object, dtype: torch.dtype) -> str:
+    """Return which units of a GPU compute an operator."""
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
+    # By default torch allows tf32 for the convolutions of float32, but not for its products.
     return "tf32" if "convolution" in str(func) else "float32"
 
 
 @contextmanager
-def attention_of_gpus() -> Iterator[None]:
-    """Attention that keeps no (tokens × tokens) matrix, which torch would choose on GPUs and CPUs, but not on the meta device."""
+def fused_attention() -> Iterator[None]:
+    """Replace attention without a mask by a kernel that keeps no (tokens × tokens) matrix.
+
+    Torch chooses such a kernel on GPUs and CPUs, but not on the meta device.
+    """
     plain = F.scaled_dot_product_attention
 
     def fused(
@@ -119,134 +134,193 @@ def attention_of_gpus() -> Iterator[None]:
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        *rest: Any,
-        **settings: Any,
+        *rest: Untyped,
+        **settings: Untyped,
     ) -> Tensor:
         if attn_mask is not None:
             return plain(query, key, value, attn_mask, *rest, **settings)
+        # Scale and causality change neither shapes nor counts.
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    F.scaled_dot_product_attention = fused
-    try:
+    # A TorchFunctionMode would not do: torch switches it off inside `backward`, where checkpointed
+    # blocks run again.
+    with patch.object(F, "scaled_dot_product_attention", fused):
         yield
-    finally:
-        F.scaled_dot_product_attention = plain
 
 
-class Across(torch.autograd.Function):
-    """In the place of a tensor, zeros of another shape on another device; likewise of its gradient on the way back."""
+class Exchange(torch.autograd.Function):
+    """Replaces a tensor by zeros of another shape on another device, and its gradient likewise."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def forward(ctx: Untyped, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return zeros of the shape on the device, in the dtype of x."""
         ctx.origin = x.shape, x.device
         return x.new_zeros(shape, device=device)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Untyped, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return zeros of the shape and on the device of x."""
         shape, device = ctx.origin
         return gradients[0].new_zeros(shape, device=device), None, None
 
 
-class Outline(PipelineModel):
-    """Mixed with a family by `outline`; its ledger is told all that it is asked. Prompts are all alike."""
+class MetaModel(FlowModel):
+    """A family's model on the meta device, which looks like a small model on the CPU.
+
+    All prompts are alike. Velocities and images are zeros.
+    """
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config, "meta")
-        self.full_shape = super().latent_shape
-        self.ledger, self.costs = Ledger(self.latent_shape, self.full_shape), dict[Any, Cost]()
-        networks = self.networks()
-        self.parameters = {
-            name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()
-        }
-        self.weights = {
-            name: sum(x.nbytes for x in [*p.parameters(), *p.buffers()])
-            for name, p in networks.items()
-        }
+        """Build the networks. Raises UserError if their configuration files cannot be read."""
+        super().__init__(config, "cpu")
+        self.family = build_on_meta(config)
+        self.transformer, self.lora_targets = self.family.transformer, self.family.lora_targets
+        networks = self.networks().items()
+        self.parameters = {name: _parameter_count(network) for name, network in networks}
+        self.weights = {name: _weight_bytes(network) for name, network in networks}
+        self.ledger = Ledger(self.latent_shape, self.family.latent_shape)
+        self.costs = dict[tuple, Cost]()
         with torch.no_grad(), self.ledger, self.ledger.part() as self.encoding:
             encoded = self.encode_texts([""] * ENCODE_AT_ONCE)
+            # A copy: the views would keep all rows in use.
             self.texts = {name: rows[:1].clone() for name, rows in encoded.items()}
-        self.device = CPU
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        *channels, height, width = super().latent_shape
+        """The shape of the small latents."""
+        *channels, height, width = self.family.latent_shape
         return *channels, min(SIDE, height), min(SIDE, width)
 
-    def use_attention(self, name: str) -> None:
-        """All of them keep the same."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the transformer computes in."""
+        return self.family.dtype
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks by name."""
+        return self.family.networks()
 
     def schedule(self, steps: int) -> list[float]:
+        """Return the times of the family."""
+        # On the meta device, times would have no values.
         with CPU:
-            return super().schedule(steps)
+            return self.family.schedule(steps)
+
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return the embeddings of the family, on the meta device."""
+        return self.family.encode_texts(texts)
 
     def encode(self, prompts: list[str], embedded_guidance: float = 1.0) -> Cond:
+        """Return one number for each prompt, in place of its embeddings."""
         row = torch.zeros(1, 1).expand(len(prompts), 1)
         return Cond({"prompt": torch.zeros(len(prompts), 1)}, {"prompt": row})
 
-    def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        family, gradient = super(), torch.is_grad_enabled()
+    def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:
+        """Call the network of the family, on the meta device."""
+        return self.family.forward(x, t, inputs)
 
-        def ask() -> Tensor:
-            texts = {name: row.expand(len(x), *row.shape[1:]) for name, row in self.texts.items()}
-            with META:
-                texts |= self.guidance_inputs(len(x), 1.0)
-            full = replace(cond, inputs=texts, null=texts)
-            return family.velocity(
-                Across.apply(x, (len(x), *self.full_shape), META),
-                Across.apply(t, t.shape, META),
-                full,
-            )
+    def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
+        """Return zeros, and count the family's velocity at full size."""
+        gradient = torch.is_grad_enabled()
+
+        def compute() -> Tensor:
+            full = Exchange.apply(x, (len(x), *self.family.latent_shape), META)
+            times = Exchange.apply(t, t.shape, META)
+            return self.family.velocity(full, times, self._full_cond(cond, len(x)))
 
         self.ledger.work[CALLS[gradient]] += 1
-        adapted = not next(
-            m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)
-        ).disable_adapters
-        v = self._answer(("velocity", len(x), cond.guidance == 1, adapted), ask, tuple(x.shape))
+        question = "velocity", len(x), cond.guidance == 1, self._adapted()
+        v = self._count(question, compute, tuple(x.shape))
         if gradient:
-            v.register_hook(self._went_back)
+            v.register_hook(self._count_backward)
         return v
 
-    def _went_back(self, _: Tensor) -> None:
+    def _full_cond(self, cond: Cond, rows: int) -> Cond:
+        """Return the condition with inputs of full size."""
+        texts = {name: row.expand(rows, *row.shape[1:]) for name, row in self.texts.items()}
+        texts |= self.family.guidance_inputs(rows, 1.0)
+        return replace(cond, inputs=texts, null=texts)
+
+    def _adapted(self) -> bool:
+        """True if an adapter is active."""
+        layers = (m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer))
+        return not next(layers).disable_adapters
+
+    def _count_backward(self, _: Tensor) -> None:
         self.ledger.work[CALLS[2]] += 1
 
     def decode(self, x0: Latent) -> Tensor:
-        family = super()
-        full = (len(x0), *self.full_shape)
-        return self._answer(
+        """Return zeros (B, 3, 1, 1), and count the family's decoder at full size."""
+        shape = len(x0), *self.family.latent_shape
+        return self._count(
             ("decode", len(x0)),
-            lambda: family.decode(Across.apply(x0, full, META)),
+            lambda: self.family.decode(Exchange.apply(x0, shape, META)),
             (len(x0), 3, 1, 1),
         )
 
-    def _answer(self, question: Any, ask: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Zeros. What is asked without gradient costs the same every time, and is worked out once."""
+    def _count(
+        self, question: tuple, compute: Callable[[], Tensor], shape: tuple[int, ...]
+    ) -> Tensor:
+        """Return zeros of a shape, and count a computation."""
         if torch.is_grad_enabled():
-            return Across.apply(ask(), shape, CPU)
+            return Exchange.apply(compute(), shape, CPU)
+        # Without gradient nothing is kept, and equal questions cost the same: one is computed.
         if question in self.costs:
-            self.ledger.again(self.costs[question])
+            self.ledger.repeat(self.costs[question])
         else:
             with self.ledger.part() as cost:
-                ask()
+                compute()
             self.costs[question] = cost
         return torch.zeros(shape)
 
 
-def outline(config: ModelConfig) -> Outline:
-    """The outline of a model. UserError where its files cannot be opened."""
+def _parameter_count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _weight_bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+
+
+def build_on_meta(config: ModelConfig) -> PipelineModel:
+    """Build a family's model on the meta device, from configuration files alone.
+
+    Raises:
+        UserError: The family is not a pipeline of diffusers, or its files cannot be read.
+    """
     family = family_of(config.name)
     if not issubclass(family, PipelineModel):
         raise UserError(
             f"flowalign plan counts models that diffusers loads, and {config.name} is not one of "
             "them. Derive the family from flowalign.models.pipeline.PipelineModel."
         )
-    pipeline: Any = family.pipeline_class()
-    networks = [*family.text_encoders, "transformer", "vae"]
+
+    class Weightless(family):
+        """The family, with a pipeline that loads no weights."""
+
+        @classmethod
+        def pipeline_class(cls) -> Untyped:
+            return WeightlessPipeline(super().pipeline_class(), family.text_encoders)
+
+        def use_attention(self, name: str) -> None:
+            """Ignore the setting: all back ends keep the same for the backward pass."""
+
+    return Weightless(config, "meta")
+
+
+class WeightlessPipeline:
+    """Stands for a pipeline class, and builds its networks from configuration files."""
+
+    def __init__(self, pipeline: Untyped, text_encoders: tuple[str, ...] | list[str]) -> None:
+        self.pipeline, self.__name__ = pipeline, pipeline.__name__
+        self.networks = [*text_encoders, "transformer", "vae"]
 
     def from_pretrained(
-        path: str, revision: str | None, dtype: dict[str, torch.dtype], **absent: Any
-    ) -> Any:
-        index = pipeline.load_config(path, revision=revision)
-        built = {
+        self, path: str, revision: str | None, dtype: dict[str, torch.dtype], **settings: object
+    ) -> Untyped:
+        """Return the pipeline with networks on the meta device. Other parts are loaded."""
+        index = self.pipeline.load_config(path, revision=revision)
+        networks = {
             part: _network(
                 index[part],
                 dtype.get(part, dtype["default"]),
@@ -254,29 +328,23 @@ def outline(config: ModelConfig) -> Outline:
                 subfolder=part,
                 revision=revision,
             )
-            for part in networks
-            if part in index and part not in absent
+            for part in self.networks
+            if part in index and part not in settings
         }
-        return pipeline.from_pretrained(path, revision=revision, **built, **absent)
-
-    hollow = type(
-        pipeline.__name__, (pipeline,), {"from_pretrained": staticmethod(from_pretrained)}
-    )
-    members = {"pipeline_class": classmethod(lambda _: hollow)}
-    return cast(Outline, type("Outline", (Outline, family), members)(config))
+        return self.pipeline.from_pretrained(path, revision=revision, **networks, **settings)
 
 
-def _network(kind: list[str], dtype: torch.dtype, path: str, **place: Any) -> nn.Module:
-    """A network of diffusers or transformers from its configuration file, in the precision it is loaded in."""
+def _network(kind: list[str], dtype: torch.dtype, path: str, **location: object) -> nn.Module:
+    """Build a network of diffusers or transformers in the precision that it is loaded in."""
     library, name = kind
-    network: Any = getattr(import_module(library), name)
+    network: Untyped = getattr(import_module(library), name)
     with META:
         if library == "diffusers":
-            return network.from_config(network.load_config(path, **place)).to(dtype)
-        made = network._from_config(
-            network.config_class.from_pretrained(path, **place), dtype=dtype
-        )
-        precise = made._get_dtype_plan(dtype)  # T5 keeps some layers in float32
-    for place_in_it, module in made.named_modules():
-        module.to(precise.get(place_in_it.rpartition(".")[2]))
-    return made
+            return network.from_config(network.load_config(path, **location)).to(dtype)
+        config = network.config_class.from_pretrained(path, **location)
+        built = network._from_config(config, dtype=dtype)
+        # T5 keeps some layers in float32 whatever the dtype of the model.
+        precise = built._get_dtype_plan(dtype)
+    for path_in_network, module in built.named_modules():
+        module.to(precise.get(path_in_network.rpartition(".")[2]))
+    return cast(nn.Module, built)

@@ -22,7 +22,7 @@ from flowalign.batch import Batch
 from flowalign.config.sections import Config
 from flowalign.data.preferences import Example
 from flowalign.data.prompts import Prompt
-from flowalign.diagnostics.meta_model import attention_of_gpus, CALLS, META, Outline, outline
+from flowalign.diagnostics.meta_model import CALLS, fused_attention, META, MetaModel
 from flowalign.errors import did_you_mean, UserError
 from flowalign.files import size
 from flowalign.policy import Policy
@@ -106,12 +106,11 @@ class Plan:
         return trillions / 1e12 / EFFICIENCY
 
 
-@attention_of_gpus()
 def rehearse(config: Config) -> Plan:
     """One update of the run, and from it the whole."""
-    train, objective, model = config.train, config.objective, outline(config.model)
+    train, objective, model = config.train, config.objective, MetaModel(config.model)
     ledger = model.ledger
-    with ledger:
+    with fused_attention(), ledger:
         copies = [*objective.snapshots, *(["ema"] if train.ema.decay else [])]
         with META:
             policy = Policy(model, config.sampler, copies, train.images_per_pass)
@@ -137,7 +136,7 @@ def rehearse(config: Config) -> Plan:
         + sum(filter(None, rewards.values()))
         + adapters
     )
-    encoders = sum(model.weights.get(name, 0) for name in model.text_encoders)
+    encoders = sum(model.weights.get(name, 0) for name in model.family.text_encoders)
     joined = 2 * adapter  # the gradients of all passes in one row; later what AdamW's step takes
     passes = len(draws) * len(batch) / len(piece)
     return Plan(
@@ -212,7 +211,7 @@ def supplies_of(config: Config, policy: Policy) -> SourceContext:
     )
 
 
-def held_by(batches: list[Batch], model: Outline) -> int:
+def held_by(batches: list[Batch], model: MetaModel) -> int:
     """Bytes of latents and embeddings at full size; what batches share is counted once."""
     text = sum(row.nbytes for row in model.texts.values())
     sizes: dict[int, int] = {}

@@ -9,7 +9,7 @@ import pytest
 
 from flowalign.cli import main
 from flowalign.config.load import load_config
-from flowalign.diagnostics.meta_model import CALLS, outline
+from flowalign.diagnostics.meta_model import CALLS, MetaModel
 from flowalign.diagnostics.plan import GPUS, largest_pass, rehearse, reward_weights
 from flowalign.errors import UserError
 from tests.tiny import random_sd35, ROOT, sd3_config, TINY
@@ -106,13 +106,12 @@ def test_the_published_size_is_planned_from_configuration_files_alone(tmp_path):
         weights.unlink()
     file = tmp_path / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | SD35_MEDIUM))
-    model = outline(sd3_config(path=str(tmp_path), dtype="float16", max_sequence_length=16))
+    model = MetaModel(sd3_config(path=str(tmp_path), dtype="float16", max_sequence_length=16))
     assert model.parameters["transformer"] == pytest.approx(2.24e9, rel=0.01)
-    assert model.transformer.dtype.itemsize == 2
-    assert (
-        model.pipe.text_encoder_3.encoder.block[0].layer[-1].DenseReluDense.wo.weight.dtype.itemsize
-        == 4
-    )
+    assert model.dtype.itemsize == 2
+    # T5 keeps this layer in float32.
+    feed_forward = model.networks()["text_encoder_3"].encoder.block[0].layer[-1].DenseReluDense
+    assert feed_forward.wo.weight.dtype.itemsize == 4
 
 
 def test_the_command_prints_one_screen(capsys):
@@ -174,4 +173,4 @@ def test_a_model_without_a_network_s_configuration_is_refused(tmp_path):
         (ROOT / "assets/tiny-sd3/model_index.json").read_text()
     )
     with pytest.raises(UserError, match=r"model\.path"):
-        outline(sd3_config(path=str(tmp_path)))
+        MetaModel(sd3_config(path=str(tmp_path)))
