@@ -1,24 +1,13 @@
-"""The training loop, and what comes before and after it."""
+"""The training loop: a batch, its updates, the evaluation, the log, the checkpoint."""
 
 import time
 
-from flowalign import distributed
 from flowalign.config.sections import Config
-from flowalign.evaluation.results import EvaluationResult
-from flowalign.evaluation.statistics import paired_difference
-from flowalign.progress import say, task
-from flowalign.reporting.console import print_differences
+from flowalign.progress import task
 from flowalign.reporting.summary import Summary
 from flowalign.reporting.trackers import Trackers
 from flowalign.runs.advice import advise_on_out_of_memory, keep_finished_steps
-from flowalign.runs.environment import peak_memory
-from flowalign.runs.export import (
-    ADAPTER,
-    export_adapter,
-    PICTURES,
-    write_results,
-    write_summary,
-)
+from flowalign.training.finish import finish
 from flowalign.training.run import prepare, Run
 from flowalign.training.update import update, update_snapshots
 
@@ -108,55 +97,3 @@ def describe(metrics: dict[str, float]) -> str:
     name = "reward/combined" if "reward/combined" in metrics else "loss"
     value, speed = metrics[name], metrics["images_per_second"]
     return f"{name.partition('/')[0]} {value:.3g}, {speed:.3g} images/s"
-
-
-def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
-    """Evaluate and export the trained weights. An interrupted run only writes its summary.
-
-    Args:
-        run: A run after its loop.
-        before: The evaluation of the model without adapter.
-        reason: Why the loop ended.
-    """
-    summary = summarize(run, before, reason)
-    if reason == "interrupted":
-        if distributed.is_main():
-            say(f"Stopped after step {run.progress.step}. The same command resumes from there.")
-            write_summary(run.folder, summary)
-        return summary
-    step = run.exported_step()
-    after = run.evaluate_step(step)
-    summary["step"] = step
-    summary["after"] = after.means
-    summary["difference"] = paired_difference(before, after)
-    if distributed.is_main():
-        weights = run.exported_weights
-        export_adapter(run.state.policy, run.folder / ADAPTER, weights, run.config)
-        write_results(run.folder, summary, before, after, run.evaluator.captions(after))
-        announce(run, summary)
-    return summary
-
-
-def summarize(run: Run, before: EvaluationResult, reason: str) -> Summary:
-    """Return the summary of a run as long as nothing is exported."""
-    return Summary(
-        before=before.means,
-        after={},
-        difference={},
-        images=run.progress.images,
-        seconds=round(run.progress.seconds, 1),
-        peak_memory_bytes=peak_memory(run.state.policy.model.device),
-        stopped=reason,
-        weights=run.exported_weights,
-        step=run.progress.step,
-    )
-
-
-def announce(run: Run, summary: Summary) -> None:
-    """Print the results and where they are."""
-    if summary["stopped"] != "finished":
-        say(f"Stopped after step {run.progress.step} by train.stop: {summary['stopped']}.")
-    prompts = len(run.evaluator.prompts)
-    print_differences(summary["before"], summary["after"], summary["difference"], prompts=prompts)
-    for name, path in (("Pictures", PICTURES), ("Report", "report.html"), ("Adapter", ADAPTER)):
-        say(f"{name + ':':10}{run.folder / path}")
