@@ -1,6 +1,5 @@
 """Results of a finished run: the adapter, the summary, the pictures and the report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,13 +18,6 @@ from flowalign.runs.adapter_card import card_head
 ADAPTER = "adapter"
 """Name of the exported adapter's folder in a run folder."""
 PICTURES = Path("pictures") / "before-after.png"
-HEADER = """---
-base_model: {path}
-library_name: diffusers
----
-
-"""
-"""Read by the Hugging Face hub, and by `flowalign sample`, to find the base model."""
 README = """# A LoRA adapter for {path}
 
 ```python
@@ -70,9 +62,8 @@ def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -
         weights: The adapter: "policy" or a snapshot such as "ema".
         config: The configuration of the run.
     """
-    # Built before anything is written: if it fails, the old export stays. JSON is YAML with quotes.
-    header = HEADER.format(path=json.dumps(config.model.path))
-    readme = header + adapter_readme(policy, folder, config)
+    # Built before anything is written: if it fails, the old export stays.
+    readme = adapter_readme(policy, folder, config)
 
     def write(unfinished: Path) -> None:
         save_adapter(policy, unfinished, weights)
