@@ -24,7 +24,7 @@ from flowalign.policy import Policy, Sampler
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
-from flowalign.rollouts.ranking import Ranking
+from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts, SourceContext
 
@@ -61,25 +61,25 @@ def make_context() -> SourceContext:
     rewards, device = load_rewards(config.rewards), torch.device("cpu")
     judge = RolloutScorer(rewards, WeightedSum(), group_advantage, IMAGES, device)
     return SourceContext(
-        Policy(load_model(config.model), Sampler(steps=STEPS)),
-        judge,
-        read_prompts(config.data.prompts),
-        [],
-        BatchPlan(IMAGES, 1, 1, IMAGES),
-        0,
-        "policy",
-        Ranking(),
+        policy=Policy(load_model(config.model), Sampler(steps=STEPS)),
+        scorer=judge,
+        prompts=read_prompts(config.data.prompts),
+        examples=[],
+        plan=BatchPlan(IMAGES, 1, 1, IMAGES),
+        seed=0,
+        sampling_weights="policy",
+        ranking=Ranking(),
     )
 
 
 def kept_by_depth(context: SourceContext) -> dict[int, int]:
     """Return the bytes that one loss keeps, by the number of steps with gradient."""
-    batch, _ = differentiable_prompts(context)(0)
+    batch, _ = differentiable_prompts(context, 0)
     kept = {}
     for depth in DEPTHS:
         objective = AlignProp(depth=depth)
         kept[depth] = saved_bytes(
-            context.policy, lambda o=objective: o.loss(context.policy, batch, 0).total
+            context.policy, lambda o=objective: o.loss(context.policy, batch, None).total
         )
     return kept
 

@@ -26,11 +26,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowalign.batch import Prompts
+from flowalign.batch import Keys, Prompts
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.data.prompts import read_prompts
-from flowalign.evaluation.evaluator import EVALUATION_STEP
 from flowalign.flow import add_noise, mean_square
 from flowalign.models import load_model
 from flowalign.objectives.draws import ForwardTimes
@@ -195,7 +194,7 @@ def evaluation_batch(policy: Policy, config: Config) -> Prompts:
     """Return DIVERSITY_IMAGES rows for each of the first evaluation prompts."""
     prompts = read_prompts(config.evaluation.prompts)[:DIVERSITY_PROMPTS]
     rows = list(product(range(len(prompts)), range(DIVERSITY_IMAGES)))
-    keys = [(0, EVALUATION_STEP, prompt, image) for prompt, image in rows]
+    keys = Keys.evaluation(0, rows)
     return make_prompts(policy, [prompts[prompt] for prompt, _ in rows], keys)
 
 

@@ -34,7 +34,7 @@ from flowalign.config.sections import Config
 from flowalign.diagnostics.meta_model import CALLS
 from flowalign.diagnostics.plan import rehearse
 from flowalign.models import load_model
-from flowalign.training.gradient import compute_gradient, Meter
+from flowalign.training.gradient import compute_gradient, Meter, split
 from flowalign.training.setup import assemble, Assembly, read_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -189,9 +189,7 @@ def step(run: Assembly) -> None:
     batch, _ = run.source(0)
     for piece in batch.pieces(len(batch) // train.updates_per_step):
         run.state.optimizer.zero_grad()
-        compute_gradient(
-            run.policy, run.config.objective, piece.trainable_rows(), train.images_per_pass, Meter()
-        )
+        compute_gradient(run.policy, run.config.objective, piece, train.images_per_pass, Meter())
         run.state.optimizer.step()
 
 
@@ -207,9 +205,9 @@ def memory_of_one_pass(run: Assembly) -> tuple[int, int]:
     """Return the bytes that the first pass of an update keeps, and the most it allocates."""
     objective, policy, train = run.config.objective, run.policy, run.config.train
     batch, _ = run.source(0)
-    rows = batch[: len(batch) // train.updates_per_step].trainable_rows()
-    piece = objective.prepare(policy.at("policy"), rows).passes(train.images_per_pass)[0]
-    draw = next(iter(objective.draws(piece)))
+    update = batch[: len(batch) // train.updates_per_step]
+    first = next(iter(split(policy, objective, update, train.images_per_pass)))
+    piece, draw = first.batch, first.draw
 
     def loss() -> Tensor:
         return objective.loss(policy, piece, draw).total

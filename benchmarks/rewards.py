@@ -23,7 +23,7 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from flowalign.batch import Prompts
+from flowalign.batch import Keys, Prompts
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.data.prompts import read_prompts
@@ -31,7 +31,7 @@ from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards
 from flowalign.rewards.remote.server import make_app
-from flowalign.rollouts.collect import make_prompts, passes
+from flowalign.rollouts.collect import collect_passes, make_prompts
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.environment import environment
 from flowalign.training.run import prepare, Run
@@ -105,7 +105,7 @@ def measure(run: Run, repetitions: int) -> dict[str, Any]:
     config = run.config
     view, images_per_pass = run.state.policy.at("policy"), config.train.images_per_pass
     prompts = prompts_of_a_step(run)
-    rollouts = list(passes(view, prompts, images_per_pass))
+    rollouts = list(collect_passes(view, prompts, images_per_pass))
 
     def make_step() -> None:
         batch, _ = run.source(0)
@@ -122,9 +122,9 @@ def measure(run: Run, repetitions: int) -> dict[str, Any]:
     with serve(make_reward("slow", slow)) as url:
         judge = make_judge(config, url)
         time_of = partial(median_seconds, repetitions=repetitions)
-        making = time_of(lambda: list(passes(view, prompts, images_per_pass)))
+        making = time_of(lambda: list(collect_passes(view, prompts, images_per_pass)))
         scoring = time_of(lambda: judge.score(rollouts))
-        both = time_of(lambda: judge.score(passes(view, prompts, images_per_pass)))
+        both = time_of(lambda: judge.score(collect_passes(view, prompts, images_per_pass)))
     hidden = (making + scoring - both) / scoring
     print(f"a rollout of {len(rollouts)} passes: {making:.2f} s")
     print(f"scoring it over HTTP, {SECONDS} s a request: {scoring:.2f} s")
@@ -143,11 +143,11 @@ def make_judge(config: Config, name: str) -> RolloutScorer:
 def prompts_of_a_step(run: Run) -> Prompts:
     """Return the first prompts of the file, as one step would train on them."""
     train, prompts = run.config.train, read_prompts(run.config.data.prompts)
-    texts, keys = [], []
+    texts, members = [], []
     for slot in range(train.prompts_per_step):
         texts += [prompts[slot]] * train.images_per_prompt
-        keys += [(0, 0, slot, image) for image in range(train.images_per_prompt)]
-    return make_prompts(run.state.policy.at("policy"), texts, keys)
+        members += [(slot, image) for image in range(train.images_per_prompt)]
+    return make_prompts(run.state.policy.at("policy"), texts, Keys.training(0, 0, members))
 
 
 if __name__ == "__main__":

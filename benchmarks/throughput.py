@@ -134,7 +134,7 @@ class Bench:
             "rollout": self.collect,
             "bare forwards": lambda: self.network.replay(gradient=False),
             "bare decode": lambda: self.decoder.replay(gradient=False),
-            "reward": lambda: self.context.judge([self.rollout]),
+            "reward": lambda: self.context.scorer([self.rollout]),
             "step": self.step,
             "bare backwards": lambda: self.network.replay(gradient=True),
         }

@@ -1,7 +1,7 @@
-"""The values that flow through a step: prompts, their embeddings, and what was made from them.
+"""The values that flow through a training step: prompts, embeddings, and the images made of them.
 
-Every batch carries the keys its noise is drawn from, so that a draw depends on (seed, step, prompt, image) and its purpose,
-never on processes, passes or history.
+Every batch carries keys. A random draw depends on these keys and on its purpose alone, never on
+processes, passes or earlier draws.
 """
 
 import hashlib
@@ -12,7 +12,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from flowalign.flow import Latent, PerImage
+from flowalign.flow import concatenate, Latent, PerImage
+
+Metadata = dict[str, Any]
+"""The extra fields of a prompt file's entry, as the user wrote them."""
+
+EVALUATION_STEP = -1
+"""The step in evaluation keys, so that evaluation noise is never training noise."""
+
+PER_BATCH = {"per": "batch"}
+"""Metadata of the fields that belong to a whole batch and not to its rows."""
 
 
 @dataclass(frozen=True)
@@ -82,117 +91,216 @@ def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """The four integers that all random draws of an image depend on."""
+
+    seed: Tensor  # (B,)
+    step: Tensor  # (B,)  training step, or EVALUATION_STEP
+    prompt: Tensor  # (B,)  position of the prompt in its step; equal for the images of a group
+    image: Tensor  # (B,)  position of the image in its group
+
+    @classmethod
+    def training(cls, seed: int, step: int, members: Sequence[tuple[int, int]]) -> Self:
+        """Return the keys of a training step's images, each given as (prompt, image)."""
+        return cls.of_rows([(seed, step, prompt, image) for prompt, image in members])
+
+    @classmethod
+    def evaluation(cls, seed: int, members: Sequence[tuple[int, int]]) -> Self:
+        """Return the keys of evaluation images, each given as (prompt, image)."""
+        return cls.training(seed, EVALUATION_STEP, members)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[int, int, int, int]]) -> Self:
+        """Return the keys with these (seed, step, prompt, image)."""
+        return cls(*torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1))
+
+    @property
+    def of_step(self) -> list[int]:
+        """[seed, step], which all images of a training step share."""
+        return [int(self.seed[0]), int(self.step[0])]
+
+    def table(self) -> Tensor:
+        """Return the keys as (B, 4) integers."""
+        return torch.stack([self.seed, self.step, self.prompt, self.image], 1)
+
+    def of_group(self) -> Self:
+        """Return the same keys without the image, so that the images of a group draw alike."""
+        return replace(self, image=torch.zeros_like(self.image))
+
+    def seeds(self, purpose: str) -> list[int]:
+        """Return 63 random bits for each image, a hash of its key and the purpose."""
+        # The text that is hashed decides every random number of a run: changing it changes results.
+        digests = (
+            hashlib.blake2b(f"{purpose}/{key}".encode(), digest_size=8).digest()
+            for key in self.table().tolist()
+        )
+        return [int.from_bytes(digest, "big") >> 1 for digest in digests]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Return the keys of all parts, in order."""
+        return cls(*torch.cat([part.table() for part in parts]).unbind(1))
+
+    def __getitem__(self, index: slice | list[int]) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.seed)
+
+
+@dataclass(kw_only=True)
 class Batch:
-    """Images by prompt: a group is the images of one prompt and never crosses a process."""
+    """Rows to learn from. A group is the images of one prompt and never crosses a process."""
 
     images_per_row: ClassVar[int] = 1
     prompts: list[str]
-    metadata: list[dict[str, Any]]
-    keys: Tensor  # (B, 4)  seed, step, prompt, image
+    metadata: list[Metadata]
+    keys: Keys
     cond: Cond
+    weight: PerImage  # (B,)
+    """How much each row counts; rows of weight 0 are not trained on."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Rows of what the objective's `group_terms` returned for one draw."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def device(self) -> torch.device:
+        """Device of the embeddings and latents."""
         return self.cond.device
 
     @property
     def group(self) -> Tensor:
-        """(B,) which prompt each image belongs to."""
-        return self.keys[:, 2]
+        """The prompt that each image belongs to, (B,) integers."""
+        return self.keys.prompt
 
-    def groups_fit(self, images_per_pass: int | None) -> bool:
-        """Whether passes of that many images never part the images of a prompt, which stand side by side."""
-        if images_per_pass is None:
-            return True
-        size = max(1, images_per_pass // self.images_per_row)
+    def groups_fit(self, images_per_pass: int) -> bool:
+        """True if no pass of that many images cuts a group, whose rows are adjacent."""
+        size = self.rows_per_pass(images_per_pass)
         return not any(
             self.group[cut] == self.group[cut - 1] for cut in range(size, len(self), size)
         )
 
     def __getitem__(self, index: slice | list[int]) -> Self:
-        """The rows of a slice, or of these numbers."""
-        chosen = {
-            f.name: _take(getattr(self, f.name), index)
-            for f in fields(self)
-            if f.metadata.get("per", "image") == "image"
-        }
-        return replace(self, **chosen)
+        """Return the rows of a slice, or the rows with these numbers."""
+        return replace(
+            self, **{name: _take(getattr(self, name), index) for name in self.row_fields()}
+        )
+
+    @classmethod
+    def row_fields(cls) -> list[str]:
+        """Names of the fields that hold one entry for each row."""
+        return [f.name for f in fields(cls) if f.metadata != PER_BATCH]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Return one batch of all rows; fields of the whole batch are those of the first part."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = {name: _concatenate([getattr(part, name) for part in parts]) for name in cls.row_fields()}
+        return replace(parts[0], **rows)
 
     def trainable_rows(self) -> Self:
-        """The rows that something is learned from."""
-        return self
+        """Return the rows whose weight is not 0."""
+        rows = self.weight.nonzero().flatten().tolist()
+        return self if len(rows) == len(self) else self[rows]
+
+    def padding(self, count: int) -> Self:
+        """Return `count` rows of a group of their own, for passes of weight 0.
+
+        Their loss must be finite, since 0 times NaN is NaN.
+        """
+        rows = self[[row % len(self) for row in range(count)]]
+        return replace(rows, keys=replace(rows.keys, prompt=torch.full_like(rows.keys.prompt, -1)))
 
     def pieces(self, size: int) -> list[Self]:
-        """Consecutive pieces of `size` rows."""
+        """Return consecutive pieces of `size` rows; the last may be smaller."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
+    def rows_per_pass(self, images_per_pass: int) -> int:
+        """Return how many rows a pass of that many images holds, at least one."""
+        return max(1, images_per_pass // self.images_per_row)
+
     def passes(self, images_per_pass: int) -> list[Self]:
-        """Consecutive pieces of at most `images_per_pass` images, one row at least."""
-        return self.pieces(max(1, images_per_pass // self.images_per_row))
+        """Return consecutive pieces of at most `images_per_pass` images, at least one row each."""
+        return self.pieces(self.rows_per_pass(images_per_pass))
+
+    def term(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return a row-wise term: as `group_terms` stored it, or else computed from these rows."""
+        return self.terms[name] if name in self.terms else compute()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are tensors, by name; the keys as (B, 4)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"keys": self.keys.table()} | {
+            name: value for name, value in values.items() if isinstance(value, Tensor)
+        }
 
     def noise(
         self, purpose: str, draw: int, shape: tuple[int, ...], shared: bool = False
     ) -> Latent:
-        """Standard normal (B, *shape), the same for the same keys, purpose and draw. On the CPU, in float32.
+        """Draw standard normal noise (B, *shape) in float32 on the CPU.
 
-        `shared` leaves the image out of the key: the images of a group get the same noise.
+        Equal keys, purpose and draw give equal noise. With `shared` the images of a group get the
+        same noise.
         """
         noise = torch.empty(len(self), *shape)
         generator = torch.Generator()
-        for row, seed in zip(noise, self._seeds(f"{purpose}/{draw}", shared), strict=True):
+        for row, seed in zip(noise, self._seeds(purpose, draw, shared), strict=True):
             generator.manual_seed(seed)
             torch.randn(shape, generator=generator, out=row)
         return noise
 
     def uniform(self, purpose: str, draw: int, shared: bool = False) -> PerImage:
-        """Numbers in [0, 1), drawn like `noise`."""
-        return torch.tensor(
-            [seed / 2**63 for seed in self._seeds(f"{purpose}/{draw}", shared)], dtype=torch.float64
-        ).float()
+        """Draw numbers (B,) in [0, 1) as `noise` draws its noise."""
+        shares = [seed / 2**63 for seed in self._seeds(purpose, draw, shared)]
+        return torch.tensor(shares, dtype=torch.float64).float()
 
-    def _seeds(self, purpose: str, shared: bool) -> list[int]:
-        """63 bits an image, of its key and the purpose."""
-        keys = (
-            torch.cat([self.keys[:, :3], torch.zeros_like(self.keys[:, 3:])], 1)
-            if shared
-            else self.keys
-        )
-        digests = (
-            hashlib.blake2b(f"{purpose}/{key}".encode(), digest_size=8).digest()
-            for key in keys.tolist()
-        )
-        return [int.from_bytes(digest, "big") >> 1 for digest in digests]
+    def _seeds(self, purpose: str, draw: int, shared: bool) -> list[int]:
+        return (self.keys.of_group() if shared else self.keys).seeds(f"{purpose}/{draw}")
 
 
 def _take(values: Any, index: slice | list[int]) -> Any:
+    if isinstance(values, dict):
+        return {name: _take(entry, index) for name, entry in values.items()}
     if isinstance(index, list) and isinstance(values, list):
         return [values[i] for i in index]
     return values[index]
 
 
-Scored = tuple[PerImage, dict[str, PerImage]]
-"""A combined reward, and each by its name."""
+def _concatenate(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {name: _concatenate([part[name] for part in parts]) for name in first}
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]
+    return concatenate(parts) if isinstance(first, Tensor) else type(first).concatenate(parts)
 
 
-def unrewarded(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
-    raise RuntimeError("these prompts came without a reward")
+DifferentiableReward = Callable[
+    [Tensor, list[str], list[Metadata]], tuple[PerImage, dict[str, PerImage]]
+]
+"""Images (B, 3, H, W) in [0, 1], prompts, metadata -> the combined reward and each by its name."""
 
 
-@dataclass
+def no_reward(
+    images: Tensor, prompts: list[str], metadata: list[Metadata]
+) -> tuple[PerImage, dict[str, PerImage]]:
+    """Raise RuntimeError, in place of a reward that was never set."""
+    raise RuntimeError("These prompts have no reward. Make them by `differentiable_prompts`.")
+
+
+@dataclass(kw_only=True)
 class Prompts(Batch):
-    """Prompts, each repeated for its group, before anything is made from them."""
+    """Prompts, each repeated for the images of its group, from which nothing is sampled yet."""
 
-    reward: Callable[[Tensor, list[str], list[dict[str, Any]]], Scored] = field(
-        default=unrewarded, metadata={"per": "batch"}
-    )
-    """Images (B, 3, H, W) in [0, 1], prompts, metadata -> rewards that carry a gradient."""
+    reward: DifferentiableReward = field(default=no_reward, metadata=PER_BATCH)
+    """The rewards that carry a gradient to the images."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Examples(Batch):
     """Pictures to imitate."""
 
@@ -200,79 +308,68 @@ class Examples(Batch):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one latent."""
         return tuple(self.x0.shape[1:])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pairs(Batch):
-    """Of every prompt a better and a worse image. A row is a pair."""
+    """A chosen and a rejected image for each prompt. A row is a pair."""
 
     images_per_row: ClassVar[int] = 2
-    chosen: Latent  # (B, K + 1, *latent)  from noise to x0; (B, 1, *latent) where only x0 is known
-    rejected: Latent  # likewise
+    chosen: Latent  # (B, K + 1, *latent)  from noise to x0; (B, 1, *latent) if only x0 is known
+    rejected: Latent  # like `chosen`
     chosen_log_prob: Tensor  # (B, K)  under the weights that sampled
     rejected_log_prob: Tensor  # (B, K)
-    gap: PerImage  # (B,)  reward of the chosen less that of the rejected; 1 where only the order is known
-    weight: PerImage  # (B,)  how much the pair counts; 0 for a tie
-    steps: range = field(default=range(0), metadata={"per": "batch"})
+    gap: PerImage  # (B,)
+    """The reward of the chosen minus that of the rejected image; 1 if only their order is known."""
+    steps: range = field(default=range(0), metadata=PER_BATCH)
     """The stochastic steps of the paths."""
-    prepared: Tensor = field(
-        default_factory=lambda: torch.zeros(0, 0)
-    )  # (B, n)  what the objective's `prepare` found
 
-    def __post_init__(self) -> None:
-        if not self.prepared.numel():
-            self.prepared = torch.zeros(len(self), 0)
-
-    def trainable_rows(self) -> Self:
-        taught = self.weight.nonzero().flatten().tolist()
-        return self if len(taught) == len(self) else self[taught]
+    def padding(self, count: int) -> Self:
+        """Return `count` rows for passes of weight 0, with a finite gap."""
+        rows = super().padding(count)
+        return replace(rows, gap=rows.gap.nan_to_num())
 
     @property
     def x0(self) -> tuple[Latent, Latent]:
-        """Chosen and rejected."""
+        """The chosen and the rejected latents."""
         return self.chosen[:, -1], self.rejected[:, -1]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one latent."""
         return tuple(self.chosen.shape[2:])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rollout(Batch):
-    """Images the policy made, with everything an objective may ask about them."""
+    """Images that the policy made, with everything an objective may need about them."""
 
     path: Latent  # (B, K + 1, *latent)  from noise to x0
-    log_prob: Tensor  # (B, K)  under the weights that sampled; 0 where the step is deterministic
+    log_prob: Tensor  # (B, K)  under the weights that sampled; 0 at deterministic steps
     images: Tensor  # (B, 3, H, W)  bytes
-    reward: PerImage  # (B,)  combined
+    reward: PerImage  # (B,)  combined; NaN if the image was not scored
     advantage: PerImage  # (B,)
-    steps: range = field(metadata={"per": "batch"})
+    steps: range = field(metadata=PER_BATCH)
     """The stochastic steps of the path."""
-    weight: PerImage = field(default_factory=lambda: torch.zeros(0))
-    """(B,) 0 for images that teach nothing, by default 1."""
-    prepared: Tensor = field(
-        default_factory=lambda: torch.zeros(0, 0)
-    )  # (B, n)  what the objective's `prepare` found
 
-    def __post_init__(self) -> None:
-        if not self.weight.numel():
-            self.weight = torch.ones(len(self))
-        if not self.prepared.numel():
-            self.prepared = torch.zeros(len(self), 0)
-
-    def trainable_rows(self) -> Self:
-        taught = self.weight.nonzero().flatten().tolist()
-        return self if len(taught) == len(self) else self[taught]
+    def padding(self, count: int) -> Self:
+        """Return `count` rows for passes of weight 0, with finite rewards."""
+        rows = super().padding(count)
+        return replace(rows, reward=rows.reward.nan_to_num())
 
     @property
     def x0(self) -> Latent:
+        """The latents at the end of the paths."""
         return self.path[:, -1]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one latent."""
         return tuple(self.path.shape[2:])
 
     def step_noise(self, k: int) -> Latent:
-        """What the sampler added in its stochastic step k, over the step's std."""
+        """Return the noise that the sampler added in stochastic step k, before scaling by its std."""
+        # `Policy.generate` draws its start as draw 0 and the noise of step k as draw k + 1.
         return self.noise("rollout", k + 1, self.latent_shape).to(self.device)

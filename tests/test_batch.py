@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from flowalign.batch import Cond, Prompts, Rollout
+from flowalign.batch import Cond, Keys, Prompts, Rollout
 
 SHAPE = (2, 4, 4)
 
@@ -19,25 +19,44 @@ def cond(count: int) -> Cond:
 
 
 def prompts(count: int = 6) -> Prompts:
-    keys = torch.tensor([(0, 5, i // 3, i % 3) for i in range(count)])
     return Prompts(
-        [f"prompt {i // 3}" for i in range(count)],
-        [{"row": i} for i in range(count)],
-        keys,
-        cond(count),
+        prompts=[f"prompt {i // 3}" for i in range(count)],
+        metadata=[{"row": i} for i in range(count)],
+        keys=Keys.training(0, 5, [divmod(i, 3) for i in range(count)]),
+        cond=cond(count),
+        weight=torch.ones(count),
     )
 
 
-def of_keys(keys: torch.Tensor) -> Prompts:
-    return Prompts([""] * len(keys), [{}] * len(keys), keys, cond(len(keys)))
+def of_keys(*rows: tuple[int, int, int, int]) -> Prompts:
+    count = len(rows)
+    return Prompts(
+        prompts=[""] * count,
+        metadata=[{}] * count,
+        keys=Keys.of_rows(rows),
+        cond=cond(count),
+        weight=torch.ones(count),
+    )
 
 
 def rollout(count: int = 6) -> Rollout:
     batch, rows = prompts(count), torch.arange(count, dtype=torch.float32)
     path = rows.view(-1, 1, 1) + torch.zeros(count, 4, 1)
     images = torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
-    shared = batch.prompts, batch.metadata, batch.keys, batch.cond
-    return Rollout(*shared, path, torch.zeros(count, 3), images, rows, rows, range(2))
+    return Rollout(
+        prompts=batch.prompts,
+        metadata=batch.metadata,
+        keys=batch.keys,
+        cond=batch.cond,
+        weight=(rows % 2 == 0).float(),
+        path=path,
+        log_prob=torch.zeros(count, 3),
+        images=images,
+        reward=rows,
+        advantage=rows,
+        steps=range(2),
+        terms={"term": rows},
+    )
 
 
 def test_a_piece_of_a_batch_draws_the_same_noise():
@@ -65,13 +84,11 @@ def test_drawing_noise_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("column", range(4))
 def test_another_seed_step_prompt_or_image_gives_other_noise(column):
-    key = torch.tensor([[1, 2, 3, 4]])
-    other = key.clone()
-    other[0, column] += 1
-    assert not torch.equal(
-        of_keys(key).noise("loss", 0, SHAPE), of_keys(other).noise("loss", 0, SHAPE)
-    )
-    assert not torch.equal(of_keys(key).uniform("loss", 0), of_keys(other).uniform("loss", 0))
+    other = [1, 2, 3, 4]
+    other[column] += 1
+    one, two = of_keys((1, 2, 3, 4)), of_keys(tuple(other))
+    assert not torch.equal(one.noise("loss", 0, SHAPE), two.noise("loss", 0, SHAPE))
+    assert not torch.equal(one.uniform("loss", 0), two.uniform("loss", 0))
 
 
 def test_another_purpose_or_draw_gives_other_noise():
@@ -88,8 +105,8 @@ def test_images_of_a_batch_get_different_noise():
 
 
 def test_noise_is_standard_normal_within_and_across_images():
-    keys = torch.tensor([(0, 0, prompt, image) for prompt in range(20) for image in range(20)])
-    noise = of_keys(keys).noise("loss", 0, (64,))
+    keys = [(0, 0, *divmod(row, 20)) for row in range(400)]
+    noise = of_keys(*keys).noise("loss", 0, (64,))
     levels = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99])
     torch.testing.assert_close(
         noise.flatten().quantile(levels), Normal(0.0, 1.0).icdf(levels), atol=0.05, rtol=0

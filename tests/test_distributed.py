@@ -42,7 +42,7 @@ for number, (objective, more) in enumerate(cases):
     batch, metrics = run.source(0)
     Policy.loss_scale = lambda self, passes: 1.0
     if "uneven" in more:  # as where images have no score; and with a scale, as float16 has
-        batch = batch[[row for row, key in enumerate(batch.keys.tolist()) if key[2] != 3 and key[2:] != [1, 1]]]
+        batch = batch[[row for row, key in enumerate(batch.keys.table().tolist()) if key[2] != 3 and key[2:] != [1, 1]]]
         Policy.loss_scale = lambda self, passes: 2.0 ** (5 + passes)
     stir(run.state.policy)
     compute_gradient(run.state.policy, config.objective, batch, config.train.images_per_pass, Meter())

@@ -22,6 +22,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from flowalign.batch import Keys
 from flowalign.config.load import load_config
 from flowalign.data.prompts import Prompt
 from flowalign.models import load_model
@@ -86,7 +87,7 @@ def two_groups(policy: Policy, images: int = 3) -> Any:
     return make_prompts(
         policy,
         [Prompt(TEXTS[slot]) for slot, _ in members],
-        [(0, 0, slot, image) for slot, image in members],
+        Keys.training(0, 0, members),
     )
 
 

@@ -30,7 +30,7 @@ from flowalign.rollouts.collect import collect
 from flowalign.rollouts.sources import source_of
 from flowalign.runs.adapter import save_adapter
 from flowalign.runs.advice import advise_on_out_of_memory
-from flowalign.training.gradient import compute_gradient, Meter
+from flowalign.training.gradient import compute_gradient, Meter, split
 from flowalign.training.preflight import before_start, IMAGES, keyed_prompts, PROMPTS
 from flowalign.training.setup import assemble, Assembly, Inputs, read_inputs
 
@@ -144,21 +144,21 @@ def small_batch(assembly: Assembly) -> Any:
     context, given = assembly.context, bool(assembly.context.examples)
     prompts, images = (
         PROMPTS * distributed.count(),
-        1 if given else min(IMAGES, context.counts.images_per_prompt),
+        1 if given else min(IMAGES, context.plan.images_per_prompt),
     )
     counts = BatchPlan(
         prompts, images, 1, pass_size(context.policy, PROMPTS * images), distributed.count()
     )
-    judge = context.judge
+    scorer = context.scorer
     if assembly.config.objective.learns_from is not Prompts:
-        judge = replace(
-            judge,
+        scorer = replace(
+            scorer,
             rewards=[Reward("chance", chance)],
             combine=WeightedSum(),
             images_per_pass=PROMPTS * images,
         )
     kind = assembly.config.objective.learns_from
-    return source_of(kind, replace(context, counts=counts, judge=judge))(0)[0]
+    return source_of(kind, replace(context, plan=counts, scorer=scorer))(0)[0]
 
 
 def pass_size(policy: Policy, images: int) -> int:
@@ -171,10 +171,8 @@ def losses(
     policy: Policy, objective: Objective, batch: Batch, images_per_pass: int
 ) -> Iterator[tuple[Any, Loss]]:
     """Draw by draw, of every pass."""
-    batch = objective.prepare(policy.at("policy"), batch)
-    for piece in batch.passes(images_per_pass):
-        for number, t in enumerate(objective.draws(piece)):
-            yield number, objective.loss(policy, piece, t)
+    for one in split(policy, objective, batch, images_per_pass):
+        yield one.number, objective.loss(policy, one.batch, one.draw)
 
 
 def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
@@ -187,10 +185,10 @@ def at_the_start(policy: Policy, objective: Objective, batch: Batch) -> Iterator
         for number, loss in losses(policy, objective, batch, images_per_pass):
             if "ratio/max_log_error" in loss.stats:
                 errors[number] = max(
-                    errors.get(number, 0.0), loss.stats["ratio/max_log_error"].max().item()
+                    errors.get(number, 0.0), loss.stats["ratio/max_log_error"].values.max().item()
                 )
             if "kl" in loss.stats:
-                kls.append(loss.stats["kl"].detach().abs().max().item())
+                kls.append(loss.stats["kl"].values.detach().abs().max().item())
             del loss  # with all that its backward pass would take, before the next is made
     if errors:
         yield ratio(
@@ -248,7 +246,7 @@ def look_at_rewards(assembly: Assembly) -> Iterator[Finding]:
     ]
     images = rollout.images.to(distributed.device()).float() / 255
     samples = Samples(images=images, prompts=prompts)
-    trained = {reward.name: reward for reward in assembly.context.judge.rewards}
+    trained = {reward.name: reward for reward in assembly.context.scorer.rewards}
     others = {reward.name: reward for reward in assembly.evaluator.judge.rewards}
     for name, reward in {**others, **trained}.items():
         found = inspect_reward(reward, samples)[1]
@@ -299,7 +297,7 @@ def gradients(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Fi
     compute_gradient(
         policy,
         objective,
-        batch.trainable_rows(),
+        batch,
         pass_size(policy, len(batch) * batch.images_per_row),
         Meter(),
     )
@@ -333,12 +331,15 @@ def kl_gradient(policy: Policy, objective: Objective, batch: Batch) -> Iterator[
     for _, loss in losses(
         policy,
         objective,
-        batch.trainable_rows(),
+        batch,
         pass_size(policy, len(batch) * batch.images_per_row),
     ):
         if "kl" not in loss.stats:
             return
-        kl, trained = loss.stats["kl"].mean(), [p for p in policy.parameters() if p.requires_grad]
+        kl, trained = (
+            loss.stats["kl"].values.mean(),
+            [p for p in policy.parameters() if p.requires_grad],
+        )
         found = torch.autograd.grad(kl, trained, allow_unused=True) if kl.requires_grad else []
         norm = math.sqrt(sum(g.double().square().sum().item() for g in found if g is not None))
         yield Finding(

@@ -33,6 +33,7 @@ from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
 from flowalign.settings.by_name import imported
+from flowalign.training.gradient import split
 
 EFFICIENCY = 0.4
 """Share of a GPU's peak that these networks are assumed to reach; not measured."""
@@ -119,16 +120,17 @@ def rehearse(config: Config) -> Plan:
         with ledger.part() as collected:
             made, _ = source_of(objective.learns_from, supplies_of(config, policy))(0)
         with ledger.part() as prepared:
-            taught = made.trainable_rows()
-            batch = objective.prepare(policy.at("policy"), taught)
-        piece = batch.passes(train.images_per_pass)[0]
-        draws = list(objective.draws(piece))
+            passes = split(policy, objective, made, train.images_per_pass)
+        first = next(iter(passes))
+        draws = len(list(objective.draws(first.batch)))
         with ledger.part() as learned:
             with ledger.part() as forward:
-                loss = objective.loss(policy, piece, draws[0])
+                loss = objective.loss(policy, first.batch, first.draw)
             loss.total.backward()
     adapter, rewards = sum(p.nbytes for p in policy.parameters()), reward_weights(config)
-    held = (train.updates_per_step - 1) * held_by([made], model) + held_by([made, taught], model)
+    held = (train.updates_per_step - 1) * held_by([made], model) + held_by(
+        [made, passes.batch], model
+    )
     adapters, optimizer = adapter * (1 + len(copies)), adapter * 3
     always = (
         model.weights["transformer"]
@@ -138,7 +140,7 @@ def rehearse(config: Config) -> Plan:
     )
     encoders = sum(model.weights.get(name, 0) for name in model.family.text_encoders)
     joined = 2 * adapter  # the gradients of all passes in one row; later what AdamW's step takes
-    passes = len(draws) * len(batch) / len(piece)
+    repeated = draws * len(passes.batch) / len(first.batch)
     return Plan(
         parameters=model.parameters,
         trained=sum(p.numel() for p in policy.parameters()),
@@ -158,7 +160,7 @@ def rehearse(config: Config) -> Plan:
             + max(prepared.peak - prepared.kept, learned.peak, joined),
         },
         work=scaled(
-            collected.work + prepared.work + scaled(learned.work, passes), train.updates_per_step
+            collected.work + prepared.work + scaled(learned.work, repeated), train.updates_per_step
         ),
     )
 
@@ -200,14 +202,14 @@ def supplies_of(config: Config, policy: Policy) -> SourceContext:
     )
     examples = [Example(prompt=blank, chosen=bytes, rejected=bytes)] if config.data.pairs else []
     return Blank(
-        policy,
-        judge,
-        [blank],
-        examples,
-        counts,
-        train.seed,
-        config.objective.sampling_weights,
-        config.data.ranking,
+        policy=policy,
+        scorer=judge,
+        prompts=[blank],
+        examples=examples,
+        plan=counts,
+        seed=train.seed,
+        sampling_weights=config.objective.sampling_weights,
+        ranking=config.data.ranking,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowalign import distributed
-from flowalign.batch import Rollout
+from flowalign.batch import Keys, Rollout
 from flowalign.data.prompts import Prompt
 from flowalign.errors import RunError
 from flowalign.evaluation.drift import drift_metrics, SHOWN
@@ -17,9 +17,6 @@ from flowalign.policy import Policy
 from flowalign.progress import task
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.rollouts.scoring import RolloutScorer
-
-EVALUATION_STEP = -1
-"""Stands in the noise keys for the training step, so that evaluation noise is never training noise."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Evaluator:
                 work.advance(len(piece))
 
     def _collect(self, policy: Policy, piece: list[tuple[int, int]]) -> Rollout:
-        keys = [(self.seed, EVALUATION_STEP, prompt, image) for prompt, image in piece]
+        keys = Keys.evaluation(self.seed, piece)
         batch = make_prompts(policy, [self.prompts[prompt] for prompt, _ in piece], keys)
         rollout = collect(policy, batch, self.images_per_pass, "evaluation")
         # The embeddings of thousands of pictures would fill a GPU; only the number of rows stays.

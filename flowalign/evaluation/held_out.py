@@ -44,6 +44,6 @@ class HeldOut:
             figures["chosen_preferred"] = (moved[0] < moved[1]).float() + 0.5 * (
                 moved[0] == moved[1]
             )
-        number = self.batch.keys[:, 2].to(self.batch.device)
+        number = self.batch.group.to(self.batch.device)
         table = distributed.gather(torch.stack([number, *figures.values()], 1))
         return dict(zip(figures, table[table[:, 0].argsort()][:, 1:].T, strict=True))

@@ -1,4 +1,7 @@
-"""Objectives by name, imported when asked for. Yours is named by its path: `objective: {name: "mine.py:Mine"}`."""
+"""Objectives by name, imported when they are used.
+
+Your own is named by its path: `objective: {name: "mine.py:Mine"}`.
+"""
 
 OBJECTIVES = {
     "flow_grpo": "flowalign.objectives.flow_grpo:FlowGRPO",
@@ -19,4 +22,4 @@ OBJECTIVES = {
     "raft": "flowalign.objectives.raft:RAFT",
     "soar": "flowalign.objectives.soar:SOAR",
 }
-"""Names to places."""
+"""From the name in a YAML file to the place of the class."""

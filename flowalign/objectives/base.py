@@ -1,109 +1,174 @@
-"""What an objective is: a dataclass that holds its settings and its formula, and nothing about how images were made."""
+"""What an objective is: a dataclass of settings that holds one formula.
+
+An objective knows nothing of how images were made, of passes, of processes or of logging.
+"""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
-from flowalign.batch import Batch, Cond, Rollout
+from flowalign.batch import Batch, Cond, Examples, Pairs, Rollout
 from flowalign.errors import UserError
 from flowalign.objectives.draws import Draw, ForwardTimes, PathSteps
 from flowalign.policy import Decay, Policy, Sampler
 from flowalign.settings.types import Guidance, Settings
 
+B = TypeVar("B", bound=Batch)
+"""The kind of batch that an objective learns from."""
+D = TypeVar("D")
+"""A draw: what the loss is averaged over for one batch."""
+Forward = TypeVar("Forward", Rollout, Pairs, Examples)
+"""A batch whose x0 is known."""
+Paths = TypeVar("Paths", Rollout, Pairs)
+"""A batch whose paths are known."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A statistic to average over the images and draws of a step."""
+
+    values: Tensor  # (B,), or one number for all rows
+
+
+@dataclass(frozen=True)
+class Max:
+    """A statistic of which the largest value of a step's first update is logged."""
+
+    values: Tensor  # (B,), or one number for all rows
+
+
+Statistics = dict[str, Mean | Max]
+"""What to log, by the metric's name."""
+
+
+@dataclass(frozen=True)
+class MeanOverImages:
+    """A term to replace by its mean over all images of the update, on all processes."""
+
+    values: Tensor  # (B, ...)
+
+
+@dataclass(frozen=True)
+class SumOverDraws:
+    """A term to replace by its sum over all draws of the update."""
+
+    values: Tensor  # (B, ...)
+
+
+Term = Tensor | MeanOverImages | SumOverDraws
+"""Rows (B, ...) that a loss needs, or what is to be made of them first."""
+
 
 @dataclass
 class Loss:
-    """A scalar to minimise, the mean over the rows of the batch, and statistics to log: scalars or (B,)."""
+    """A scalar to minimise, the mean over the rows of a batch, and statistics to log."""
 
     total: Tensor
-    stats: dict[str, Tensor]
+    stats: Statistics
+
+    def __add__(self, other: "Loss") -> Self:
+        return type(self)(self.total + other.total, self.stats | other.stats)
 
 
-class Objective(Settings):
-    """The loop reads, for every objective: experience, the loss at each draw, an update, then the snapshots follow."""
+class Objective(Settings, Generic[B, D]):
+    """A method to train by. Subclass it as a dataclass and write `loss`.
+
+    B is the batch it learns from and D its draw, such as a time or a sampler step.
+    """
 
     learns_from: ClassVar[type[Batch]] = Rollout
-    """Prompts, Rollout, Pairs or Examples."""
+    """The kind of batch: Prompts, Rollout, Pairs or Examples."""
     needs_stochastic_steps: ClassVar[bool] = False
-    """Whether the path it learns from must have steps with a log-probability."""
+    """True if the paths it learns from must have steps with a log-probability."""
     uses_advantages: ClassVar[bool] = True
-    """Whether it takes advantages from a rollout, or its rewards as they are."""
+    """True if it learns from a rollout's advantages, false if from its rewards."""
     sampling_weights: ClassVar[str] = "policy"
     """The weights that sample: "policy", or a snapshot."""
+    terms_span_update: ClassVar[bool] = False
+    """True if `group_terms` looks beyond a group, so that its terms are always computed first."""
 
     @property
     def snapshots(self) -> dict[str, Decay]:
-        """Copies of the policy it compares with or samples from, and how they follow it once a step."""
+        """Copies of the policy to compare with or to sample from, and how they follow it."""
         return {}
 
     @property
     def on_policy_only(self) -> bool:
-        """Whether a rollout serves for one update only: `train.updates_per_step: 1`."""
+        """True if a rollout serves for one update only: `train.updates_per_step: 1`."""
         return False
 
     @property
     def min_images_per_prompt(self) -> int:
-        """The fewest images of a prompt that it can tell apart."""
+        """The fewest images of a prompt that it can compare."""
         return 2
 
     @property
     def log_ratio_clip(self) -> float:
-        """Log-ratios beyond this are clipped; infinite where none is."""
+        """The size beyond which log-ratios are clipped; infinite if none is."""
         return math.inf
 
     def check(self, sampler: Sampler, /) -> None:
-        """UserError where it cannot work with the sampler."""
+        """Raise UserError if it cannot work with the sampler."""
 
-    def draws(self, batch: Any, /) -> Iterable[Any]:
-        """What `t` runs over for a batch; once, where the loss has no time of its own."""
-        return [0]
+    def draws(self, batch: B, /) -> Iterable[D]:
+        """Return what the loss of a batch is averaged over, such as times or steps."""
+        raise NotImplementedError
 
-    def prepare(self, policy: Policy, batch: Any, /) -> Any:
-        """The batch with what the loss must know of whole groups; it sees all images of an update. `policy` gives no gradient."""
-        return batch
+    def group_terms(self, policy: Policy, batch: B, draw: D, /) -> dict[str, Term]:
+        """Return what the loss needs to know about whole groups, as rows by name.
 
-    def loss(self, policy: Policy, batch: Any, t: Any, /) -> Loss:
-        """The loss of any piece of the batch at one draw."""
+        The batch holds whole groups, and `policy` takes no gradient. `loss` reads a term by
+        `batch.term(name, compute)`: passes that hold whole groups compute it in place, so that no
+        forward runs twice.
+        """
+        return {}
+
+    def loss(self, policy: Policy, batch: B, draw: D, /) -> Loss:
+        """Return the loss of any rows of a batch at one draw."""
         raise NotImplementedError
 
 
 @dataclass
-class PathObjective(Objective):
-    """Learns from the stochastic steps of a path."""
+class PathObjective(Objective[Paths, int]):
+    """An objective on the stochastic steps of a path. Its draws are the steps' indices."""
 
     steps: PathSteps = field(default_factory=PathSteps)
     needs_stochastic_steps: ClassVar[bool] = True
 
     def check(self, sampler: Sampler) -> None:
+        """Raise UserError if the sampler has no stochastic steps."""
         if not sampler.stochastic_steps(0, 0):
             raise UserError(
-                "the objective learns from stochastic steps, but sampler.dynamics has none; "
-                "write for example sampler: {dynamics: {name: flow_sde}}."
+                "The objective learns from stochastic steps, but sampler.dynamics has none. "
+                "Write for example sampler: {dynamics: {name: flow_sde}}."
             )
 
-    def draws(self, batch: Any) -> range:
+    def draws(self, batch: Paths) -> range:
+        """Return the steps to train on."""
         return self.steps(batch)
 
 
 @dataclass
-class ForwardObjective(Objective):
-    """Learns from images alone, taken to times of the forward process; any sampler will do."""
+class ForwardObjective(Objective[Forward, Draw]):
+    """An objective on images alone, taken to times of the forward process. Any sampler will do."""
 
     times: ForwardTimes = field(default_factory=ForwardTimes)
 
-    def draws(self, batch: Any) -> Iterable[Draw]:
+    def draws(self, batch: Forward) -> Iterable[Draw]:
+        """Return times and noise for each row."""
         return self.times(batch)
 
 
 @dataclass
-class ImageObjective(ForwardObjective):
-    """Learns from the policy's own images and their scores."""
+class ImageObjective(ForwardObjective[Rollout]):
+    """An objective on the policy's own images and their scores."""
 
     guidance: Guidance | None = None
-    """Of the velocities that are trained and compared; 1 for none, by default the sampler's."""
+    """Guidance of the velocities that are trained and compared; by default the sampler's."""
 
     def cond(self, rollout: Rollout) -> Cond:
+        """Return the conditioning under which velocities are trained."""
         return rollout.cond if self.guidance is None else rollout.cond.guided(self.guidance)

@@ -1,9 +1,10 @@
-"""D3PO: a preference between two paths of one prompt holds for every step of them (arXiv 2311.13231), on the flow SDE.
+"""D3PO: a preference between two paths holds for each of their steps (arXiv 2311.13231).
 
 With ratio_k = clip(π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c), 1 - ε, 1 + ε),
     loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected))
 
-Differences from the released code: paths are those of a flow SDE, and rewards rank them (there: DDIM, and people).
+Differences from the released code: paths are those of a flow SDE, and rewards rank them (there:
+DDIM, and people).
 """
 
 import math
@@ -15,31 +16,40 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from flowalign.batch import Batch, Pairs
-from flowalign.objectives.base import Loss, PathObjective
+from flowalign.objectives.base import Loss, Mean, PathObjective
+from flowalign.objectives.terms import preferred
 from flowalign.policy import Policy
 from flowalign.settings.types import Positive
 
 
 @dataclass
-class D3PO(PathObjective):
-    """Needs a stochastic sampler. Pairs are the ranked images of a prompt; best with sampler.same_noise: true, as published."""
+class D3PO(PathObjective[Pairs]):
+    """D3PO on the ranked images of a prompt. It needs a stochastic sampler.
+
+    It works best with `sampler.same_noise: true`, as published.
+    """
 
     learns_from: ClassVar[type[Batch]] = Pairs
     beta: Positive = 0.1
+    """The temperature β."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """ε: beyond it a path gives no gradient."""
+    """The range ε of the ratio. Beyond it a path gives no gradient."""
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
+        """Return the loss at step k of each pair."""
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
-        step, step_ref = (
-            policy.step(paths[:, k], k, cond),
-            policy.at("reference").step(paths[:, k], k, cond),
-        )
+        step = policy.step(paths[:, k], k, cond)
+        step_ref = policy.at("reference").step(paths[:, k], k, cond)
 
         log_ratio = step.log_prob(paths[:, k + 1]) - step_ref.log_prob(paths[:, k + 1])
         clipped = log_ratio.clamp(math.log(1 - self.clip_range), math.log(1 + self.clip_range))
         chosen, rejected = clipped.chunk(2)
         s = self.beta * (chosen - rejected)
         loss = (pairs.weight * -F.logsigmoid(s)).mean()
-        stats = {"chosen_preferred": (s > 0).float() + 0.5 * (s == 0), "margin": s}
-        return Loss(loss, stats | {"ratio/clipped": (log_ratio != clipped).float()})
+
+        stats = {
+            "chosen_preferred": Mean(preferred(s)),
+            "margin": Mean(s),
+            "ratio/clipped": Mean((log_ratio != clipped).float()),
+        }
+        return Loss(loss, stats)

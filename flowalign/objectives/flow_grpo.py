@@ -1,17 +1,22 @@
-"""Flow-GRPO: group-relative policy optimisation on the steps of an SDE sampler (arXiv 2505.05470, equations 5 to 8).
+"""Flow-GRPO: group-relative policy optimisation on SDE steps (arXiv 2505.05470, equations 5 to 8).
 
-With ratio_k = π_θ(x_{k+1} | x_k, c) / π_old(x_{k+1} | x_k, c) and advantages within the images of a prompt,
+With ratio_k = π_θ(x_{k+1} | x_k, c) / π_old(x_{k+1} | x_k, c) and advantages within the images of a
+prompt,
     loss = -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) + β KL(π_θ ‖ π_ref)
 
-Its relatives are settings. `ratio: normalised` and `step_weight: inverse_time` are GRPO-Guard (2510.22319): with Δμ the
-move of the step's mean, log ratio becomes mean(noise · Δμ), which is centred and has one scale for all steps.
-`step_weight: noise` with one stochastic step a rollout (`sampler: {window: {size: 1}, same_noise: true}`: all that differs
-between the images of a prompt is that step's noise) is TempFlow-GRPO (2508.04324). `sampler.window` trains on a window of steps
-(Flow-GRPO-Fast, MixGRPO 2507.21802).
+Its relatives are settings:
+- `ratio: normalised` and `step_weight: inverse_time` are GRPO-Guard (2510.22319). With Δμ the
+  change of the step's mean, the log-ratio becomes mean(noise · Δμ). It is centred and has one scale
+  for all steps.
+- `step_weight: noise` with one stochastic step per rollout is TempFlow-GRPO (2508.04324):
+  `sampler: {window: {size: 1}, same_noise: true}`. Then the images of a prompt differ by that
+  step's noise alone.
+- `sampler.window` trains on a window of steps (Flow-GRPO-Fast, MixGRPO 2507.21802).
 
-Differences from the paper: the log-probability is the mean over latent elements, as in the released code, and so is the
-KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's length: |t - s| times the exact one. The last step
-is one of the ODE, and `cps` steps have the log-probability of a Gaussian (as released: without the division by 2 std²).
+Differences from the paper: the log-probability is the mean over latent elements, as in the released
+code, and so is the KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's
+length: |t - s| times the exact one. The last step is one of the ODE. `cps` steps have the
+log-probability of a Gaussian (as released: without the division by 2 std²).
 """
 
 from dataclasses import dataclass
@@ -22,33 +27,36 @@ import torch
 from flowalign.batch import Rollout
 from flowalign.dynamics import Gaussian
 from flowalign.flow import PerImage
-from flowalign.objectives.base import Loss, PathObjective
+from flowalign.objectives.base import Loss, Max, Mean, PathObjective
 from flowalign.policy import Policy
 from flowalign.settings.types import NonNegative, Positive
 
 
 def log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
+    """Return log π_θ - log π_old of step k."""
     return step.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
 
 
 def normalised_log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
-    """Std · (log ratio + ‖Δμ‖² / 2 std²), which is the mean of noise · Δμ (GRPO-Guard, equation 8)."""
+    """Return std · (log ratio + ‖Δμ‖² / 2 std²) = mean(noise · Δμ) (GRPO-Guard, equation 8)."""
     noise = rollout.step_noise(k)
     moved = step.mean - (rollout.path[:, k + 1] - step.std * noise)
     return (noise * moved).flatten(1).mean(1)
 
 
 def even(policy: Policy, k: int) -> float:
+    """Return 1."""
     return 1.0
 
 
 def by_noise(policy: Policy, k: int) -> float:
-    """The step's std over the mean of all that the sampler's window reaches."""
+    """Return the step's std over the mean of all that the sampler's window reaches."""
     steps = policy.sampler.window.reach(policy.sampler.steps)
     return policy.std(k) * len(steps) / sum(map(policy.std, steps))
 
 
 def by_inverse_time(policy: Policy, k: int) -> float:
+    """Return 1 over the step's length."""
     return 1 / (policy.times[k] - policy.times[k + 1])
 
 
@@ -57,22 +65,27 @@ STEP_WEIGHTS = {"even": even, "noise": by_noise, "inverse_time": by_inverse_time
 
 
 @dataclass
-class FlowGRPO(PathObjective):
-    """Needs a stochastic sampler: `sampler: {dynamics: {name: flow_sde}}`."""
+class FlowGRPO(PathObjective[Rollout]):
+    """Flow-GRPO. It needs a stochastic sampler: `sampler: {dynamics: {name: flow_sde}}`."""
 
     clip_range: Positive = 1e-4
-    """ε. For log-probabilities that are means over latent elements, 1e-5 to 1e-3."""
+    """The range ε of the ratio. With means over latent elements, 1e-5 to 1e-3 are usual."""
     kl_weight: NonNegative = 0.0
-    """β. 0 never asks the reference."""
+    """The weight β of the KL. At 0 the reference is never evaluated."""
     kl: Literal["exact", "per_time"] = "exact"
+    """The form of the KL: exact, or times the step's length, as released for SD3."""
     ratio: Literal["plain", "normalised"] = "plain"
+    """The form of the log-ratio."""
     step_weight: Literal["even", "noise", "inverse_time"] = "even"
+    """The weight of each step."""
 
     @property
     def log_ratio_clip(self) -> float:
+        """The clip range."""
         return self.clip_range
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
+        """Return the loss at step k of each image."""
         step, advantage = policy.step(rollout.path[:, k], k, rollout.cond), rollout.advantage
 
         log_ratio = RATIOS[self.ratio](step, rollout, k)
@@ -80,15 +93,19 @@ class FlowGRPO(PathObjective):
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         weight = STEP_WEIGHTS[self.step_weight](policy, k)
         loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() * weight
-        stats = {
-            "ratio/mean": ratio,
-            "ratio/max_log_error": log_ratio.abs(),
-            "ratio/clipped": (ratio != clipped).float(),
-        }
-        if self.kl_weight == 0:
-            return Loss(loss, stats)
 
+        stats = {
+            "ratio/mean": Mean(ratio),
+            "ratio/max_log_error": Max(log_ratio.abs()),
+            "ratio/clipped": Mean((ratio != clipped).float()),
+        }
+        return Loss(loss, stats) + self.penalty(policy, rollout, k, step)
+
+    def penalty(self, policy: Policy, rollout: Rollout, k: int, step: Gaussian) -> Loss:
+        """Return β KL(π_θ ‖ π_ref) at step k."""
+        if self.kl_weight == 0:
+            return Loss(step.mean.new_zeros(()), {})
         kl = step.kl(policy.at("reference").step(rollout.path[:, k], k, rollout.cond))
         if self.kl == "per_time":
             kl = kl * (policy.times[k] - policy.times[k + 1])
-        return Loss(loss + self.kl_weight * kl.mean(), stats | {"kl": kl})
+        return Loss(self.kl_weight * kl.mean(), {"kl": Mean(kl)})

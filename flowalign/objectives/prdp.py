@@ -1,16 +1,20 @@
-"""PRDP: predict reward differences from the log-ratios of whole paths (arXiv 2402.08714), on the flow SDE.
+"""PRDP: predict reward differences from the log-ratios of whole paths (arXiv 2402.08714).
 
-With ρ = Σ_k log π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c) along a path,
-    loss = max over {ρ, ρ clipped} of (τ (ρ(chosen) - ρ(rejected)) - (reward(chosen) - reward(rejected)))² / τ
-where clipping keeps each step's log-ratio to the weights that sampled within ±ε. Its optimum is the KL-regularised one.
+With ρ = Σ_k log π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c) along a path of a flow SDE,
+    loss = max over {ρ, ρ clipped} of (τ Δρ - Δreward)² / τ,   Δ = chosen - rejected
+where clipping keeps each step's log-ratio to the weights that sampled within ±ε. Its optimum is the
+KL-regularised one.
 
-Differences from the paper: pairs are the best against the worst of a prompt's images (there: all pairs); the loss is τ times the
-paper's, so that its gradient keeps its size where τ is small; log-probabilities are means over latent elements. The paper's
-listing takes the mean over the K steps as well, so its β of 3e-6 to 3e-5 is τ = β / K here. The sum over steps is found first
-without gradient; each step then puts its own term back, so that memory does not grow with steps.
+Differences from the paper: pairs are the best against the worst of a prompt's images (there: all
+pairs). The loss is τ times the paper's, so that its gradient keeps its size at small τ.
+Log-probabilities are means over latent elements. The paper's listing takes the mean over the K
+steps as well, so its β of 3e-6 to 3e-5 is τ = β / K here.
+
+The sum over steps is computed first, without gradient. Each step then puts its own term back, so
+that memory does not grow with the number of steps.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,61 +22,72 @@ from torch import Tensor
 
 from flowalign.batch import Batch, Pairs
 from flowalign.flow import PerImage
-from flowalign.objectives.base import Loss, PathObjective
+from flowalign.objectives.base import Loss, Max, Mean, PathObjective, SumOverDraws, Term
 from flowalign.policy import Policy
 from flowalign.settings.types import Positive
 
 
 @dataclass
-class PRDP(PathObjective):
-    """Needs a stochastic sampler. Pairs are the ranked images of a prompt."""
+class PRDP(PathObjective[Pairs]):
+    """PRDP on the ranked images of a prompt. It needs a stochastic sampler."""
 
     learns_from: ClassVar[type[Batch]] = Pairs
     temperature: Positive = 1.0
-    """τ."""
+    """The temperature τ."""
     clip_range: Positive = 1e-4
-    """ε."""
+    """The range ±ε of log-ratios."""
+    terms_span_update: ClassVar[bool] = True
 
     @property
     def log_ratio_clip(self) -> float:
+        """The clip range."""
         return self.clip_range
 
-    def prepare(self, policy: Policy, pairs: Pairs) -> Pairs:
-        """Sums over the steps: ρ(chosen) - ρ(rejected), and the same of clipped terms; then every step's log π_ref of both."""
-        reference = policy.at("reference")
-        ref_log_probs = [self.log_prob(reference, pairs, k) for k in self.draws(pairs)]
-        terms = [
-            torch.stack(self.terms(policy, pairs, k, ref)[:2], 1)
-            for k, ref in zip(self.draws(pairs), ref_log_probs, strict=True)
-        ]
-        kept = [ref.view(2, len(pairs)).T for ref in ref_log_probs]
-        return replace(pairs, prepared=torch.cat([torch.stack(terms).sum(0), *kept], 1))
+    def group_terms(self, policy: Policy, pairs: Pairs, k: int) -> dict[str, Term]:
+        """Return the sums over steps, plain and clipped, and log π_ref of step k."""
+        log_prob_ref = self.log_prob(policy.at("reference"), pairs, k)
+        plain, clipped, _ = self.differences(policy, pairs, k, log_prob_ref)
+        return {
+            "wholes": SumOverDraws(torch.stack([plain, clipped], 1)),
+            "log_prob_ref": torch.stack(log_prob_ref.chunk(2), 1),
+        }
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
-        steps = self.draws(pairs)
-        wholes, kept = pairs.prepared[:, :2].T, pairs.prepared[:, 2:].unflatten(1, (len(steps), 2))
-        *terms, moved = self.terms(policy, pairs, k, kept[:, steps.index(k)].T.flatten())
-        errors = [  # in double precision, since τ may be small beside the gap; the loop takes the mean over steps
-            self.temperature * (whole.double() + len(steps) * (term - term.detach())) - pairs.gap
-            for whole, term in zip(wholes, terms, strict=True)
-        ]
-        plain, clipped = (error**2 / self.temperature for error in errors)
-        loss = (pairs.weight * torch.maximum(plain, clipped)).mean().float()
-        stats = {"difference_error": errors[0].abs(), "ratio/clipped": (plain < clipped).float()}
-        return Loss(loss, stats | {"ratio/max_log_error": moved.abs()})
+        """Return the loss with the gradient of step k's term."""
+        log_prob_ref = torch.cat(pairs.terms["log_prob_ref"].unbind(1))
+        *differences, moved = self.differences(policy, pairs, k, log_prob_ref)
+        wholes, count = pairs.terms["wholes"].unbind(1), len(self.draws(pairs))
+        # The gradient is averaged over the steps, hence `count`. In float64, since τ may be small
+        # compared with the gap.
+        plain, clipped = (
+            self.temperature * (whole.double() + count * (term - term.detach())) - pairs.gap
+            for whole, term in zip(wholes, differences, strict=True)
+        )
+        plain_loss, clipped_loss = plain**2 / self.temperature, clipped**2 / self.temperature
+        loss = (pairs.weight * torch.maximum(plain_loss, clipped_loss)).mean().float()
+
+        stats = {
+            "difference_error": Mean(plain.abs()),
+            "ratio/clipped": Mean((plain_loss < clipped_loss).float()),
+            "ratio/max_log_error": Max(moved.abs()),
+        }
+        return Loss(loss, stats)
 
     def log_prob(self, policy: Policy, pairs: Pairs, k: int) -> PerImage:
-        """Log π(x_{k+1} | x_k, c) of the chosen, then of the rejected (2 B)."""
+        """Return log π(x_{k+1} | x_k, c) of the chosen, then of the rejected (2 B,)."""
         paths = torch.cat([pairs.chosen, pairs.rejected])
         return policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1])
 
-    def terms(
-        self, policy: Policy, pairs: Pairs, k: int, ref_log_prob: PerImage
+    def differences(
+        self, policy: Policy, pairs: Pairs, k: int, log_prob_ref: PerImage
     ) -> tuple[PerImage, PerImage, PerImage]:
-        """Step k's part of the difference, as it is and clipped, and every log-ratio to the weights that sampled."""
+        """Return step k's term of ρ(chosen) - ρ(rejected), plain and clipped.
+
+        The third value is the log-ratio of each image to the weights that sampled (2 B,).
+        """
         old_log_prob = torch.cat([pairs.chosen_log_prob[:, k], pairs.rejected_log_prob[:, k]])
         moved = self.log_prob(policy, pairs, k) - old_log_prob
-        before = old_log_prob - ref_log_prob
+        before = old_log_prob - log_prob_ref
         clipped = moved.clamp(-self.clip_range, self.clip_range)
         return _difference(moved + before), _difference(clipped + before), moved
 

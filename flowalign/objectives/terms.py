@@ -1,30 +1,32 @@
-"""Terms that several objectives share."""
+"""Terms and heads that several objectives share."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flowalign.batch import Cond, Prompts
-from flowalign.flow import Latent, mean_square, PerImage
-from flowalign.objectives.base import Loss
-from flowalign.policy import Policy
+from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts
+from flowalign.flow import add_noise, Latent, mean_square, PerImage
+from flowalign.objectives.base import ForwardObjective, ImageObjective, Loss, Mean, Objective
+from flowalign.objectives.draws import Draw, ForwardTimes
+from flowalign.policy import Decay, Policy
 from flowalign.settings.types import Guidance, NonNegative, Settings
 
 
 def group_mean(values: PerImage, group: Tensor) -> PerImage:
-    """The mean over the images of each image's prompt."""
+    """Return the mean over each image's group."""
     labels, index = group.to(values.device).unique(return_inverse=True)
     count = torch.bincount(index, minlength=len(labels))
-    total = torch.zeros(len(count), dtype=torch.float64, device=values.device).index_add_(
-        0, index, values.double()
-    )
+    # In float64, so that the order of the images in a pass hardly matters.
+    total = torch.zeros(len(count), dtype=torch.float64, device=values.device)
+    total.index_add_(0, index, values.double())
     return (total / count)[index].to(values.dtype)
 
 
 def group_softmax(logits: PerImage, group: Tensor) -> PerImage:
-    """The softmax over the images of each prompt, times their number: weights of mean 1."""
+    """Return the softmax over each group times its size: weights of mean 1."""
     labels, index = group.to(logits.device).unique(return_inverse=True)
     exact = logits.double()
     largest = exact.new_full((len(labels),), -math.inf).scatter_reduce_(0, index, exact, "amax")
@@ -33,48 +35,124 @@ def group_softmax(logits: PerImage, group: Tensor) -> PerImage:
 
 
 def optimality(advantage: PerImage, limit: float = 5.0) -> PerImage:
-    """Advantages as r in [0, 1], ½ for the average image: clamp(A / (2 limit) + ½)."""
+    """Return r in [0, 1], ½ for the average image: clamp(A / (2 limit) + ½) (NFT, 2509.16117)."""
     return (advantage / (2 * limit) + 0.5).clamp(0, 1)
 
 
 def adaptive_error(x0_hat: Latent, x0: Latent) -> PerImage:
-    """Mean square of the error over its own mean size, which takes no gradient (DiffusionNFT's adaptive weight)."""
+    """Return the mean square error over the error's mean size, which takes no gradient.
+
+    This is the adaptive weight of DiffusionNFT (arXiv 2509.16117).
+    """
     size = (x0_hat - x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return mean_square(x0_hat - x0) / size
 
 
+def preferred(margin: PerImage) -> PerImage:
+    """Return 1 for each pair with a positive margin, ½ for a margin of 0, else 0."""
+    return (margin > 0).float() + 0.5 * (margin == 0)
+
+
 @dataclass
 class VelocityKL(Settings):
-    """weight · ‖v - v_ref‖²: the KL to the model without adapter on the forward process, up to the weight of each time."""
+    """The penalty weight · ‖v - v_ref‖²; v_ref is the model without adapter.
+
+    This is the KL on the forward process, up to the weight of each time.
+    """
 
     weight: NonNegative = 0.0
-    """0 never asks the reference."""
+    """Weight of the penalty. At 0 the reference is never evaluated."""
     guidance: Guidance | None = None
-    """Of the reference, where the policy itself is trained to do with another; by default the policy's."""
+    """Guidance of the reference, if it differs from the policy's."""
 
-    def __call__(
-        self, loss: Loss, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond
-    ) -> Loss:
-        """The loss with this added to it."""
-        return self.added(loss, v, self.velocity(policy, xt, t, cond)) if self.weight else loss
+    def penalty(self, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> Loss:
+        """Return the penalty of velocities v at xt, to add to a loss; 0 at weight 0."""
+        if not self.weight:
+            return Loss(v.new_zeros(()), {})
+        return self.penalty_from(v, self.velocity(policy, xt, t, cond))
 
-    def added(self, loss: Loss, v: Latent, v_ref: Latent) -> Loss:
-        kl = self.distance(v, v_ref)
-        return Loss(loss.total + self.weight * kl.mean(), loss.stats | {"kl": kl})
-
-    def distance(self, v: Latent, v_ref: Latent) -> PerImage:
-        return mean_square(v - v_ref)
+    def penalty_from(self, v: Latent, v_ref: Latent) -> Loss:
+        """Return the penalty, given the reference's velocities."""
+        kl = mean_square(v - v_ref)
+        return Loss(self.weight * kl.mean(), {"kl": Mean(kl)})
 
     def velocity(self, policy: Policy, xt: Latent, t: PerImage, cond: Cond) -> Latent:
-        """v_ref."""
+        """Return v_ref."""
         guided = cond if self.guidance is None else cond.guided(self.guidance)
         return policy.at("reference").velocity(xt, t, guided)
 
 
-def reward_loss(policy: Policy, prompts: Prompts, x0: Latent, enough: float = math.inf) -> Loss:
-    """-reward of decoded latents, through which a gradient passes; no more than `enough` is asked of an image."""
-    reward, by_name = prompts.reward(
-        policy.decode_checkpointed(x0), prompts.prompts, prompts.metadata
+@dataclass
+class AnchoredObjective(ImageObjective):
+    """An image objective that stays near the reference and compares with a lagging copy `old`."""
+
+    kl: VelocityKL = field(default_factory=VelocityKL)
+    """The penalty that keeps the policy near the model without adapter."""
+    old: Decay = field(default_factory=Decay)
+    """How `old` follows the policy, once a step."""
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        """The copy `old`."""
+        return {"old": self.old}
+
+
+@dataclass
+class ImitationObjective(ImageObjective):
+    """Weighted imitation of the policy's own images by flow matching.
+
+    The loss is w ‖v - (noise - x0)‖² + λ ‖v - v_ref‖², with weights w of mean 1 in each group.
+    """
+
+    uses_advantages: ClassVar[bool] = False
+    # Each image has a time of its own: there is nothing to compare within a group.
+    times: ForwardTimes = field(default_factory=lambda: ForwardTimes(shared=False))
+    kl: VelocityKL = field(default_factory=VelocityKL)
+    """A penalty against adding up the sampler's errors, which imitated images carry."""
+
+
+@dataclass
+class PairObjective(ForwardObjective[Pairs]):
+    """An objective on the flow-matching errors of pairs, whose two images share time and noise.
+
+    Velocities are those without guidance, however images are sampled.
+    """
+
+    learns_from: ClassVar[type[Batch]] = Pairs
+    times: ForwardTimes = field(
+        default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False)
     )
-    stats = {f"reward/{name}": score for name, score in by_name.items()}
-    return Loss(-reward.clamp(max=enough).mean(), stats | {"reward/combined": reward})
+
+    def errors(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
+        """Return ‖v - (noise - x0)‖² of the chosen, then of the rejected images (2 B,)."""
+        t, noise = draw.t.repeat(2), torch.cat([draw.noise, draw.noise])
+        xt, target = add_noise(torch.cat(pairs.x0), t, noise)
+        return mean_square(policy.velocity(xt, t, pairs.cond.unguided().twice()) - target)
+
+
+@dataclass
+class ExampleObjective(ForwardObjective[Examples]):
+    """An objective on given pictures."""
+
+    learns_from: ClassVar[type[Batch]] = Examples
+    times: ForwardTimes = field(
+        default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal")
+    )
+
+
+class RewardGradientObjective(Objective[Prompts, None]):
+    """An objective on the gradient that rewards pass to the images. It has no draws of its own."""
+
+    learns_from: ClassVar[type[Batch]] = Prompts
+
+    def draws(self, prompts: Prompts) -> list[None]:
+        """Return one draw: the loss is that of the sampled images."""
+        return [None]
+
+
+def reward_loss(policy: Policy, prompts: Prompts, x0: Latent, enough: float = math.inf) -> Loss:
+    """Return -reward of decoded latents, with gradient; rewards above `enough` add nothing."""
+    images = policy.decode_checkpointed(x0)
+    reward, by_name = prompts.reward(images, prompts.prompts, prompts.metadata)
+    stats = {f"reward/{name}": Mean(score) for name, score in by_name.items()}
+    return Loss(-reward.clamp(max=enough).mean(), {**stats, "reward/combined": Mean(reward)})

@@ -1,38 +1,39 @@
-"""From prompts to judged rollouts: collect, and judge."""
+"""Sample rollouts: images for prompts, with the paths that led to them."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
-from flowalign.batch import Cond, Prompts, Rollout
+from flowalign.batch import Keys, Prompts, Rollout
 from flowalign.data.prompts import Prompt
-from flowalign.flow import concatenate
 from flowalign.policy import Policy
 
 
-def make_prompts(
-    policy: Policy, prompts: list[Prompt], keys: list[tuple[int, int, int, int]]
-) -> Prompts:
-    """Prompts with their embeddings, one row an image."""
+def make_prompts(policy: Policy, prompts: list[Prompt], keys: Keys) -> Prompts:
+    """Return prompts with their embeddings. Each row is one image to make."""
     texts = [prompt.text for prompt in prompts]
     return Prompts(
-        texts, [prompt.metadata for prompt in prompts], torch.tensor(keys), policy.encode(texts)
+        prompts=texts,
+        metadata=[prompt.metadata for prompt in prompts],
+        keys=keys,
+        cond=policy.encode(texts),
+        weight=torch.ones(len(texts)),
     )
 
 
 def collect(
     policy: Policy, prompts: Prompts, images_per_pass: int, purpose: str = "rollout"
 ) -> Rollout:
-    """Images for the prompts, made by a gradient-free view in passes of equal size; rewards are still 0."""
-    return concatenate_rollouts(list(passes(policy, prompts, images_per_pass, purpose)))
+    """Sample an image for each row, in passes of equal size. Rewards and advantages are still 0."""
+    return Rollout.concatenate(list(collect_passes(policy, prompts, images_per_pass, purpose)))
 
 
-def passes(
+def collect_passes(
     policy: Policy, prompts: Prompts, images_per_pass: int, purpose: str = "rollout"
 ) -> Iterator[Rollout]:
-    """As `collect`, pass by pass, each made when it is asked for."""
-    seed, step = prompts.keys[0, :2].tolist()
+    """Yield what `collect` returns pass by pass; each is sampled when it is asked for."""
+    seed, step = prompts.keys.of_step
+    # All passes of a step share one window of stochastic steps, so that they can be joined.
     steps = policy.sampler.stochastic_steps(step, seed)
     return (_collect(policy, piece, steps, purpose) for piece in prompts.pieces(images_per_pass))
 
@@ -40,30 +41,18 @@ def passes(
 @torch.no_grad()
 def _collect(policy: Policy, prompts: Prompts, steps: range, purpose: str) -> Rollout:
     path = policy.generate(prompts, purpose, steps)
-    images = (policy.decode(path.x[:, -1]) * 255).round().byte().cpu()
-    unjudged = torch.zeros(len(prompts), device=path.x.device)
-    shared = prompts.prompts, prompts.metadata, prompts.keys, prompts.cond
-    return Rollout(*shared, path.x, path.log_prob, images, unjudged, unjudged, path.steps)
-
-
-def concatenate_rollouts(pieces: list[Rollout]) -> Rollout:
-    """One rollout of all the pieces' images."""
-    if len(pieces) == 1:
-        return pieces[0]
-    joined = {
-        name: concatenate(getattr(p, name) for p in pieces)
-        for name in (
-            "keys",
-            "path",
-            "log_prob",
-            "images",
-            "reward",
-            "advantage",
-            "weight",
-            "prepared",
-        )
-    }
-    cond = Cond.concatenate([piece.cond for piece in pieces])
-    texts = [text for piece in pieces for text in piece.prompts]
-    metadata = [entry for piece in pieces for entry in piece.metadata]
-    return replace(pieces[0], prompts=texts, metadata=metadata, cond=cond, **joined)
+    zeros = torch.zeros(len(prompts), device=path.x.device)
+    return Rollout(
+        prompts=prompts.prompts,
+        metadata=prompts.metadata,
+        keys=prompts.keys,
+        cond=prompts.cond,
+        weight=torch.ones(len(prompts)),
+        path=path.x,
+        log_prob=path.log_prob,
+        # Bytes on the CPU: images of a whole step would fill a GPU, and rewards read them later.
+        images=(policy.decode(path.x[:, -1]) * 255).round().byte().cpu(),
+        reward=zeros,
+        advantage=zeros,
+        steps=path.steps,
+    )

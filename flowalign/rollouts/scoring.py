@@ -13,7 +13,9 @@ from flowalign.errors import RunError
 from flowalign.flow import concatenate, PerImage
 from flowalign.rewards.base import LearnedReward, Reward
 from flowalign.rewards.combine import Combine
-from flowalign.rollouts.collect import concatenate_rollouts
+
+Metrics = dict[str, float]
+"""What to log, by name."""
 
 
 class NotFinite(RunError):
@@ -79,7 +81,7 @@ class RolloutScorer:
             scored = [task.result() for task in waiting]
         finally:
             aside.shutdown(wait=False, cancel_futures=True)
-        return concatenate_rollouts(pieces) if pieces else None, scored
+        return Rollout.concatenate(pieces) if pieces else None, scored
 
     def _pointwise(self, piece: Rollout) -> dict[str, PerImage]:
         images = piece.images.to(self.device).float() / 255

@@ -1,11 +1,11 @@
 """Dumps of updates that were skipped because something was not finite."""
 
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flowalign import distributed
 from flowalign.batch import Batch
@@ -53,7 +53,7 @@ def write_failure(
     facts = {"why": skipped.reason, "update": skipped.update, **asdict(progress)}
 
     def write(unfinished: Path) -> None:
-        save_file(_tensors(batch), unfinished / "batch.safetensors")
+        save_file(_copies(batch.tensors()), unfinished / "batch.safetensors")
         about = {"prompts": batch.prompts, "metadata": batch.metadata, **facts}
         text = to_json(about, indent=2)
         (unfinished / "failure.json").write_text(text, encoding="utf-8")
@@ -66,11 +66,6 @@ def write_failure(
     return folder
 
 
-def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # Fields of a batch may share memory, which safetensors refuses to write; hence the clones.
-    return {
-        name: value.cpu().contiguous().clone()
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
+    return {name: value.cpu().contiguous().clone() for name, value in tensors.items()}

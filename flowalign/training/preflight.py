@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowalign.batch import Batch, Cond, Prompts
+from flowalign.batch import Batch, Cond, Keys, Prompts
 from flowalign.dynamics import is_stochastic
 from flowalign.errors import UserError
 from flowalign.files import size
@@ -77,7 +77,7 @@ def schedule(policy: Policy) -> Finding:
 def noise(policy: Policy, batch: Batch) -> Finding:
     """Whether images, steps of the sampler and steps of training have noise of their own."""
     shape, start = policy.model.latent_shape, policy.start(batch).cpu()
-    later = replace(batch, keys=batch.keys + torch.tensor([0, 1, 0, 0]))
+    later = replace(batch, keys=replace(batch.keys, step=batch.keys.step + 1))
     draws = {
         "rollout/0": start,
         "rollout/1": batch.noise("rollout", 1, shape),
@@ -171,5 +171,5 @@ def keyed_prompts(context: SourceContext, policy: Policy) -> Prompts:
     return make_prompts(
         policy,
         [texts[slot] for slot, _ in members],
-        [(context.seed, 0, slot, image) for slot, image in members],
+        Keys.training(context.seed, 0, members),
     )

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from flowalign import distributed
-from flowalign.batch import Pairs, Prompts, Rollout
+from flowalign.batch import EVALUATION_STEP, Pairs, Prompts, Rollout
 from flowalign.config.sections import Config
 from flowalign.data.preferences import Example, read_examples
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import RunError, UserError
-from flowalign.evaluation.evaluator import EVALUATION_STEP, Evaluator
+from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models.base import FlowModel
 from flowalign.models.config import ModelConfig
@@ -65,7 +65,7 @@ class Assembly:
     @property
     def counts(self) -> BatchPlan:
         """The batch arithmetic of a step."""
-        return self.context.counts
+        return self.context.plan
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -130,14 +130,14 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     model.remember([prompt.text for prompt in inputs.prompts])
     scorer = make_scorer(config, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
-        policy,
-        scorer,
-        inputs.prompts,
-        inputs.examples,
-        counts,
-        train.seed,
-        objective.sampling_weights,
-        config.data.ranking,
+        policy=policy,
+        scorer=scorer,
+        prompts=inputs.prompts,
+        examples=inputs.examples,
+        plan=counts,
+        seed=train.seed,
+        sampling_weights=objective.sampling_weights,
+        ranking=config.data.ranking,
     )
     optimizer = make_optimizer(policy, train.learning_rate, train.weight_decay)
     return Assembly(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from flowalign import distributed
 from flowalign.batch import Batch
 from flowalign.config.sections import Train
 from flowalign.objectives.base import Objective
@@ -50,12 +49,10 @@ def update(
     parameters = state.policy.parameters()
     meter, norms, outcomes = Meter(), [], []
     for index, piece in enumerate(_shares(batch, train.updates_per_step)):
-        rows = piece.trainable_rows()
-        # A rank without rows still takes part if another rank has some, or that one would wait.
-        if not distributed.any_rank(len(rows) > 0):
-            continue
         state.optimizer.zero_grad()
-        loss = compute_gradient(state.policy, objective, rows, train.images_per_pass, meter, index)
+        loss = compute_gradient(state.policy, objective, piece, train.images_per_pass, meter)
+        if loss is None:
+            continue
         norm = nn.utils.clip_grad_norm_(parameters, train.max_grad_norm).item()
         # Both numbers are of all ranks together, so all ranks apply the update or all skip it.
         is_finite = math.isfinite(norm) and bool(loss.isfinite())
@@ -63,7 +60,7 @@ def update(
             apply_update(state, train)
         else:
             reason = f"the loss was {loss.item():g}, the gradient's norm {norm:g}"
-            skip_update(SkippedUpdate(rows, index, reason))
+            skip_update(SkippedUpdate(piece.trainable_rows(), index, reason))
         norms.append(norm)
         outcomes.append(is_finite)
     mean_norm = sum(norms) / max(1, len(norms))

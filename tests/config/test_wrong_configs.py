@@ -657,7 +657,7 @@ CONTRADICTIONS = [
         "data.prompts is missing; write a file with a",
     ),
     ("crd", ["objective.old={value: 0.9, end: 0.5}"], "objective.old.value is 0.9, but end 0.5"),
-    ("refl", ["objective.low=0.9"], "objective.low is 0.9 and high 0.65"),
+    ("refl", ["objective.low=0.9"], "objective.low is 0.9 and high is 0.65"),
     (
         "crd",
         ["objective.times.shared=false"],
@@ -668,7 +668,7 @@ CONTRADICTIONS = [
         ["objective.times.shared=false"],
         "objective.times.shared is false, but the images of a prompt are compared",
     ),
-    ("nft", ["objective.times={low: 0.6, high: 0.6}"], "objective.times.low is 0.6 and high 0.6"),
+    ("nft", ["objective.times={low: 0.6, high: 0.6}"], "objective.times.low is 0.6 and high is 0.6"),
     ("flow_grpo_flux", ["model.max_sequence_length=0"], "model.max_sequence_length is 0"),
     ("nft", ["model.attention=flash"], "model.attention is 'flash'; choose from native, xformers"),
     ("flow_grpo_flux", ["model.attention=natve"], "Did you mean 'native'?"),

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from flowalign.batch import Batch
+from flowalign.batch import Keys
 from flowalign.cli import main
 from flowalign.config.load import load_config
 from flowalign.diagnostics import check as checks
@@ -216,21 +216,21 @@ def times_off_by_one(monkeypatch):
 
 
 def noise_shared_across_prompts(monkeypatch):
-    seeds = Batch._seeds
+    seeds = Keys.seeds
 
-    def shared(self, purpose, shared):
-        return seeds(replace(self, keys=self.keys * torch.tensor([1, 1, 0, 1])), purpose, shared)
+    def shared(self, purpose):
+        return seeds(replace(self, prompt=torch.zeros_like(self.prompt)), purpose)
 
-    monkeypatch.setattr(Batch, "_seeds", shared)
+    monkeypatch.setattr(Keys, "seeds", shared)
 
 
 def noise_the_same_in_every_step(monkeypatch):
-    seeds = Batch._seeds
+    seeds = Keys.seeds
 
-    def same(self, purpose, shared):
-        return seeds(replace(self, keys=self.keys * torch.tensor([1, 0, 1, 1])), purpose, shared)
+    def same(self, purpose):
+        return seeds(replace(self, step=torch.zeros_like(self.step)), purpose)
 
-    monkeypatch.setattr(Batch, "_seeds", same)
+    monkeypatch.setattr(Keys, "seeds", same)
 
 
 def adapter_left_on_in_the_reference(monkeypatch):

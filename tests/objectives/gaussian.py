@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowalign.batch import Batch, Cond, Rollout
+from flowalign.batch import Batch, Cond, Keys, Rollout
 from flowalign.flow import Latent, over_latent, PerImage
 from flowalign.objectives.base import Objective
 from flowalign.objectives.draws import Draw
@@ -64,18 +64,18 @@ def policy_at(delta: Any, **snapshots: Any) -> GaussianPolicy:
 
 def labels(
     group: Sequence[int] | Tensor, mean: Any = MEAN, null_mean: float = 0.0
-) -> tuple[list[str], list[dict], Tensor, Cond]:
-    """The first fields of any batch: which prompt each row belongs to, and the mean of its data."""
+) -> dict[str, Any]:
+    """The fields of any batch: which prompt each row belongs to, and the mean of its data."""
     group = torch.as_tensor(group)
-    place = torch.stack([(group[:row] == number).sum() for row, number in enumerate(group)])
-    keys = torch.stack([torch.zeros_like(group), torch.zeros_like(group), group, place], 1)
+    image = torch.stack([(group[:row] == number).sum() for row, number in enumerate(group)])
     means, null = torch.as_tensor(mean).expand(len(group)), torch.full((len(group),), null_mean)
-    return (
-        [f"prompt {number}" for number in group],
-        [{}] * len(group),
-        keys,
-        Cond({"mean": means}, {"mean": null}),
-    )
+    return {
+        "prompts": [f"prompt {number}" for number in group],
+        "metadata": [{}] * len(group),
+        "keys": Keys(torch.zeros_like(group), torch.zeros_like(group), group, image),
+        "cond": Cond({"mean": means}, {"mean": null}),
+        "weight": torch.ones(len(group)),
+    }
 
 
 def rollout_of(
@@ -90,7 +90,13 @@ def rollout_of(
     log_prob, images = torch.zeros(len(x0), 0), torch.zeros(len(x0), 3, 1, 1, dtype=torch.uint8)
     reward = advantage if reward is None else reward
     return Rollout(
-        *labels(group, **means), x0[:, None], log_prob, images, reward, advantage, range(0)
+        **labels(group, **means),
+        path=x0[:, None],
+        log_prob=log_prob,
+        images=images,
+        reward=reward,
+        advantage=advantage,
+        steps=range(0),
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModelWithProjection
 
 from flowalign.advantages import group_advantage
-from flowalign.batch import Prompts, Scored
+from flowalign.batch import DifferentiableReward, Keys, Metadata, Prompts
 from flowalign.data.prompts import Prompt
 from flowalign.errors import RunError, UserError
 from flowalign.models.config import Lora
@@ -37,7 +38,7 @@ from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.pixel_statistics import brightness, jpeg_size
 from flowalign.rollouts.batch_plan import BatchPlan
-from flowalign.rollouts.ranking import Ranking
+from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts, SourceContext
 from flowalign.training.gradient import compute_gradient, Meter
@@ -48,10 +49,12 @@ STEPS, THETA = 8, 0.3
 H = -1 / STEPS
 
 
-def of_pictures(function: Callable[[Tensor], Tensor]) -> Callable[..., Scored]:
+def of_pictures(function: Callable[[Tensor], Tensor]) -> DifferentiableReward:
     """A reward that asks for nothing but the pictures."""
 
-    def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Scored:
+    def reward(
+        images: Tensor, prompts: list[str], metadata: list[Metadata]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         scores = function(images)
         return scores, {"function": scores}
 
@@ -62,7 +65,7 @@ def of_pictures(function: Callable[[Tensor], Tensor]) -> Callable[..., Scored]:
 
 
 def numbers(count: int = 3) -> Prompts:
-    return Prompts(*labels(count), of_pictures(lambda images: images.flatten()))
+    return Prompts(**labels(count), reward=of_pictures(lambda images: images.flatten()))
 
 
 def slope(objective: Objective, policy: Policy, prompts: Prompts) -> float:
@@ -138,7 +141,7 @@ def slope_free_reward(theta: float, prompts: Prompts) -> float:
 
 def of_step(step: int, count: int = 4) -> Prompts:
     prompts = numbers(count)
-    return replace(prompts, keys=torch.tensor([(0, step, i, 0) for i in range(count)]))
+    return replace(prompts, keys=Keys.training(0, step, [(i, 0) for i in range(count)]))
 
 
 @pytest.mark.parametrize("draw", [AlignProp().first_step, ReFL().late_step])
@@ -147,7 +150,7 @@ def test_a_training_step_has_one_first_step_with_gradient(draw):
     assert {draw(20, piece) for piece in (prompts, *prompts.pieces(1))} == {draw(20, prompts)}
     assert len({draw(20, of_step(step)) for step in range(50)}) > 3
     assert draw(20, of_step(7)) != draw(
-        20, replace(of_step(7), keys=of_step(7).keys + torch.tensor([1, 0, 0, 0]))
+        20, replace(of_step(7), keys=Keys.training(1, 7, [(i, 0) for i in range(4)]))
     )
 
 
@@ -267,7 +270,7 @@ def moved_loss(
     parameter, place, by = move
     before = parameter.view(-1)[place].clone()
     parameter.view(-1)[place] += by
-    total = objective.loss(policy, prompts, 0).total.item()
+    total = objective.loss(policy, prompts, None).total.item()
     parameter.view(-1)[place] = before
     return total
 
@@ -343,9 +346,9 @@ def test_only_the_policy_s_matrices_receive_a_gradient(objective):
 
 def test_rewards_are_logged_by_name():
     policy = make_policy(Sampler(steps=2))
-    loss = AlignProp().loss(policy, bright_prompts(policy), 0)
+    loss = AlignProp().loss(policy, bright_prompts(policy), None)
     assert set(loss.stats) == {"reward/function", "reward/combined"}
-    assert loss.total.item() == pytest.approx(-loss.stats["reward/combined"].mean().item())
+    assert loss.total.item() == pytest.approx(-loss.stats["reward/combined"].values.mean().item())
 
 
 # memory
@@ -385,7 +388,7 @@ def through_decoded_steps(steps: int) -> tuple[int, int]:
 
     with Alive(policy) as alive:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = AlignProp(depth=steps).loss(policy, prompts, 0)
+            loss = AlignProp(depth=steps).loss(policy, prompts, None)
         loss.total.backward()
     return sum(kept.values()), alive.most
 
@@ -431,7 +434,14 @@ def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
     )
     judge = RolloutScorer(rewards, WeightedSum(), group_advantage, 6, torch.device("cpu"))
     return SourceContext(
-        policy, judge, [Prompt(text) for text in TEXTS], [], counts, 0, "policy", Ranking()
+        policy=policy,
+        scorer=judge,
+        prompts=[Prompt(text) for text in TEXTS],
+        examples=[],
+        plan=counts,
+        seed=0,
+        sampling_weights="policy",
+        ranking=Ranking(),
     )
 
 
@@ -439,11 +449,8 @@ def test_prompts_come_with_a_reward_that_is_differentiable_and_named():
     def redness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return images[:, 0].mean((1, 2))
 
-    source = differentiable_prompts(
-        context(
-            make_policy(), [Reward("brightness", brightness, 2.0), Reward("redness", redness, -1.0)]
-        )
-    )
+    rewards = [Reward("brightness", brightness, 2.0), Reward("redness", redness, -1.0)]
+    source = partial(differentiable_prompts, context(make_policy(), rewards))
     prompts, metrics = source(0)
     assert metrics == {}
     assert sorted(set(prompts.prompts)) == sorted(TEXTS)
@@ -453,14 +460,14 @@ def test_prompts_come_with_a_reward_that_is_differentiable_and_named():
     assert_close(combined, 2 * images.mean((1, 2, 3)) - images[:, 0].mean((1, 2)))
     assert set(scores) == {"brightness", "redness"}
     assert combined.requires_grad
-    assert torch.equal(source(0)[0].keys, prompts.keys)
-    assert not torch.equal(source(1)[0].keys, prompts.keys)
+    assert torch.equal(source(0)[0].keys.table(), prompts.keys.table())
+    assert not torch.equal(source(1)[0].keys.table(), prompts.keys.table())
 
 
 def test_prompts_without_a_reward_say_so():
     policy = make_policy(Sampler(steps=2))
-    with pytest.raises(RuntimeError, match="came without a reward"):
-        AlignProp().loss(policy, two_groups(policy, 1), 0)
+    with pytest.raises(RuntimeError, match="have no reward"):
+        AlignProp().loss(policy, two_groups(policy, 1), None)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +483,7 @@ def test_prompts_without_a_reward_say_so():
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(objective, settings):
-    with pytest.raises(UserError, match=r"write|must be"):
+    with pytest.raises(UserError, match=r"Write|must be"):
         objective(**settings)
 
 

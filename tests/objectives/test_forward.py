@@ -16,7 +16,7 @@ from flowalign.batch import Cond, Rollout
 from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square
 from flowalign.objectives.awm import AWM
-from flowalign.objectives.base import Loss, Objective
+from flowalign.objectives.base import Loss, Mean, Objective
 from flowalign.objectives.crd import CRD
 from flowalign.objectives.dgpo import DGPO
 from flowalign.objectives.draws import Draw, ForwardTimes
@@ -24,6 +24,7 @@ from flowalign.objectives.nft import NFT
 from flowalign.objectives.raft import RAFT
 from flowalign.objectives.rwr import RWR
 from flowalign.objectives.terms import adaptive_error, group_mean, optimality, VelocityKL
+from flowalign.training.gradient import split
 from tests.objectives.gaussian import (
     expectation,
     g,
@@ -174,7 +175,7 @@ def test_rwr_weighs_by_the_softmax_within_the_prompt():
     rollout = rollout_of(
         torch.zeros(5, 1), torch.tensor([0.0, 0.2, 0.1, 0.3, 0.1]), [3, 3, 7, 7, 7]
     )
-    weight = RWR(temperature=0.2).prepare(GaussianPolicy(), rollout).prepared[:, 0]
+    weight = RWR(temperature=0.2).weight(rollout)
     rows = [2 * (rollout.reward[:2] / 0.2).softmax(0), 3 * (rollout.reward[2:] / 0.2).softmax(0)]
     torch.testing.assert_close(weight, torch.cat(rows))
 
@@ -182,9 +183,7 @@ def test_rwr_weighs_by_the_softmax_within_the_prompt():
 def test_rwr_weighs_a_prompt_alike_however_much_better_another_is():
     reward = torch.tensor([0.0, 0.1, 0.0, 0.1])
     alike, apart = (
-        RWR(temperature=0.1)
-        .prepare(GaussianPolicy(), rollout_of(torch.zeros(4, 1), values, [0, 0, 1, 1]))
-        .prepared
+        RWR(temperature=0.1).weight(rollout_of(torch.zeros(4, 1), values, [0, 0, 1, 1]))
         for values in (reward, reward + torch.tensor([0.0, 0, 100, 100]))
     )
     torch.testing.assert_close(apart, alike, rtol=1e-3, atol=0)
@@ -204,7 +203,7 @@ def test_raft_keeps_the_best_of_every_prompt():
     rollout = rollout_of(
         torch.zeros(5, 1), torch.tensor([5.0, 6.0, 0.1, 0.3, 0.2]), [3, 3, 7, 7, 7]
     )
-    assert RAFT().prepare(GaussianPolicy(), rollout).prepared[:, 0].tolist() == [0, 2, 0, 3, 0]
+    assert RAFT().weight(rollout).tolist() == [0, 2, 0, 3, 0]
 
 
 # The first gradient
@@ -262,8 +261,8 @@ def test_a_guided_policy_is_held_to_the_reference_under_its_own_guidance(objecti
     )
     for draw in objective.draws(rollout):
         stats = objective.loss(policy_at(0.0, old=0.0), rollout, draw).stats
-        assert stats["kl"].eq(0).all()
-        assert stats.get("group_weight", torch.tensor(0.5)).eq(0.5).all()
+        assert stats["kl"].values.eq(0).all()
+        assert stats.get("group_weight", Mean(torch.tensor(0.5))).values.eq(0.5).all()
 
 
 @pytest.mark.parametrize("objective", [awm(GUIDED), nft(GUIDED), crd(GUIDED), dgpo(GUIDED)])
@@ -339,20 +338,23 @@ def test_dgpo_asks_the_reference_once_where_passes_hold_whole_prompts():
     assert [(name, rows) for name, _, rows in policy.asked].count(("reference", 4)) == 3 * 2
 
 
-class Preparing(AWM):
-    def prepare(self, policy, rollout):
-        draw = next(iter(self.draws(rollout)))
-        return replace(
-            rollout, prepared=policy.velocity(rollout.x0, draw.t, rollout.cond).flatten(1)
-        )
+class WithTerms(AWM):
+    terms_span_update = True
+
+    def group_terms(self, policy, rollout, draw):
+        return {"velocity": policy.velocity(rollout.x0, draw.t, rollout.cond)}
 
     def loss(self, policy, rollout, draw):
-        assert not rollout.prepared.requires_grad
+        expected = policy.velocity(rollout.x0, draw.t, rollout.cond)
+        assert torch.equal(rollout.terms["velocity"], expected)
+        assert not rollout.terms["velocity"].requires_grad
         return super().loss(policy, rollout, draw)
 
 
-def test_what_is_prepared_has_no_gradient_whatever_it_asks():
-    assert gradient(Preparing(), policy_at(0.2, old=0.0), images()).ne(0).all()
+@pytest.mark.parametrize("images_per_pass", [8, 3])
+def test_terms_belong_to_their_rows_and_draw_and_have_no_gradient(images_per_pass):
+    policy = replace(policy_at(0.2, old=0.0), images_per_pass=images_per_pass)
+    assert gradient(WithTerms(), policy, images()).ne(0).all()
 
 
 class WithoutReference(GaussianPolicy):
@@ -374,18 +376,12 @@ def test_the_anchor_adds_its_weight_times_the_distance():
     policy, rollout = policy_at(0.3), images()
     draw = same_for_all(rollout)
     v = policy.velocity(rollout.x0, draw.t, rollout.cond)
-    loss = VelocityKL(0.1)(
-        Loss(torch.tensor(2.0), {"a": torch.tensor(1.0)}),
-        policy,
-        v,
-        rollout.x0,
-        draw.t,
-        rollout.cond,
-    )
+    penalty = VelocityKL(0.1).penalty(policy, v, rollout.x0, draw.t, rollout.cond)
+    loss = Loss(torch.tensor(2.0), {"a": Mean(torch.tensor(1.0))}) + penalty
     distance = (0.3 * g(torch.tensor(0.5))) ** 2
     assert loss.total.item() == pytest.approx(2 + 0.1 * distance.item(), rel=1e-5)
     assert set(loss.stats) == {"a", "kl"}
-    torch.testing.assert_close(loss.stats["kl"], distance.expand(8))
+    torch.testing.assert_close(loss.stats["kl"].values, distance.expand(8))
 
 
 # The clip of AWM and DGPO: with t ½ and no noise, an x0 one above the mean has e = g² (1 - δ)²
@@ -421,8 +417,8 @@ def test_the_clip_of_awm_stops_only_what_went_too_far_in_the_right_direction(
 ):
     policy, rollout, slope = one_with_ratio(advantage, ratio)
     loss = awm(clip_range=0.2).loss(policy, rollout, same_for_all(rollout))
-    assert loss.stats["ratio/mean"].item() == pytest.approx(ratio, rel=1e-5)
-    assert loss.stats["ratio/clipped"].item() == (abs(ratio - 1) > 0.2)
+    assert loss.stats["ratio/mean"].values.item() == pytest.approx(ratio, rel=1e-5)
+    assert loss.stats["ratio/clipped"].values.item() == (abs(ratio - 1) > 0.2)
     found = gradient(awm(clip_range=0.2), policy, rollout, [same_for_all(rollout)])
     assert found.item() == pytest.approx(
         advantage * ratio * slope if has_gradient else 0.0, rel=1e-4
@@ -458,9 +454,9 @@ def test_the_ratio_of_awm_is_one_before_the_first_update(weighting):
     policy, rollout, objective = policy_at(0.2, old=0.2), images(), AWM(weighting=weighting)
     for draw in objective.draws(rollout):
         stats = objective.loss(policy, rollout, draw).stats
-        assert (stats["ratio/mean"] == 1).all()
-        assert (stats["ratio/clipped"] == 0).all()
-        assert (stats["moved"] == 0).all()
+        assert (stats["ratio/mean"].values == 1).all()
+        assert (stats["ratio/clipped"].values == 0).all()
+        assert (stats["moved"].values == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -616,8 +612,7 @@ def test_crd_centres_within_the_prompt():
     ]
     torch.testing.assert_close(together, (apart[0] + apart[1]) / 2)
 
-    keys = rollout.keys.clone()
-    keys[:, 2] = 0
+    keys = replace(rollout.keys, prompt=torch.zeros_like(rollout.group))
     assert (
         relative_difference(
             gradient(crd(), policy, replace(rollout, keys=keys), [Draw(0, t, noise)]), together
@@ -652,14 +647,14 @@ def test_the_centre_of_crd_is_weighted_towards_the_good_and_then_the_bad():
     rollout = rollout_of(torch.tensor([[2.0], [1.0], [1.2]]), torch.tensor([3.0, -1.0, 0.0]))
     rho, reward = torch.tensor([0.5, -0.2, 0.1]), torch.tensor([0.8, 0.4, 0.5])
     expected = [((sign * reward / 0.25).softmax(0) * (2 * rho - reward)).sum() for sign in (1, -1)]
-    centres = list(crd(beta=2.0, temperature=0.25).centres(rho, rollout))
-    torch.testing.assert_close(torch.stack(centres), torch.stack(expected)[:, None].expand(2, 3))
+    centres = crd(beta=2.0, temperature=0.25).centres(rho, rollout)
+    torch.testing.assert_close(centres, torch.stack(expected).expand(3, 2))
 
 
 def test_the_coldest_centres_of_crd_are_the_best_and_the_worst_image():
     rollout = rollout_of(torch.zeros(3, 1), torch.tensor([5.0, -4.0, 0.0]))
     rho = torch.tensor([0.5, -0.2, 0.1])
-    best, worst = crd(temperature=0.01).centres(rho, rollout)
+    best, worst = crd(temperature=0.01).centres(rho, rollout).unbind(1)
     torch.testing.assert_close(best, torch.full((3,), 0.5 - 1.0))
     torch.testing.assert_close(worst, torch.full((3,), -0.2 - 0.1))
 
@@ -724,18 +719,22 @@ def test_prompts_of_unequal_numbers_of_images_teach_the_same_in_any_passes(
 
 
 @pytest.mark.parametrize(
-    ("objective", "columns"), [(crd(), 6), (crd(temperature=0.2), 9), (dgpo(), 3)]
+    ("objective", "names"),
+    [
+        (crd(), {"error_old", "centres"}),
+        (crd(temperature=0.2), {"error_old", "centres"}),
+        (dgpo(), {"preference"}),
+        (RWR(), {"weight"}),
+        (AWM(), set()),
+    ],
 )
-def test_what_whole_prompts_must_know_is_found_ahead_only_where_passes_part_them(
-    objective, columns
-):
+def test_terms_of_groups_are_computed_first_only_if_passes_cut_a_group(objective, names):
     policy, rollout = policy_at(0.2, old=0.0), images(2, 12)
-    for images_per_pass, parts in [(None, False), (24, False), (12, False), (18, True), (1, True)]:
-        prepared = objective.prepare(
-            replace(policy.at("policy"), images_per_pass=images_per_pass), rollout
-        ).prepared
-        assert prepared.shape == (24, columns if parts else 0)
-        assert not prepared.requires_grad
+    for images_per_pass, cut in [(24, False), (12, False), (18, True), (1, True)]:
+        for one in split(policy, objective, rollout, images_per_pass):
+            assert set(one.batch.terms) == (names if cut else set())
+            assert all(len(term) == len(one.batch) for term in one.batch.terms.values())
+            assert not any(term.requires_grad for term in one.batch.terms.values())
 
 
 # DGPO
@@ -745,9 +744,9 @@ def test_the_weight_of_every_group_is_half_at_the_reference_and_between_0_and_1_
     rollout, objective = images(), dgpo(beta=10.0)
     draw = next(iter(objective.draws(rollout)))
     assert (
-        objective.loss(policy_at(0.0, old=0.0), rollout, draw).stats["group_weight"] == 0.5
+        objective.loss(policy_at(0.0, old=0.0), rollout, draw).stats["group_weight"].values == 0.5
     ).all()
-    weight = objective.loss(policy_at(0.5, old=0.0), rollout, draw).stats["group_weight"]
+    weight = objective.loss(policy_at(0.5, old=0.0), rollout, draw).stats["group_weight"].values
     assert ((weight > 0) & (weight < 1) & (weight != 0.5)).all()
     assert (weight == weight[[0] * 4 + [4] * 4]).all()
 
@@ -771,7 +770,8 @@ def test_dgpo_stops_where_the_group_is_told_apart():
     weights = [
         dgpo(beta=100.0)
         .loss(policy_at(delta, old=delta), rollout, same_for_all(rollout))
-        .stats["group_weight"][0]
+        .stats["group_weight"]
+        .values[0]
         for delta in (-0.1, 0.0, 0.02, 0.2)
     ]
     assert weights == sorted(weights, reverse=True)
@@ -787,9 +787,8 @@ def test_dgpo_compares_with_the_guided_reference():
     for guidance, delta in [(1.0, 0.0), (3.0, 0.6)]:
         for other in (0.0, 0.6):
             objective = dgpo(VelocityKL(0.1, guidance), beta=10.0)
-            weight = objective.loss(policy_at(other, old=other), rollout, draw).stats[
-                "group_weight"
-            ]
+            loss = objective.loss(policy_at(other, old=other), rollout, draw)
+            weight = loss.stats["group_weight"].values
             assert torch.allclose(weight, torch.tensor(0.5), atol=1e-4) == (other == delta)
 
 
@@ -861,7 +860,7 @@ def test_a_piece_of_a_batch_gets_the_draws_it_gets_in_the_whole(shared):
 
 def test_another_step_has_other_times():
     batch = images()
-    keys = batch.keys + torch.tensor([0, 1, 0, 0])
+    keys = replace(batch.keys, step=batch.keys.step + 1)
     for now, then in zip(
         ForwardTimes()(batch), ForwardTimes()(replace(batch, keys=keys)), strict=True
     ):
@@ -908,7 +907,7 @@ def test_single_times_have_the_quartiles_of_their_distribution(distribution, exp
     [{"count": 0}, {"low": 0.5, "high": 0.5}, {"low": -0.1}, {"high": 1.1}, {"shift": 0.0}],
 )
 def test_times_that_mean_nothing_are_refused(settings):
-    with pytest.raises(UserError, match=r"must be|write low < high"):
+    with pytest.raises(UserError, match=r"must be|Write low < high"):
         ForwardTimes(**settings)
 
 
@@ -921,7 +920,7 @@ def test_times_that_mean_nothing_are_refused(settings):
             lambda: CRD(temperature=-1.0),
             "temperature is -1.0; it must be greater than or equal to 0",
         ),
-        (lambda: CRD(kl=VelocityKL(0.1), kl_least=0.2), "between 0 and kl.weight, 0.1"),
+        (lambda: CRD(kl=VelocityKL(0.1), kl_least=0.2), "kl.weight is 0.1"),
         (lambda: DGPO(clip_range=0.0), "must be greater than 0"),
         (lambda: RWR(temperature=0.0), "must be greater than 0"),
         (lambda: RAFT(keep=0), "must be greater than or equal to 1"),

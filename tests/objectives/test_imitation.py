@@ -39,7 +39,7 @@ def test_sft_s_loss_is_the_mean_square_of_what_is_left():
     examples, draw = even_case(0.4)
     zero = VelocityPolicy(lambda x, t, theta: 0 * x, torch.zeros(1), torch.zeros(1))
     loss = SFT().loss(zero, examples, draw)
-    assert_close(loss.stats["error"], ((draw.noise - examples.x0) ** 2).flatten())
+    assert_close(loss.stats["error"].values, ((draw.noise - examples.x0) ** 2).flatten())
     assert loss.total.item() == pytest.approx(MEAN**2 + STD**2 + 1)
 
 
@@ -82,14 +82,14 @@ def test_soar_is_plain_flow_matching_where_the_step_does_not_err():
     examples, draw = soar_case()
     loss = SOAR().loss(straight(examples, draw), examples, draw)
     assert loss.total.item() == pytest.approx(0, abs=1e-10)
-    assert loss.stats["error/corrected"].max() < 1e-10
+    assert loss.stats["error/corrected"].values.max() < 1e-10
 
 
 @pytest.mark.parametrize(("weight", "points"), [(1.0, 6), (0.5, 2), (0.0, 3)])
 def test_soar_s_loss_is_a_weighted_mean_over_its_terms(weight, points):
     examples, draw = soar_case()
     loss = SOAR(weight=weight, points=points).loss(straight(examples, draw, 0.4), examples, draw)
-    error, corrected = loss.stats["error"], loss.stats["error/corrected"]
+    error, corrected = loss.stats["error"].values, loss.stats["error/corrected"].values
     assert_close(error, torch.full((3,), 0.16))
     assert_close(loss.total, ((error + weight * points * corrected) / (1 + weight * points)).mean())
 
@@ -102,7 +102,7 @@ def test_soar_s_corrections_are_what_the_identity_says():
     s_next = 0.5 + 0.5 * examples.uniform("point", 0)
     alpha = (s_next - 0.5) / 0.5
     assert_close(
-        loss.stats["error/corrected"],
+        loss.stats["error/corrected"].values,
         (0.4 * (1 + (1 - alpha) * 0.1 / s_next)) ** 2,
         rtol=1e-4,
         atol=1e-6,

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from flowalign.batch import Pairs, Rollout
+from flowalign.batch import Keys, Pairs, Rollout
 from flowalign.dynamics import flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.flow import add_noise
+from flowalign.objectives.base import Objective
 from flowalign.objectives.d3po import D3PO
 from flowalign.objectives.ddpo import DDPO
 from flowalign.objectives.dpo import DPO
@@ -23,7 +24,9 @@ from flowalign.objectives.kto import KTO
 from flowalign.objectives.prdp import PRDP
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import collect
-from flowalign.rollouts.ranking import rank, Ranking
+from flowalign.rollouts.ranking import rank
+from flowalign.rollouts.ranking_settings import Ranking
+from flowalign.training.gradient import whole_terms
 from tests.objectives.toy import (
     ChainPolicy,
     free,
@@ -57,6 +60,12 @@ def free_case(count: int = 2, t: float = 0.6) -> tuple[VelocityPolicy, Pairs, Dr
     return policy, pairs_of(*x0.chunk(2)), at_time(t, count, noise), target
 
 
+def with_terms(objective: Objective, policy: Any, pairs: Pairs) -> list[Pairs]:
+    """The pairs with the terms of each draw."""
+    by_draw = whole_terms(policy, objective, pairs, len(pairs))
+    return [replace(pairs, terms=terms) for terms in by_draw]
+
+
 def gradient(total: Tensor, parameter: Tensor) -> Tensor:
     return torch.autograd.grad(total, parameter)[0]
 
@@ -73,14 +82,14 @@ def test_dpo_s_loss_at_the_reference_is_that_of_an_even_bet(form):
     assert loss.total.item() == pytest.approx(
         {"sigmoid": math.log(2), "ipo": 0.25, "hinge": 1.0}[form]
     )
-    assert loss.stats["chosen_preferred"].tolist() == [0.5, 0.5]
+    assert loss.stats["chosen_preferred"].values.tolist() == [0.5, 0.5]
 
 
 def test_dpo_s_gradient_is_the_formula():
     """∂L/∂v = ±β σ(-s) (v - target) / n, over the number of pairs."""
     policy, pairs, draw, target = free_case()
     loss = DPO(beta=4.0).loss(policy, pairs, draw)
-    wrong = (-loss.stats["margin"]).sigmoid().repeat(2)[:, None, None]
+    wrong = (-loss.stats["margin"].values).sigmoid().repeat(2)[:, None, None]
     sign = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None, None]
     assert_close(
         gradient(loss.total, policy.theta), sign * 4.0 * wrong * (policy.theta - target) / 6 / 2
@@ -118,7 +127,9 @@ def test_dpo_s_margin_is_linear_in_the_move_whatever_the_noise():
         loss = objective.loss(
             replace(policy, theta=torch.tensor([-0.1])), pairs, at_time(0.6, noise=noise * ONE)
         )
-        assert loss.stats["margin"].item() == pytest.approx(2 * 4 * 0.1 * 0.6 / 0.52, rel=1e-5)
+        assert loss.stats["margin"].values.item() == pytest.approx(
+            2 * 4 * 0.1 * 0.6 / 0.52, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +178,8 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
     swapped = replace(pairs, chosen=pairs.rejected, rejected=pairs.chosen)
     turned = replace(policy, theta=policy.theta.roll(2, 0), reference=policy.reference.roll(2, 0))
     margin, other = (
-        DPO().loss(*case, draw).stats["margin"] for case in ((policy, pairs), (turned, swapped))
+        DPO().loss(*case, draw).stats["margin"].values
+        for case in ((policy, pairs), (turned, swapped))
     )
     assert_close(other, -margin)
     assert margin.abs().min() > 1
@@ -196,7 +208,7 @@ def test_chosen_and_rejected_share_time_and_noise():
 @pytest.mark.parametrize("objective", [DPO(beta=1.0, imitate=0.5), KTO(beta=1.0)])
 def test_a_pair_of_weight_0_gives_no_gradient(objective):
     policy, pairs, draw, _ = free_case()
-    pairs = objective.prepare(policy.at("policy"), replace(pairs, weight=torch.tensor([1.0, 0.0])))
+    (pairs,) = with_terms(objective, policy, replace(pairs, weight=torch.tensor([1.0, 0.0])))
     found = gradient(objective.loss(policy, pairs, draw).total, policy.theta)
     assert found[[0, 2]].abs().min() > 0
     assert found[[1, 3]].abs().max() == 0
@@ -219,7 +231,10 @@ def test_a_weight_scales_its_pair_s_gradient():
 def test_the_beta_of_noise_errors_is_diffusion_dpo_to_the_letter():
     policy, pairs, draw, _ = free_case(t=0.3)
     margin = (
-        DPO(beta=7.0, beta_over_time="of_noise_error").loss(policy, pairs, draw).stats["margin"]
+        DPO(beta=7.0, beta_over_time="of_noise_error")
+        .loss(policy, pairs, draw)
+        .stats["margin"]
+        .values
     )
     xt, _ = add_noise(torch.cat(pairs.x0), draw.t.repeat(2), draw.noise.repeat(2, 1, 1))
 
@@ -228,7 +243,7 @@ def test_the_beta_of_noise_errors_is_diffusion_dpo_to_the_letter():
 
     chosen, rejected = (noise_error(policy.theta) - noise_error(policy.reference)).chunk(2)
     assert_close(margin, -7.0 / 2 * (chosen - rejected))
-    assert_close(margin, 0.7**2 * DPO(beta=7.0).loss(policy, pairs, draw).stats["margin"])
+    assert_close(margin, 0.7**2 * DPO(beta=7.0).loss(policy, pairs, draw).stats["margin"].values)
 
 
 def test_imitating_adds_the_chosen_picture_s_own_error():
@@ -250,13 +265,15 @@ def kto_gradient(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Dra
 def with_reference_point(
     objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw, z: float
 ) -> Pairs:
-    errors_ref = objective.error(policy.at("reference"), pairs, draw).detach().chunk(2)
-    return replace(pairs, prepared=torch.stack([torch.full((len(pairs),), z), *errors_ref], 1))
+    errors_ref = objective.errors(policy.at("reference"), pairs, draw).detach().chunk(2)
+    terms = {"mean_g": torch.full((len(pairs),), z), "errors_ref": torch.stack(errors_ref, 1)}
+    return replace(pairs, terms=terms)
 
 
 def gained(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw) -> Tensor:
     return (
-        objective.error(policy.at("reference"), pairs, draw) - objective.error(policy, pairs, draw)
+        objective.errors(policy.at("reference"), pairs, draw)
+        - objective.errors(policy, pairs, draw)
     ).detach()
 
 
@@ -297,16 +314,18 @@ def kto_case(step: float) -> tuple[KTO, VelocityPolicy, Pairs]:
 def test_kto_s_reference_point_is_the_mean_over_the_whole_update():
     objective, policy, pairs = kto_case(step=0.3)
     (draw,) = objective.draws(pairs)
-    prepared = objective.prepare(policy.at("policy"), pairs)
+    (prepared,) = with_terms(objective, policy, pairs)
     mean = gained(objective, policy, pairs, draw).mean()
     assert mean > 0
-    assert_close(prepared.prepared[:, 0], mean.expand(4))
-    assert not prepared.prepared.requires_grad
+    assert_close(prepared.terms["mean_g"], mean.expand(4))
+    loss = objective.loss(policy, prepared, draw)
+    assert_close(loss.stats["reference_point"].values, mean.expand(8))
+    assert not prepared.terms["mean_g"].requires_grad
 
 
 def test_pieces_of_a_kto_update_have_the_gradient_of_the_whole():
     objective, policy, pairs = kto_case(step=0.3)
-    prepared = objective.prepare(policy.at("policy"), pairs)
+    (prepared,) = with_terms(objective, policy, pairs)
     (draw,) = objective.draws(prepared)
     whole = kto_gradient(objective, policy, prepared, draw)
     pieces = [
@@ -315,9 +334,7 @@ def test_pieces_of_a_kto_update_have_the_gradient_of_the_whole():
     ]
     assert_close(torch.stack(pieces).mean(0), whole)
     alone = [
-        kto_gradient(
-            objective, policy, objective.prepare(policy.at("policy"), p), *objective.draws(p)
-        )
+        kto_gradient(objective, policy, *with_terms(objective, policy, p), *objective.draws(p))
         for p in pairs.pieces(1)
     ]
     assert not torch.allclose(torch.stack(alone).mean(0), whole, rtol=1e-2)
@@ -329,7 +346,9 @@ def test_kto_s_reference_point_is_never_negative():
     policy = replace(policy, theta=torch.tensor([5.0]))
     (draw,) = objective.draws(pairs)
     assert gained(objective, policy, pairs, draw).mean() < 0
-    assert objective.prepare(policy.at("policy"), pairs).prepared[:, 0].abs().max() == 0
+    (prepared,) = with_terms(objective, policy, pairs)
+    loss = objective.loss(policy, prepared, draw)
+    assert loss.stats["reference_point"].values.abs().max() == 0
 
 
 @pytest.mark.parametrize("make", [KTO, PRDP])
@@ -345,10 +364,9 @@ def test_the_reference_is_asked_once_about_every_image_and_draw(make, monkeypatc
 
     monkeypatch.setattr(Policy, "velocity", counted)
     objective = make()
-    pairs = objective.prepare(policy.at("policy"), pairs)
     draws = list(objective.draws(pairs))
-    for draw in draws:
-        objective.loss(policy, pairs, draw)
+    for piece, draw in zip(with_terms(objective, policy, pairs), draws, strict=True):
+        objective.loss(policy, piece, draw)
     assert (
         asked.count(("reference", 2 * len(pairs)))
         == len(draws)
@@ -361,8 +379,7 @@ def test_every_pair_of_a_prompt_has_a_time_and_a_noise_of_its_own(make):
     """Or 16 pairs of 8 images would teach what 8 images do."""
     policy = make_policy(Sampler(steps=3, dynamics=flow_sde))
     rollout = collect(policy.at("policy"), two_groups(policy), 6)
-    keys = rollout.keys.clone()
-    keys[:, 2], keys[:, 3] = 0, torch.arange(6)  # all of one prompt
+    keys = Keys.training(0, 0, [(0, image) for image in range(6)])
     pairs = rank(replace(rollout, keys=keys, reward=torch.arange(6.0)), Ranking(top=3))
     (draw,) = make().draws(pairs)
     assert len(draw.t.unique()) == len(draw.noise.flatten(1).unique(dim=0)) == len(pairs) == 9
@@ -378,15 +395,17 @@ def test_d3po_s_log_ratio_is_that_of_two_normal_densities():
     move = path[:, 1]
     densities = [Normal(path[:, 0] + bias, 0.5).log_prob(move).mean((1, 2)) for bias in (0.02, 0.0)]
     chosen, rejected = densities[0] - densities[1]
-    assert loss.stats["ratio/clipped"].sum() == 0
-    assert_close(loss.stats["margin"], (3.0 * (chosen - rejected))[None], rtol=1e-4, atol=1e-6)
+    assert loss.stats["ratio/clipped"].values.sum() == 0
+    assert_close(
+        loss.stats["margin"].values, (3.0 * (chosen - rejected))[None], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_d3po_s_loss_at_the_reference_is_log_2():
     pairs = path_pairs(random(3, 2, 4), random(3, 2, 4, seed=1), torch.zeros(0))
     loss = D3PO().loss(ChainPolicy(torch.zeros(1)), pairs, 0)
     assert loss.total.item() == pytest.approx(math.log(2))
-    assert loss.stats["chosen_preferred"].tolist() == [0.5] * 3
+    assert loss.stats["chosen_preferred"].values.tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -429,7 +448,7 @@ def test_d3po_ends_at_the_kl_regularised_optimum():
     found = minimiser(
         lambda theta: objective.loss(ChainPolicy(theta), pairs, 0).total, torch.zeros(1)
     )
-    assert objective.loss(ChainPolicy(found), pairs, 0).stats["ratio/clipped"].sum() == 0
+    assert objective.loss(ChainPolicy(found), pairs, 0).stats["ratio/clipped"].values.sum() == 0
     assert found.item() == pytest.approx(c / beta, rel=1e-4)
 
 
@@ -459,12 +478,9 @@ def chain_pairs(slope: float, old: ChainPolicy) -> Pairs:
 
 def prdp_gradient(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> Tensor:
     """Of the mean over the draws, as the loop takes it."""
-    pairs = objective.prepare(policy.at("policy"), pairs)
+    by_step = zip(with_terms(objective, policy, pairs), objective.draws(pairs), strict=True)
     return torch.stack(
-        [
-            gradient(objective.loss(policy, pairs, k).total, policy.bias)
-            for k in objective.draws(pairs)
-        ]
+        [gradient(objective.loss(policy, piece, k).total, policy.bias) for piece, k in by_step]
     ).mean(0)
 
 
@@ -500,8 +516,8 @@ def test_prdp_ends_at_the_kl_regularised_optimum():
         policy = replace(policy, bias=(policy.bias - 0.15 * step).detach().requires_grad_())
     assert_close(policy.bias.detach(), optimum, rtol=1e-4, atol=1e-5)
     losses = [
-        objective.loss(policy, objective.prepare(policy.at("policy"), pairs), k).total
-        for k in range(3)
+        objective.loss(policy, piece, k).total
+        for k, piece in enumerate(with_terms(objective, policy, pairs))
     ]
     assert max(losses) < 1e-8
 
@@ -529,10 +545,10 @@ def test_prdp_takes_the_larger_of_the_plain_and_the_clipped_error():
     plain, clipped = directly(objective, policy, pairs)
     assert (plain < clipped).any()
     assert (plain > clipped).any()
-    for k in range(3):
-        loss = objective.loss(policy, objective.prepare(policy.at("policy"), pairs), k)
+    for k, piece in enumerate(with_terms(objective, policy, pairs)):
+        loss = objective.loss(policy, piece, k)
         assert_close(loss.total, torch.maximum(plain, clipped).mean(), rtol=1e-4, atol=1e-6)
-        assert_close(loss.stats["ratio/clipped"], (plain < clipped).float())
+        assert_close(loss.stats["ratio/clipped"].values, (plain < clipped).float())
 
 
 def test_prdp_learns_from_the_steps_that_are_drawn_alone():
@@ -589,7 +605,7 @@ def sampled() -> tuple[Policy, Rollout]:
 def test_the_normalised_ratio_is_one_before_the_first_update(sampled):
     policy, rollout = sampled
     for k in rollout.steps:
-        ratio = FlowGRPO(ratio="normalised").loss(policy, rollout, k).stats["ratio/mean"]
+        ratio = FlowGRPO(ratio="normalised").loss(policy, rollout, k).stats["ratio/mean"].values
         assert (ratio - 1).abs().max() <= 1e-6
 
 
@@ -672,7 +688,7 @@ def test_the_best_n_and_the_worst_n_make_n_squared_pairs(top, count):
     n = math.isqrt(count)
     expected = [(6.0 - i, n - float(j)) for i in range(n) for j in range(n)]
     assert found == expected + [(10 * better, 10 * worse) for better, worse in expected]
-    assert len({tuple(key) for key in pairs.keys.tolist()}) == 2 * count
+    assert len({tuple(key) for key in pairs.keys.table().tolist()}) == 2 * count
 
 
 def test_groups_that_lie_mixed_are_never_mixed():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 
-from flowalign.batch import Batch, Cond, Examples, Pairs, Rollout
+from flowalign.batch import Batch, Cond, Examples, Keys, Pairs, Rollout
 from flowalign.dynamics import Gaussian
 from flowalign.flow import over_latent
 from flowalign.models.base import FlowModel
@@ -77,10 +77,15 @@ def cond_of(count: int) -> Cond:
     return Cond(empty, empty)
 
 
-def labels(count: int, images: int = 1) -> tuple[list[str], list[dict[str, int]], Tensor, Cond]:
-    """Prompts, metadata, keys and embeddings of groups of so many images."""
-    keys = torch.tensor([(0, 0, i // images, i % images) for i in range(count)])
-    return [""] * count, [{}] * count, keys, cond_of(count)
+def labels(count: int, images: int = 1) -> dict[str, Any]:
+    """The fields of any batch, for groups of so many images."""
+    return {
+        "prompts": [""] * count,
+        "metadata": [{}] * count,
+        "keys": Keys.training(0, 0, [divmod(row, images) for row in range(count)]),
+        "cond": cond_of(count),
+        "weight": torch.ones(count),
+    }
 
 
 def pairs_of(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None) -> Pairs:
@@ -100,25 +105,33 @@ def path_pairs(
     """Pairs of paths (B, K + 1, *latent); `log_prob` is of the chosen, then of the rejected (2 B, K)."""
     one = torch.ones(len(chosen))
     gap, weight = one if gap is None else gap, one if weight is None else weight
-    sides = chosen, rejected, *(log_prob.chunk(2) if log_prob.numel() else (log_prob, log_prob))
-    return Pairs(*labels(len(chosen)), *sides, gap, weight, range(chosen.shape[1] - 1))
+    log_probs = log_prob.chunk(2) if log_prob.numel() else (log_prob, log_prob)
+    return Pairs(
+        **{**labels(len(chosen)), "weight": weight},
+        chosen=chosen,
+        rejected=rejected,
+        chosen_log_prob=log_probs[0],
+        rejected_log_prob=log_probs[1],
+        gap=gap,
+        steps=range(chosen.shape[1] - 1),
+    )
 
 
 def examples_of(x0: Tensor) -> Examples:
-    return Examples(*labels(len(x0)), x0)
+    return Examples(**labels(len(x0)), x0=x0)
 
 
 def rollout_of(path: Tensor, log_prob: Tensor, reward: Tensor, images: int = 1) -> Rollout:
     """Judged paths (B, K + 1, *latent) in groups of so many images; the advantage is the reward."""
     pictures = torch.zeros(len(path), 3, 1, 1, dtype=torch.uint8)
     return Rollout(
-        *labels(len(path), images),
-        path,
-        log_prob,
-        pictures,
-        reward,
-        reward,
-        range(path.shape[1] - 1),
+        **labels(len(path), images),
+        path=path,
+        log_prob=log_prob,
+        images=pictures,
+        reward=reward,
+        advantage=reward,
+        steps=range(path.shape[1] - 1),
     )
 
 

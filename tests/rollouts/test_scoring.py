@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flowalign.advantages import ADVANTAGES, group_advantage, win_rate
-from flowalign.batch import Cond, Rollout
+from flowalign.batch import Cond, Keys, Rollout
 from flowalign.config.load import load_config
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.rewards.base import Reward, Traits
 from flowalign.rewards.combine import WeightedSum
-from flowalign.rollouts.ranking import rank, Ranking
+from flowalign.rollouts.ranking import rank
+from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import missing_scores, NotFinite, RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts
 from flowalign.training import setup as assembly
@@ -44,16 +45,17 @@ def grey(*groups: list[int]) -> Rollout:
         levels[:, None, None, None].byte().expand(-1, 3, 2, 2),
     )
     return Rollout(
-        prompts,
-        [{}] * len(levels),
-        torch.tensor(keys),
-        cond,
-        path,
-        nothing,
-        images,
-        nothing[:, 0],
-        nothing[:, 0],
-        range(0),
+        prompts=prompts,
+        metadata=[{}] * len(levels),
+        keys=Keys.of_rows(keys),
+        cond=cond,
+        weight=torch.ones(len(levels)),
+        path=path,
+        log_prob=nothing,
+        images=images,
+        reward=nothing[:, 0],
+        advantage=nothing[:, 0],
+        steps=range(0),
     )
 
 
@@ -288,9 +290,8 @@ def test_rewards_of_groups_that_a_gradient_passes_through_are_asked_prompt_by_pr
         seen.append(set(prompts))
         return images.mean((1, 2, 3)) / images.mean((1, 2, 3)).sum()
 
-    prompts, _ = differentiable_prompts(
-        replace(context(), judge=judge(Reward("share", share, traits=Traits("group"))))
-    )(0)
+    scorer = judge(Reward("share", share, traits=Traits("group")))
+    prompts, _ = differentiable_prompts(replace(context(), scorer=scorer), 0)
     images = torch.rand(6, 3, 2, 2, requires_grad=True)
     combined, by_name = prompts.reward(images, prompts.prompts, prompts.metadata)
     assert seen == [{prompts.prompts[0]}, {prompts.prompts[3]}]

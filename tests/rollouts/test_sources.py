@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,21 @@ from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.pixel_statistics import brightness
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect
-from flowalign.rollouts.ranking import rank, Ranking
+from flowalign.rollouts.ranking import rank
+from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import (
     given_examples,
     given_pairs,
-    judged_rollouts,
     ranked_pairs,
+    scored_rollouts,
     Source,
     source_of,
     SourceContext,
 )
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import trainer
-from flowalign.training.gradient import compute_gradient, Meter
+from flowalign.training.gradient import compute_gradient, Meter, split
 from tests.tiny import make_policy, ROOT, SMALL, TINY, two_groups
 
 CAPTIONS = ["a red circle", "a blue square", "a green triangle", "a circle and a square"]
@@ -96,32 +98,40 @@ def context(
     judge = RolloutScorer(*judged, drop_equal_groups=drop_equal_groups)
     prompts = [Prompt(caption) for caption in CAPTIONS]
     return SourceContext(
-        policy, judge, prompts, examples, BatchPlan(**settings), 0, "policy", Ranking()
+        policy=policy,
+        scorer=judge,
+        prompts=prompts,
+        examples=examples,
+        plan=BatchPlan(**settings),
+        seed=0,
+        sampling_weights="policy",
+        ranking=Ranking(),
     )
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    return list(batch.tensors().values())
 
 
-SOURCES = [given_pairs, given_examples, judged_rollouts, ranked_pairs]
+SOURCES = [given_pairs, given_examples, scored_rollouts, ranked_pairs]
 
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_what_a_step_takes_depends_on_the_step_alone(make, pairs):
     given = make in (given_pairs, given_examples)
-    source: Source = make(context(pairs if given else None))
+    source: Source = partial(make, context(pairs if given else None))
     first, third = source(1)[0], source(3)[0]
-    again = make(context(pairs if given else None))(3)[0]
+    again = make(context(pairs if given else None), 3)[0]
     for other in (again, source(3)[0]):
         assert other.prompts == third.prompts
         assert all(torch.equal(a, b) for a, b in zip(tensors(other), tensors(third), strict=True))
-    assert not torch.equal(first.keys, third.keys)
+    assert not torch.equal(first.keys.table(), third.keys.table())
 
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_every_entry_comes_once_before_any_comes_again(make, pairs):
-    source: Source = make(context(pairs if make in (given_pairs, given_examples) else None))
+    given = make in (given_pairs, given_examples)
+    source: Source = partial(make, context(pairs if given else None))
     for lap in (0, 1):
         seen = [set(source(2 * lap + step)[0].prompts) for step in (0, 1)]
         assert seen[0] | seen[1] == set(CAPTIONS)
@@ -130,7 +140,7 @@ def test_every_entry_comes_once_before_any_comes_again(make, pairs):
 
 def test_given_pairs_are_latents_of_their_pictures(pairs):
     source = context(pairs)
-    batch, metrics = given_pairs(source)(0)
+    batch, metrics = given_pairs(source, 0)
     for name, x0 in zip(("bright", "dark"), batch.x0, strict=True):
         files = [pairs.parent / f"{name}{CAPTIONS.index(prompt)}.png" for prompt in batch.prompts]
         pictures = torch.stack([load_picture(file.read_bytes(), 64, 64) for file in files])
@@ -141,7 +151,7 @@ def test_given_pairs_are_latents_of_their_pictures(pairs):
 
 def test_given_examples_are_the_better_pictures(pairs):
     source = context(pairs)
-    assert torch.equal(given_examples(source)(0)[0].x0, given_pairs(source)(0)[0].x0[0])
+    assert torch.equal(given_examples(source, 0)[0].x0, given_pairs(source, 0)[0].x0[0])
 
 
 def test_given_pictures_come_before_those_the_policy_would_make(pairs):
@@ -157,7 +167,7 @@ def test_rollouts_are_made_by_the_weights_that_the_objective_names():
         for parameter in source.policy.parameters("old"):
             parameter.add_(0.1)
     old, policy = (
-        judged_rollouts(replace(source, sampling_weights=name))(0)[0].x0
+        scored_rollouts(replace(source, sampling_weights=name), 0)[0].x0
         for name in ("old", "policy")
     )
     expected = collect(source.policy.at("old"), source.step_prompts(0), 2).x0
@@ -167,8 +177,8 @@ def test_rollouts_are_made_by_the_weights_that_the_objective_names():
 
 def test_ranked_pairs_are_the_brightest_and_the_darkest_of_a_prompt():
     source = context()
-    rollout, metrics = judged_rollouts(source)(0)
-    pairs, same = ranked_pairs(source)(0)
+    rollout, metrics = scored_rollouts(source, 0)
+    pairs, same = ranked_pairs(source, 0)
     assert metrics == same
     reward = rollout.reward.view(2, 3)
     torch.testing.assert_close(pairs.gap, reward.max(1).values - reward.min(1).values)
@@ -176,9 +186,11 @@ def test_ranked_pairs_are_the_brightest_and_the_darkest_of_a_prompt():
 
 def test_the_noise_of_a_pair_does_not_depend_on_what_other_prompts_there_are():
     source = replace(context(), ranking=Ranking(top=1))
-    rollout, _ = judged_rollouts(source)(0)
+    rollout, _ = scored_rollouts(source, 0)
     second = rollout[list(range(3, 6))]
-    assert torch.equal(rank(rollout, source.ranking).keys[1:], rank(second, source.ranking).keys)
+    assert torch.equal(
+        rank(rollout, source.ranking).keys.table()[1:], rank(second, source.ranking).keys.table()
+    )
 
 
 @pytest.mark.parametrize("kind", [DPO, KTO, SFT, SOAR, RAFT])
@@ -196,8 +208,8 @@ def test_what_is_imitated_or_preferred_is_the_velocity_without_guidance(kind, pa
         return velocity(policy, x, t, cond)
 
     monkeypatch.setattr(Policy, "velocity", asking)
-    batch = objective.prepare(source.policy.at("policy"), batch)
-    objective.loss(source.policy, batch, next(iter(objective.draws(batch))))
+    one = next(iter(split(source.policy, objective, batch, len(batch) * batch.images_per_row)))
+    objective.loss(source.policy, one.batch, one.draw)
     assert set(asked) == ({1, objective.guidance} if isinstance(objective, SOAR) else {1})
 
 
@@ -216,10 +228,10 @@ def test_groups_of_equal_rewards_are_dropped_where_that_is_asked_for(drop, taugh
     source = context(drop_equal_groups=drop)
     source = replace(
         source,
-        judge=replace(source.judge, rewards=[Reward("flat", flat)]),
+        scorer=replace(source.scorer, rewards=[Reward("flat", flat)]),
         prompts=[Prompt(c) for c in CAPTIONS[:2]],
     )
-    rollout, metrics = judged_rollouts(source)(0)
+    rollout, metrics = scored_rollouts(source, 0)
     assert metrics["reward/groups_without_spread"] == 0.5
     assert len(rollout) == 6
     assert len(rollout.trainable_rows()) == taught
@@ -235,14 +247,14 @@ def test_a_prompt_is_dropped_where_its_advantages_are_equal_whatever_its_sums_ar
         ]
 
     supplied = context(drop_equal_groups=True)
-    rollout = judged_rollouts(supplied)(0)[0]
+    rollout = scored_rollouts(supplied, 0)[0]
     number = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
     rollout = replace(rollout, images=number.expand_as(rollout.images).clone())
     rewards = [
         Reward("a", looked_up(0, 1, 0, 0, 0, 0)),
         Reward("b", looked_up(1, 0.5, 1, 1, 1, 1), weight=2.0),
     ]
-    judge = replace(supplied.judge, rewards=rewards)
+    judge = replace(supplied.scorer, rewards=rewards)
     assert judge([rollout])[0].reward.eq(2).all()
     assert len(judge([rollout])[0].trainable_rows()) == 0
     taught = replace(judge, advantage=gdpo)([rollout])[0].trainable_rows()
@@ -463,7 +475,7 @@ def test_a_reward_without_gradient_is_refused_before_training(few_prompts, tmp_p
         ),
         (
             ["objective={name: prdp}", "sampler.dynamics={name: ode}"],
-            "the objective learns from stochastic steps, but sampler",
+            "The objective learns from stochastic steps, but sampler",
         ),
     ],
 )
