@@ -2,7 +2,7 @@
 
     import flowalign
 
-    config = flowalign.load_config("configs/tiny/crd.yaml", ["train.steps=20"])
+    config = flowalign.load_config("tiny/crd.yaml", ["train.steps=20"])
     summary = flowalign.train(config)
     samples = flowalign.sample(config.output, ["a red circle above a blue square"], images=4)
     samples.save("samples")
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flowalign.reporting.trackers import Tracker
     from flowalign.rewards.base import LearnedReward, Reward, traits
     from flowalign.rewards.registry import load_reward
-    from flowalign.sampling import SampleResult
+    from flowalign.sampling.result import SampleResult
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _HOMES = {
     "RewardTable": "advantages",
     "Rollout": "batch",
     "RunError": "errors",
-    "SampleResult": "sampling",
+    "SampleResult": "sampling.result",
     "Sampler": "policy",
     "Tracker": "reporting.trackers",
     "UserError": "errors",

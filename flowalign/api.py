@@ -5,14 +5,14 @@ misspelt key in a YAML file is answered before PyTorch's models are imported.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TYPE_CHECKING, TypedDict, Unpack
 
 from flowalign import progress
+from flowalign.bundled import locate
 from flowalign.reporting import console as screen
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def plan(
         gpu: Name of a GPU, such as "h100", whose speed the times are for.
         memory: Memory in GB that `train.images_per_pass` should fit; that of the GPU by default.
     """
-    with _checked_config(config, overrides) as checked:
+    with screen.shown(), _checked_config(config, overrides) as checked:
         from flowalign.diagnostics.plan import report
 
         _say_notes(checked)
@@ -158,16 +158,19 @@ def evaluate(
         True
     """
     with screen.shown():
-        sampling = _import_sampling()
+        _import_sampling()
         from flowalign.config.sections import Config
+        from flowalign.sampling import generate, sources
 
         if isinstance(source, Config):
-            origin = sampling.from_config(source, adapter)
+            origin = sources.from_config(source, adapter)
         elif Path(source).suffix == ".yaml":
-            origin = sampling.from_config(load_config(source), adapter)
+            origin = sources.from_config(load_config(source), adapter)
         else:
-            origin = sampling.find_source(str(source))
-        return sampling.evaluate(origin)
+            origin = sources.find_source(str(source))
+            # A user may compare other weights with those of the run, from the same noise.
+            origin = replace(origin, adapter=Path(adapter)) if adapter else origin
+        return generate.evaluate(origin)
 
 
 def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers pipeline
@@ -208,12 +211,14 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         [(64, 64), (64, 64)]
     """
     with screen.shown() as console:
-        sampling = _import_sampling()
-        settings = sampling.SampleSettings(images=images, seed=seed, steps=steps, guidance=guidance)
-        origin, texts = sampling.find_source(str(source), model), sampling.read_texts(prompts)
-        facts = sampling.describe_source(origin, texts, settings)
+        _import_sampling()
+        from flowalign.sampling import generate, sources
+
+        settings = generate.SampleSettings(images=images, seed=seed, steps=steps, guidance=guidance)
+        origin, texts = sources.find_source(str(source), model), sources.read_texts(prompts)
+        facts = generate.describe_source(origin, texts, settings)
         screen.print_facts(console, "flowalign sample", facts)
-        return sampling.sample(origin, texts, settings)
+        return generate.sample(origin, texts, settings)
 
 
 def sample_to_folder(
@@ -231,11 +236,14 @@ def sample_to_folder(
             `outputs`, with a number at its end if it exists.
         settings: Further arguments of `sample`.
     """
-    sampling = _import_sampling()
+    with screen.shown():
+        _import_sampling()
     from flowalign.reporting.header import plural
+    from flowalign.sampling import generate
+    from flowalign.sampling import result as files
 
     # The folder is checked first: an hour of sampling must not end with a refusal.
-    folder = sampling.free_folder(Path(output)) if output else sampling.default_folder(str(source))
+    folder = files.free_folder(Path(output)) if output else generate.default_folder(str(source))
     result = sample(source, prompts, **settings)
     console = screen.make_console()
     if console.quiet:
@@ -269,7 +277,7 @@ def load_model(source: "str | Path | ModelConfig", device: str | None = None) ->
     from flowalign.models.config import ModelConfig
     from flowalign.models.families import describe
 
-    config = source if isinstance(source, ModelConfig) else describe(str(source))
+    config = source if isinstance(source, ModelConfig) else describe(locate(str(source)))
     with screen.shown():
         return load_model(config, device or str(distributed.device()))
 
@@ -287,18 +295,16 @@ def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Ite
         yield checked
 
 
-def _import_sampling() -> ModuleType:
-    """Import the module with everything heavy behind it, and show that something happens."""
+def _import_sampling() -> None:
+    """Import everything heavy while the display shows that something happens."""
     with progress.task("importing PyTorch and diffusers"):
-        from flowalign import sampling
-    return sampling
+        import flowalign.sampling.generate  # noqa: F401 - imported for what it costs
 
 
 def _say_notes(config: "Config") -> None:
-    """Print which settings have no effect, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        for note in config.notes:
-            progress.say(f"Note: {note}")
+    """Print which settings have no effect."""
+    for note in config.notes:
+        progress.say(f"Note: {note}")
 
 
 def _as_strings(overrides: Overrides) -> list[str]:

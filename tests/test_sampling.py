@@ -12,7 +12,8 @@ import flowalign
 from flowalign.cli import main
 from flowalign.errors import UserError
 from flowalign.runs.adapter_card import base_model, lora_settings
-from flowalign.sampling import find_source, next_folder, read_texts
+from flowalign.sampling.result import next_folder
+from flowalign.sampling.sources import find_source, read_texts
 from flowalign.training import trainer
 from tests.tiny import ROOT, small_config
 

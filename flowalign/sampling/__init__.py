@@ -1,0 +1,1 @@
+"""Pictures of a model, or of an adapter before and after training."""

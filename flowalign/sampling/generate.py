@@ -1,0 +1,153 @@
+"""Make pictures with a model, and with an adapter from the same noise: before and after."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flowalign import distributed
+from flowalign.advantages import ADVANTAGES
+from flowalign.bundled import locate
+from flowalign.data.prompts import Prompt
+from flowalign.errors import UserError
+from flowalign.evaluation.evaluator import Evaluator
+from flowalign.evaluation.results import EvaluationResult
+from flowalign.evaluation.statistics import paired_difference
+from flowalign.models import load_model
+from flowalign.policy import Policy, Sampler
+from flowalign.reporting.header import device_fact, model_fact, plural
+from flowalign.rewards.combine import COMBINE
+from flowalign.rewards.registry import load_rewards
+from flowalign.rollouts.scoring import RolloutScorer
+from flowalign.runs.adapter import load_adapter
+from flowalign.sampling.result import next_folder, SampleResult
+from flowalign.sampling.sources import default_prompts, enclosing_run, guidance_key, Source
+from flowalign.training.setup import assemble, make_scorer, read_inputs
+
+IMAGES_PER_PASS = 16
+"""For a model without a run."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How many pictures to make, and how."""
+
+    images: int = 1
+    """Pictures per prompt."""
+    seed: int = 0
+    """First part of the key that all noise is drawn from."""
+    steps: int | None = None
+    """Sampler steps; those of the source if None."""
+    guidance: float | None = None
+    """Guidance scale; that of the source if None."""
+
+
+def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> SampleResult:
+    """Make pictures. Without prompts, a run uses some of its evaluation prompts."""
+    prompts = prompts or default_prompts(source)
+    policy = load_policy(source, settings)
+    evaluator = make_evaluator(source, prompts, settings)
+    before = evaluator.judged(evaluator.passes(policy.at("reference")))
+    if not source.adapter:
+        return _result(before, prompts, settings)
+    after = evaluator.judged(evaluator.passes(policy.at("policy")))
+    return replace(
+        _result(after, prompts, settings),
+        adapter=source.adapter,
+        before=_result(before, prompts, settings),
+        difference=paired_difference(before, after),
+    )
+
+
+def evaluate(source: Source) -> EvaluationResult:
+    """Evaluate a run as its training does, with its adapter if there is one.
+
+    Raises UserError if the source has no configuration.
+    """
+    config = source.config
+    if config is None:
+        raise UserError("The source has no evaluation prompts. Give a run folder or a YAML file.")
+    inputs = distributed.raise_everywhere(lambda: read_inputs(config))
+    assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
+    policy = assembly.state.policy
+    if source.adapter:
+        load_adapter(policy, source.adapter)
+    weights = policy.at("policy" if source.adapter else "reference")
+    return assembly.evaluator(weights.sampling(config.evaluation_sampler))
+
+
+def describe_source(
+    source: Source, prompts: list[Prompt], settings: SampleSettings
+) -> dict[str, str]:
+    """Return what will be sampled, by the name of the fact."""
+    sampler = sampler_of(source, settings)
+    guidance = getattr(sampler, guidance_key(source.model))
+    prompts = prompts or default_prompts(source)
+    images = f"{plural(len(prompts), 'prompt')} x {plural(settings.images, 'image')}"
+    facts = {
+        "model": model_fact(source.model),
+        "sampling": f"{images}, {plural(sampler.steps, 'step')}, guidance {guidance:g}",
+        "device": device_fact(distributed.count(), distributed.device()),
+    }
+    return {**facts, "adapter": str(source.adapter)} if source.adapter else facts
+
+
+def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
+    """Return the sampler of a source with the settings of the user."""
+    changes = {"steps": settings.steps, guidance_key(source.model): settings.guidance}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(source.sampler, **changes)
+
+
+def load_policy(source: Source, settings: SampleSettings) -> Policy:
+    """Load the model and its adapter."""
+    model = load_model(source.model, str(distributed.device()))
+    policy = Policy(model, sampler_of(source, settings))
+    if source.adapter:
+        load_adapter(policy, source.adapter)
+    return policy
+
+
+def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettings) -> Evaluator:
+    """Return an evaluator that makes the pictures of these prompts and scores them."""
+    images_per_pass = source.config.train.images_per_pass if source.config else IMAGES_PER_PASS
+    count = len(prompts) * settings.images
+    return Evaluator(
+        prompts,
+        settings.images,
+        scorer_of(source),
+        images_per_pass,
+        settings.seed,
+        shown=count,
+    )
+
+
+def scorer_of(source: Source) -> RolloutScorer:
+    """Return the evaluation rewards of the run; none without a run."""
+    config = source.config
+    if config:
+        return make_scorer(config, load_rewards(config.evaluation.rewards, "evaluation.rewards"))
+    # Nothing is combined or compared without rewards, so the two rules are never called.
+    combine, advantage = COMBINE["weighted_sum"](), ADVANTAGES["group"]
+    return RolloutScorer([], combine, advantage, IMAGES_PER_PASS, distributed.device())
+
+
+def default_folder(source: str) -> Path:
+    """Return a new folder for the pictures of a source: in its run folder, or in `outputs`."""
+    folder = Path(locate(source))
+    run = folder if (folder / "config.yaml").is_file() else enclosing_run(folder)
+    return next_folder((run or Path("outputs")) / "samples")
+
+
+def _result(
+    result: EvaluationResult, prompts: list[Prompt], settings: SampleSettings
+) -> SampleResult:
+    numbers = [i // settings.images for i in range(len(prompts) * settings.images)]
+    return SampleResult(
+        images=result.images,
+        prompts=[prompts[number].text for number in numbers],
+        prompt_numbers=numbers,
+        image_numbers=list(range(settings.images)) * len(prompts),
+        seed=settings.seed,
+        scores={name: values.tolist() for name, values in result.rewards.items()},
+        means=result.means,
+        difference={},
+    )

@@ -1,0 +1,166 @@
+"""Find out what a user wants to sample from: a run, a checkpoint, an adapter, or a model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flowalign.bundled import locate
+from flowalign.config.load import load_config
+from flowalign.config.sections import Config
+from flowalign.data.preferences import read_examples
+from flowalign.data.prompts import Prompt, read_prompts
+from flowalign.errors import UserError
+from flowalign.models.config import Lora, ModelConfig
+from flowalign.models.families import describe
+from flowalign.policy import Sampler
+from flowalign.runs.adapter import ADAPTER_FILE
+from flowalign.runs.adapter_card import base_model, lora_settings
+from flowalign.runs.checkpoint import checkpoints
+
+STEPS = 28
+"""Sampler steps for a model without a run."""
+DEFAULT_PROMPTS = 18
+"""Evaluation prompts of a run that are used if no prompt is given."""
+PROMPT_FILES = (".txt", ".jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model to make pictures with, perhaps with an adapter and the run that trained it."""
+
+    model: ModelConfig
+    """The model, with the LoRA settings of the adapter."""
+    sampler: Sampler
+    """How pictures are made by default."""
+    adapter: Path | None = None
+    """Folder of the adapter's weights."""
+    config: Config | None = None
+    """The run, which brings prompts and rewards."""
+
+
+def find_source(source: str, model: str | None = None) -> Source:
+    """Find out what a path holds: a run, a checkpoint, an adapter, or a model.
+
+    Args:
+        source: A folder, the weights file of an adapter, or a repository on the hub.
+        model: The base model of an adapter, if its model card does not name it.
+
+    Raises:
+        UserError: The path is none of these.
+    """
+    folder = Path(locate(source))
+    folder = folder.parent if folder.name == ADAPTER_FILE else folder
+    if (folder / ADAPTER_FILE).is_file():
+        run = None if model else enclosing_run(folder)
+        return from_run(run, trained_weights(folder)) if run else from_adapter(folder, model)
+    if (folder / "config.yaml").is_file():
+        return from_run(folder, run_adapter(folder))
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{source} holds no run (config.yaml), adapter ({ADAPTER_FILE}) or model "
+            "(model_index.json). Give the folder of one of these."
+        )
+    return from_model(str(folder) if folder.is_dir() else source)
+
+
+def from_run(run: Path, adapter: Path) -> Source:
+    """Return the source of a run folder with one of its adapters."""
+    config = load_config(run / "config.yaml")
+    return from_config(config, adapter)
+
+
+def from_config(config: Config, adapter: str | Path | None = None) -> Source:
+    """Return the source of a configuration, with an adapter or without."""
+    return Source(
+        model=config.model,
+        sampler=config.evaluation_sampler,
+        adapter=Path(adapter) if adapter else None,
+        config=config,
+    )
+
+
+def from_adapter(folder: Path, model: str | None) -> Source:
+    """Return the source of an adapter without a run. Raises UserError if its model is unknown."""
+    base = model or base_model(folder)
+    if base is None:
+        raise UserError(
+            f"{folder} does not say which model the adapter belongs to. Name it: --model MODEL, or "
+            "write base_model: MODEL into the head of its README.md."
+        )
+    # A card may name a folder next to the adapter, or a model that comes with the package.
+    located = locate(base, [folder])
+    return replace(from_model(located, lora_settings(folder)), adapter=folder)
+
+
+def from_model(model: str, lora: Lora | None = None) -> Source:
+    """Return the source of a model folder or repository."""
+    config = describe(model)
+    guidance = {guidance_key(config): config.default_guidance}
+    sampler = replace(Sampler(steps=STEPS), **guidance)
+    return Source(model=replace(config, lora=lora) if lora else config, sampler=sampler)
+
+
+def guidance_key(model: ModelConfig) -> str:
+    """Return the sampler's field that a pipeline's `guidance_scale` stands for."""
+    return "embedded_guidance" if model.embeds_guidance else "guidance"
+
+
+def enclosing_run(folder: Path) -> Path | None:
+    """Return the run folder that an adapter or a checkpoint lies in, or None."""
+    for parent in folder.absolute().parents[:4]:  # RUN/checkpoints/step-000100/snapshots/ema
+        if (parent / "config.yaml").is_file() and (parent / "environment.json").is_file():
+            return parent
+    return None
+
+
+def run_adapter(run: Path) -> Path:
+    """Return the exported adapter of a run, or that of its last checkpoint.
+
+    Raises UserError if there is neither.
+    """
+    if (run / "adapter").is_dir():
+        return run / "adapter"
+    saved = checkpoints(run)
+    if not saved:
+        raise UserError(
+            f"{run} has no adapter and no checkpoint yet. Train it first: python train.py CONFIG."
+        )
+    return trained_weights(saved[-1])
+
+
+def trained_weights(checkpoint: Path) -> Path:
+    """Return the weights that a run would export: the moving average if there is one."""
+    average = checkpoint / "snapshots" / "ema"
+    return average if average.is_dir() else checkpoint
+
+
+def read_texts(prompts: Iterable[str | Prompt] | str | Path | None) -> list[Prompt]:
+    """Return prompts: texts, or one file of them. None gives an empty list."""
+    if prompts is None:
+        return []
+    texts = [prompts] if isinstance(prompts, str | Path) else list(prompts)
+    if len(texts) == 1 and not isinstance(texts[0], Prompt):
+        if Path(texts[0]).suffix in PROMPT_FILES:
+            return read_prompts(locate(str(texts[0])), "prompts")
+    return [text if isinstance(text, Prompt) else Prompt(str(text)) for text in texts]
+
+
+def evaluation_prompts(config: Config) -> list[Prompt]:
+    """Return the evaluation prompts of a run, or else its training prompts, each once."""
+    path = config.evaluation.prompts or config.data.prompts
+    if path:
+        return read_prompts(path)
+    examples = read_examples(config.data.pairs, "data.pairs", paired=False)
+    return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
+
+
+def default_prompts(source: Source) -> list[Prompt]:
+    """Return a few evaluation prompts, spread evenly over the file."""
+    if source.config is None:
+        raise UserError(
+            "There are no prompts. Give some, or a prompt file: "
+            'python sample.py MODEL "a red circle left of a blue square".'
+        )
+    prompts = evaluation_prompts(source.config)
+    count = min(DEFAULT_PROMPTS, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
