@@ -7,14 +7,11 @@ the docstring under each field. A test compares the pages with what this script 
 run it after a change of a setting.
 """
 
-import ast
 import dataclasses
 import inspect
-import itertools
 import math
 import re
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints, Literal, Union
@@ -22,11 +19,16 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints, Literal
 from pydantic.fields import FieldInfo
 
 from flowalign.advantages import ADVANTAGES
+from flowalign.bundled import ROOT as PACKAGE_ROOT
+from flowalign.config.schema import field_docs, summary
 from flowalign.config.sections import Data, Evaluation, Train
 from flowalign.dynamics import DYNAMICS
+from flowalign.models import MODELS
 from flowalign.models.config import ModelConfig
+from flowalign.models.families import family_of
 from flowalign.objectives import OBJECTIVES
 from flowalign.policy import Sampler
+from flowalign.rewards import REWARDS
 from flowalign.rewards.combine import COMBINE
 from flowalign.settings.by_name import imported
 
@@ -66,7 +68,7 @@ is named by its path: `my_file.py:MyObjective`. Each built-in one has a page wit
 
 """
 
-REWARDS = """## rewards
+REWARDS_SECTION = """## rewards
 
 A mapping of names to weights, or to `{weight: 1.0, ...}` with the reward's own settings: see
 [rewards](rewards.md). Under a name of your choice, `{reward: NAME, ...}` says which reward it is.
@@ -111,34 +113,61 @@ def configuration_page() -> str:
     objectives = [f"- [`{name}`](objectives/{name}.md)" for name in OBJECTIVES]
     sections = [
         section("model", ModelConfig),
+        *(family_settings(name) for name in MODELS),
         section("sampler", Sampler, skip=("dynamics",)),
         alternatives("sampler.dynamics", DYNAMICS),
         OBJECTIVE + "\n".join(objectives) + "\n",
         alternatives("advantage", ADVANTAGES),
-        REWARDS,
+        REWARDS_SECTION,
+        reward_settings(),
         alternatives("combine", COMBINE),
         section("data", Data),
         section("train", Train),
         section("evaluation", Evaluation),
         OUTPUT,
     ]
-    return "\n".join([HEAD, *sections])
+    return "\n".join(filter(None, [HEAD, *sections]))
 
 
 def section(name: str, cls: type, skip: tuple[str, ...] = ()) -> str:
     """A heading, the dataclass's own docstring, and a list of its settings."""
     rows = [entry(row) for row in settings(cls) if row.name.partition(".")[0] not in skip]
-    return f"## {name}\n\n{summary(cls)}\n\n" + "\n".join(rows) + "\n"
+    return f"## {name}\n\n{one_line(summary(cls))}\n\n" + "\n".join(rows) + "\n"
 
 
-def alternatives(key: str, table: dict[str, Callable[..., Any]]) -> str:
+def family_settings(name: str) -> str:
+    """What a model family adds to the section `model`, or an empty text."""
+    family = family_of(name)
+    shared = {row.name for row in settings(ModelConfig)}
+    rows = [entry(row) for row in settings(family.Config) if row.name not in shared]
+    if not rows:
+        return ""
+    return f"Models of the family `{name}` also have:\n\n" + "\n".join(rows) + "\n"
+
+
+def alternatives(key: str, table: Mapping[str, Any]) -> str:
     """A heading, and for every built-in name what it is and its settings."""
     lines = []
     for name, value in table.items():
-        lines.append(f"- `{{name: {name}}}`: {summary(value)}")
-        rows = settings(value) if inspect.isclass(value) else arguments(value)
-        lines += [f"    {entry(row)}" for row in rows]
+        lines.append(f"- `{{name: {name}}}`: {one_line(summary(value))}")
+        lines += [f"    {entry(row)}" for row in all_settings(value)]
     return f"## {key}\n\n" + "\n".join(lines) + "\n"
+
+
+def reward_settings() -> str:
+    """The settings of every built-in reward that has some."""
+    lines = []
+    for name, place in REWARDS.items():
+        reward = imported(place, f"rewards.{name}", REWARDS)
+        rows = [f"    {entry(row)}" for row in all_settings(reward)]
+        if rows:
+            lines += [f"- `{name}`: {one_line(summary(reward))}", *rows]
+    return "### Settings of built-in rewards\n\n" + "\n".join(lines) + "\n"
+
+
+def all_settings(value: Any) -> list[Setting]:
+    """The settings of a dataclass, or the arguments of a function that have defaults."""
+    return list(settings(value) if inspect.isclass(value) else arguments(value))
 
 
 def entry(row: Setting) -> str:
@@ -174,7 +203,7 @@ def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def _settings(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[Setting]:
-    hints, meanings = get_type_hints(cls, include_extras=True), field_docstrings(cls)
+    hints, meanings = get_type_hints(cls, include_extras=True), field_docs(cls)
     for f in dataclasses.fields(cls):
         if not f.init:
             continue
@@ -187,7 +216,7 @@ def _settings(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[Settin
                 name=f"{prefix}{f.name}",
                 kind=kind_words(hints[f.name]),
                 default="" if default is dataclasses.MISSING else yaml_words(default),
-                meaning=meanings.get(f.name, ""),
+                meaning=one_line(meanings.get(f.name, "")),
             )
 
 
@@ -257,42 +286,15 @@ def yaml_words(value: Any) -> str:
         return "`.inf`" if value > 0 else "`-.inf`"
     if isinstance(value, tuple | list):
         return f"`{list(value)}`" if value else "empty"
-    return f"`{value}`" if value or value == 0 else "empty"
-
-
-def summary(value: Any) -> str:
-    """The docstring of a class or a function up to its list of arguments, in one line."""
-    text = (inspect.getdoc(value) or "").partition("\n\nArgs:")[0]
-    return one_line(text.partition("\n\nRaises:")[0])
+    # Defaults under assets/ are absolute paths on the machine that writes the page.
+    text = str(value).removeprefix(f"{PACKAGE_ROOT}/")
+    return f"`{text}`" if value or value == 0 else "empty"
 
 
 def one_line(text: str) -> str:
     """The text without line breaks, ending with a full stop."""
-    text = " ".join(textwrap.dedent(text).split())
+    text = " ".join(text.split())
     return text if not text or text.endswith((".", "?", "!")) else f"{text}."
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """Docstrings under the fields of a dataclass and of the dataclasses it extends."""
-    texts: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            texts |= own_field_docstrings(base)
-    return texts
-
-
-def own_field_docstrings(cls: type) -> dict[str, str]:
-    """Docstrings under the fields that a class declares in its own body."""
-    # Docstrings of fields are not kept at run time, so they are read from the source.
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    texts = {}
-    for statement, following in itertools.pairwise(body):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            texts[statement.target.id] = one_line(str(following.value.value))
-    return texts
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -386,21 +385,3 @@ def test_the_page_s_objective_trains_as_printed_there(tmp_path):
     )
     assert "moved" in read_metrics(tmp_path / "run")[0]
     assert len(text.splitlines()) < 80
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "docs/running.md",
-        "docs/rewards.md",
-        "docs/configuration.md",
-        "docs/your-own-objective.md",
-    ],
-)
-def test_every_file_that_the_pages_name_exists(name):
-    text = (ROOT / name).read_text()
-    for path in re.findall(
-        r"\b(?:configs|docs|assets|scripts|benchmarks|flowalign)/[\w/.-]*\w", text
-    ):
-        assert (ROOT / path).exists() or any(ROOT.glob(path + "*")), f"{name} names {path}"
