@@ -13,6 +13,7 @@ Importing the package costs nothing: each name is imported from its module when 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+# Type checkers and editors read these imports; at run time the table below replaces them.
 if TYPE_CHECKING:
     from flowalign.advantages import RewardTable
     from flowalign.api import evaluate, load_config, load_model, sample, train
@@ -111,6 +112,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # Python calls this function only for names that the module lacks, so the next access is direct.
     globals()[name] = value
     return value
 

@@ -110,7 +110,7 @@ def check(config: "Config | str | Path", overrides: Overrides = ()) -> bool:
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.diagnostics.check import check
         _say_notes(checked)
-        return check(checked)
+        return check(checked, progress.say)
 
 
 def plan(
@@ -246,6 +246,7 @@ def sample_to_folder(
     folder = files.free_folder(Path(output)) if output else generate.default_folder(str(source))
     result = sample(source, prompts, **settings)
     console = screen.make_console()
+    # Every process has gathered all pictures; only the first may write them.
     if console.quiet:
         return folder
     sheet = result.save(folder)
@@ -285,6 +286,7 @@ def load_model(source: "str | Path | ModelConfig", device: str | None = None) ->
 @contextmanager
 def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Iterator[Config]":
     """Load a configuration if only its path is known, and name the file in every user error."""
+    # A configuration that was loaded earlier no longer belongs to one file.
     if not isinstance(config, str | Path):
         yield config
         return
@@ -309,6 +311,7 @@ def _say_notes(config: "Config") -> None:
 
 def _as_strings(overrides: Overrides) -> list[str]:
     """Return overrides as the command line has them; JSON is YAML, so values keep their type."""
+    # One form from here on: errors then quote overrides as they would be typed.
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return list(overrides)

@@ -55,14 +55,17 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(make_parser(), argv)
     # Tokenizers warn once for every forked process otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # diffusers and transformers warn of their own deprecated calls, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return options.action(options)
     except UserError as error:
-        if _is_first_process():  # every process has read the same input
+        # Every process has read the same input, so one of them is enough to say what is wrong.
+        if _is_first_process():
             print(error, file=sys.stderr)
         return 2
     except RunError as error:
+        # A reward can fail on one process alone, so each process prints its own message.
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -99,6 +102,7 @@ def positive(text: str) -> int:
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the arguments; overrides may stand before and after options."""
+    # argparse stops collecting overrides at the first option; what follows it lands in `rest`.
     options, rest = parser.parse_known_args(argv)
     takes_overrides = "overrides" in options
     unknown = [text for text in rest if text.startswith("-") or not takes_overrides]
@@ -110,6 +114,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 
 
 def _is_first_process() -> bool:
+    # Asking torch.distributed would import torch, and a wrong option should be answered at once.
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -253,6 +258,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _add_reward(commands: Commands) -> None:
+    # The action of the group is never called: argparse requires one of the actions below.
     command = Command(
         name="reward",
         summary="try a reward, serve it over HTTP, or list the built-in rewards",
@@ -331,6 +337,7 @@ def _add_reward_serve(actions: Commands) -> None:
 def _reward_serve(options: argparse.Namespace) -> int:
     from flowalign.rewards.registry import load_reward
 
+    # FastAPI is an optional dependency: training machines do not need it.
     try:
         from flowalign.rewards.remote.server import serve
     except ImportError as error:

@@ -86,6 +86,7 @@ def track(items: Sequence[Item], description: str) -> Iterator[Item]:
     """
     with task(description, len(items)) as work:
         for item in items:
+            # An item counts when the caller asks for the next one, that is, when it is done.
             yield item
             work.advance()
 

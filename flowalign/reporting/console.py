@@ -37,6 +37,7 @@ def shown(console: Console | None = None) -> Iterator[Console]:
     Processes other than the first show nothing, so that a distributed run prints each line once.
     """
     console = console or make_console()
+    # In a notebook rich reports no terminal, so training prints plain lines there.
     if console.is_terminal and not console.quiet:
         # `transient` removes finished bars: what stays on the screen are messages and results.
         with Progress(*_columns(), console=console, transient=True) as bars:
@@ -50,6 +51,7 @@ def shown(console: Console | None = None) -> Iterator[Console]:
 def make_console() -> Console:
     """Make a console that writes to the present standard output, on the first process only."""
     # torchrun and accelerate set RANK. Asking torch would cost seconds before the first line.
+    # Prompts and paths contain brackets and numbers, which rich would take for markup and colour.
     return Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
 
 
@@ -124,6 +126,7 @@ class TerminalDisplay:
 
     def say(self, text: str) -> None:
         """Print a message above the bars."""
+        # rich moves the bars down and prints above them, on the same console only.
         self.bars.console.print(text, soft_wrap=True)
 
 
@@ -159,6 +162,7 @@ class PlainDisplay:
             if outermost:
                 work.print_line()
             yield work
+            # Not in `finally`: after an error, the last line must not look like success.
             if outermost and not work.is_printed:
                 work.print_line()
         finally:
@@ -167,6 +171,7 @@ class PlainDisplay:
     def say(self, text: str) -> None:
         """Print a line. Lines are never wrapped, so that paths in a log file stay whole."""
         self.console.print(text, soft_wrap=True)
+        # Standard output in a pipe is buffered, and a log that lags by minutes shows no progress.
         self.console.file.flush()
         self.last_line = time.monotonic()
 

@@ -60,6 +60,7 @@ def _training_fact(config: Config) -> str:
     train = config.train
     if config.data.pairs:
         return f"{plural(train.steps, 'step')} x {train.prompts_per_step} entries"
+    # Images per step, rather than passes, are what a run costs on any number of GPUs.
     images = train.prompts_per_step * train.images_per_prompt
     of_prompts = f"({plural(train.prompts_per_step, 'prompt')} x {train.images_per_prompt})"
     return f"{plural(train.steps, 'step')} x {plural(images, 'image')} {of_prompts}"

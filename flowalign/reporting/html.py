@@ -42,6 +42,7 @@ def write_report(run: Path, summary: Summary) -> None:
 
 def draw_curves(entries: Sequence[Mapping[str, float]], summary: Summary) -> list[tuple[str, str]]:
     """Draw one curve per metric. Returns names and PNG files in base64."""
+    # The evaluations before and after training are not in `metrics.jsonl`, so they are added below.
     # A run that learns from given pictures makes no images, so its steps are the horizontal axis.
     axis = "images" if summary["images"] else "step"
     last = max([entry[axis] for entry in entries], default=1)
@@ -65,6 +66,8 @@ def _names(points: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def _curve(name: str, points: Points, axis: str, last: float) -> str:
+    # A figure of its own per metric, so that the page can arrange them for a phone. `Figure` does
+    # without pyplot, whose global state is not safe in a thread.
     figure = Figure(figsize=(3.4, 2.4), layout="constrained")
     axes = figure.add_subplot()
     axes.locator_params(nbins=5)

@@ -42,6 +42,7 @@ def save_sheet(rows: Mapping[str, Tensor], prompts: Sequence[str], path: Path) -
     caption_height = LINE_HEIGHT * max(map(len, captions)) + 4
     columns = min(SHEET_COLUMNS, len(prompts))
     block = caption_height + len(rows) * (size[1] + ROW_GAP) + 2 * GAP
+    # All blocks have the height of the longest caption, so that rows of pictures are aligned.
     lines = -(-len(prompts) // columns)
     sheet = Image.new("RGB", (margin + columns * (size[0] + GAP), lines * block), "white")
     draw = ImageDraw.Draw(sheet)

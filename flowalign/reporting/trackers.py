@@ -42,6 +42,7 @@ class JsonLines:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a line."""
+        # Opened for every line: a process that is killed loses nothing that was logged.
         with self.file.open("a") as file:
             file.write(to_json({"step": step, **metrics}) + "\n")
 
@@ -56,6 +57,7 @@ class TensorBoard:
     """Write metrics and pictures to the event files in `tensorboard/`."""
 
     def __init__(self, run: Path, step: int):
+        # Curves of a resumed run would double back without `purge_step`.
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -66,6 +68,7 @@ class TensorBoard:
 
     def images(self, step: int, name: str, images: Tensor, captions: Sequence[str]) -> None:
         """Add a grid of the pictures."""
+        # TensorBoard has no captions; the grids in `pictures/` follow the order of the prompts.
         self.writer.add_images(name, images, step)
 
     def close(self) -> None:

@@ -52,6 +52,7 @@ def lora_settings(folder: Path) -> Lora:
         raise UserError(f"{file} is missing. Give a folder that holds an adapter.") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}). Copy the adapter again.") from None
+    # PEFT can give each layer a rank of its own; the package trains one rank.
     if len(ranks) != 1:
         raise UserError(f"{file} holds layers of {len(ranks)} ranks. Use an adapter of one rank.")
     (rank,) = ranks

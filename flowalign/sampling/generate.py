@@ -45,6 +45,7 @@ def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> S
     prompts = prompts or default_prompts(source)
     policy = load_policy(source, settings)
     evaluator = make_evaluator(source, prompts, settings)
+    # The adapter is switched off, not removed: both rows come from one model in memory.
     before = evaluator.judged(evaluator.passes(policy.at("reference")))
     if not source.adapter:
         return _result(before, prompts, settings)

@@ -50,7 +50,9 @@ def find_source(source: str, model: str | None = None) -> Source:
     """
     folder = Path(locate(source))
     folder = folder.parent if folder.name == ADAPTER_FILE else folder
+    # Checkpoints and exported adapters hold this file; a run folder itself does not.
     if (folder / ADAPTER_FILE).is_file():
+        # With a base model by name, the adapter is used apart from the run it may lie in.
         run = None if model else enclosing_run(folder)
         return from_run(run, trained_weights(folder)) if run else from_adapter(folder, model)
     if (folder / "config.yaml").is_file():
@@ -162,5 +164,6 @@ def default_prompts(source: Source) -> list[Prompt]:
             'python sample.py MODEL "a red circle left of a blue square".'
         )
     prompts = evaluation_prompts(source.config)
+    # The files sort prompts by kind, so the first ones alone would show one kind.
     count = min(DEFAULT_PROMPTS, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]
