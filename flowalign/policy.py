@@ -86,7 +86,7 @@ class Decay(Settings):
     end: Share = 1.0
     """Largest decay."""
     every: Count = 1
-    """The copy changes after every so many updates only."""
+    """Updates between two changes of the copy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

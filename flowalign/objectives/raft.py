@@ -25,6 +25,7 @@ class RAFT(ImitationObjective):
     keep: Count = 1
     """How many of a prompt's images are imitated."""
     guidance: Guidance | None = 1.0
+    """Guidance of the velocity that is trained; 1 means none, whatever the sampler has."""
 
     @property
     def min_images_per_prompt(self) -> int:
