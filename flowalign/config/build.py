@@ -37,6 +37,7 @@ def build_objects(
     )
     config.evaluation = complete(evaluation, config.rewards)
     check_all(config)
+    # Last: a contradiction is an error, and only a run that can train has notes.
     config.notes = unused_settings(config)
     return config
 
@@ -47,6 +48,7 @@ def build_sampler(values: object) -> Sampler:
     dynamics = build_named(DYNAMICS, section["dynamics"], "sampler.dynamics", ("x", "v", "t", "s"))
     settings = {key: value for key, value in section.items() if key != "dynamics"}
     sampler = dataclasses.replace(build(Sampler, settings, "sampler"), dynamics=dynamics)
+    # Asking for the steps of a window is what checks that it fits.
     sampler.stochastic_steps(0, 0)
     return sampler
 

@@ -148,6 +148,7 @@ def check_updates(config: Config) -> None:
 
 def check_snapshots(config: Config) -> None:
     """Refuse snapshots that would be updated in the middle of a step."""
+    # Every image of a step must be compared with the same snapshot.
     updates = config.train.updates_per_step
     for name, decay in config.objective.snapshots.items():
         if decay.every > 1 and decay.every % updates:
@@ -175,6 +176,7 @@ def check_combine(config: Config) -> None:
     assert isinstance(default, dict)
     if not uses_advantages(config) or config.combine_name == default["name"]:
         return
+    # These normalise each reward alone, before anything could combine them.
     if ADVANTAGES.get(config.advantage_name) in PER_REWARD:
         others = [name for name, entry in ADVANTAGES.items() if entry not in PER_REWARD]
         raise UserError(
@@ -191,6 +193,7 @@ def uses_advantages(config: Config) -> bool:
 
 def check_statistics(config: Config) -> None:
     """Refuse a rule that looks at whole steps where rewards are differentiated image by image."""
+    # Such rules learn from finished scores, which exist only after the gradient has been taken.
     if config.combine.needs_statistics and config.objective.learns_from is Prompts:
         pointwise = [name for name, entry in COMBINE.items() if not entry.needs_statistics]
         raise UserError(
@@ -224,6 +227,7 @@ def check_stop_metrics(config: Config) -> None:
 
 def evaluation_metrics(config: Config) -> list[str]:
     """Return the names of the metrics that this run's evaluations have."""
+    # Must agree with what evaluation/ reports; a rule for any other metric would never fire.
     names = [reward_name(name) for name in config.evaluation.rewards]
     names += ["velocity_norm", "velocity_moved"]
     if config.evaluation.images_per_prompt > 1:

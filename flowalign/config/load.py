@@ -57,6 +57,7 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
         path: the file; its name is the default name of the run folder.
         folders: where relative paths are looked up, after the working directory.
     """
+    # Names first: a misspelt section must not be answered as one that is missing.
     check_names(values)
     values = interpolate(merge(DEFAULTS, values))
     check_written(values)
@@ -112,10 +113,11 @@ def check_output(output: object) -> str:
     if not isinstance(output, str) or not output:
         raise UserError(f"output is {output!r}; write a folder, such as outputs/first.")
     output = os.path.expanduser(output)
+    # os.stat and not Path.is_dir, which takes a name that is too long for a missing folder.
     try:
         possible = stat.S_ISDIR(os.stat(output).st_mode)
     except (FileNotFoundError, PermissionError):
-        possible = True
+        possible = True  # the run folder is made later, where permissions are reported
     except (OSError, ValueError):
         possible = False
     if not possible:

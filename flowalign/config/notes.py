@@ -1,6 +1,7 @@
 """Notes on settings that have no effect, so that one file can be tried with every objective."""
 
 import os
+from typing import NamedTuple
 
 from flowalign.advantages import ADVANTAGES
 from flowalign.batch import Pairs, Rollout
@@ -12,57 +13,71 @@ from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.settings.types import configure, settings_of
 
 
+class Setting(NamedTuple):
+    """A setting, and whether the run reads it."""
+
+    key: str
+    changed: bool
+    """True if its value is not the default."""
+    used: bool
+    reason: str
+    """Why it is not used, as the end of a sentence."""
+
+
 def unused_settings(config: Config) -> list[str]:
     """Return a sentence for each setting that is not at its default and that nothing reads."""
-    by_objective = f"by the objective {config.objective_name}"
-    with_pairs = "with data.pairs, because no images are generated"
-    without_noise = "without noise: sampler.dynamics is deterministic"
-    generates = not config.data.pairs
+    settings = [*settings_of_objectives(config), *settings_of_images(config), *others(config)]
+    return [f"`{s.key}` is not used {s.reason}." for s in settings if s.changed and not s.used]
+
+
+def settings_of_objectives(config: Config) -> list[Setting]:
+    """Return the settings that only some objectives read."""
+    reason = f"by the objective {config.objective_name}"
     learns_from = config.objective.learns_from
-    rules = (  # key, whether its value is not the default, whether something reads it, why nothing
-        ("advantage", advantage_changed(config), uses_advantages(config), by_objective),
-        ("combine", combine_changed(config), generates, with_pairs),
-        (
-            "train.drop_equal_groups",
-            config.train.drop_equal_groups,
-            learns_from in (Rollout, Pairs),
-            by_objective,
-        ),
-        (
-            "data.ranking",
-            config.data.ranking != Ranking(),
-            learns_from is Pairs and generates,
-            by_objective if generates else with_pairs,
-        ),
-        (
+    drops, ranks = learns_from in (Rollout, Pairs), learns_from is Pairs
+    return [
+        Setting("advantage", advantage_changed(config), uses_advantages(config), reason),
+        Setting("train.drop_equal_groups", config.train.drop_equal_groups, drops, reason),
+        Setting("data.ranking", config.data.ranking != Ranking(), ranks, reason),
+    ]
+
+
+def settings_of_images(config: Config) -> list[Setting]:
+    """Return the settings that only runs read that generate images."""
+    reason = "with data.pairs, because no images are generated"
+    generates, sampler = not config.data.pairs, config.sampler
+    # An objective that never ranks has said so already.
+    ranking = config.data.ranking != Ranking() and config.objective.learns_from is Pairs
+    return [
+        Setting("combine", combine_changed(config), generates, reason),
+        Setting("data.ranking", ranking, generates, reason),
+        Setting("sampler.same_noise", sampler.same_noise, generates, reason),
+    ]
+
+
+def others(config: Config) -> list[Setting]:
+    """Return the settings that another setting turns off."""
+    sampler, ema, model = config.sampler, config.train.ema, config.model
+    return [
+        Setting(
             "sampler.window",
-            config.sampler.window != Window(),
-            is_stochastic(config.sampler.dynamics),
-            without_noise,
+            sampler.window != Window(),
+            is_stochastic(sampler.dynamics),
+            "without noise: sampler.dynamics is deterministic",
         ),
-        ("sampler.same_noise", config.sampler.same_noise, generates, with_pairs),
-        (
-            "train.ema.every",
-            config.train.ema.every != 1,
-            config.train.ema.decay > 0,
-            "while train.ema.decay is 0",
-        ),
-        (
+        Setting("train.ema.every", ema.every != 1, ema.decay > 0, "while train.ema.decay is 0"),
+        Setting(
             "model.revision",
-            config.model.revision is not None,
-            not os.path.isdir(config.model.path),
+            model.revision is not None,
+            not os.path.isdir(model.path),
             "for a local folder",
         ),
-    )
-    return [
-        f"`{key}` is not used {reason}."
-        for key, changed, used, reason in rules
-        if changed and not used
     ]
 
 
 def advantage_changed(config: Config) -> bool:
     """Return True if the advantage is not the default one."""
+    # Compared by name and settings, because a function with bound settings equals only itself.
     default = configure(ADVANTAGES["group"], {}, "advantage")
     is_default = DEFAULTS["advantage"] == {"name": config.advantage_name}
     return not is_default or settings_of(config.advantage) != settings_of(default)

@@ -31,6 +31,8 @@ def locate_files(values: Section, folders: Sequence[Path]) -> Section:
         values: the merged configuration; it does not change.
         folders: the folders of the YAML files it came from.
     """
+    # Every key is looked up next to all files of the chain of `extends`: after a merge, a value
+    # does not remember which of them it came from.
     for key in FILES:
         values = with_text(values, key, lambda text: locate(text, folders))
     for key in SPECS:

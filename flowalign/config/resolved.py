@@ -36,6 +36,7 @@ def resolve(config: Config) -> Section:
     raw, sampler = config.raw, asdict(config.sampler)
     assert isinstance(raw["sampler"], dict)
     sampler["dynamics"] = with_settings(raw["sampler"]["dynamics"], config.sampler.dynamics)
+    # YAML has no tuples, and this must equal what a checkpoint's file reads back as.
     sampler["window"]["range"] = list(sampler["window"]["range"])
     resolved: Section = {
         "model": asdict(config.model),

@@ -11,7 +11,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Mapping
-from typing import get_type_hints
+from typing import cast, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -52,8 +52,11 @@ def json_schema() -> Section:
     evaluation = properties_of(Evaluation)
     rewards = reward_map()
     evaluation["rewards"] = rewards
-    evaluation["sampler"] = closed({key: sampler[key] for key in EVALUATION_SAMPLER})
-    sections = {
+    evaluation["sampler"] = closed(
+        {key: sampler[key] for key in EVALUATION_SAMPLER}, field_docs(Evaluation)["sampler"]
+    )
+    # The order of a shipped file: editors list keys in the order of the schema.
+    sections: Section = {
         "extends": {"type": "string", "description": "A YAML file that this one is merged over."},
         "model": model_section(),
         "sampler": closed(sampler, summary(Sampler)),
@@ -93,16 +96,19 @@ def named_section(table: Mapping[str, object], description: str, section: str = 
 
 
 def model_section() -> Section:
-    """Return the schema of a model: the settings of all built-in families, or of the user's own."""
-    properties: Section = {}
-    for name in MODELS:
-        properties |= properties_of(family_of(name).Config)
-    properties["name"] = {
-        "description": "The model family; read from the model itself if left out.",
-        "enum": [*MODELS, *ALIASES],
-    }
+    """Return the schema of a model of each built-in family, or of the user's own."""
     description = "The model, a folder or repository in diffusers' layout."
-    return {"description": description, "anyOf": [closed(properties), OWN_CODE]}
+    return {"description": description, "anyOf": [*map(model_choice, MODELS), OWN_CODE]}
+
+
+def model_choice(family: str) -> Section:
+    """Return the schema of a model of one family, which may be named by an alias or not at all."""
+    config = family_of(family).Config
+    name: Section = {
+        "description": "The model family; read from the model itself if left out.",
+        "enum": [family, *(alias for alias, meaning in ALIASES.items() if meaning == family)],
+    }
+    return closed(properties_of(config) | {"name": name}, summary(config))
 
 
 def named_choice(name: str, entry: object, table: Mapping[str, object]) -> Section:
@@ -118,6 +124,7 @@ def reward_map() -> Section:
     weight: Section = {"type": "number", "default": 1, "description": "Weight of the reward."}
     properties: Section = {}
     for name, entry in REWARDS.items():
+        # Importing all rewards takes seconds, but their settings stand nowhere else.
         reward = imported(entry, f"rewards.{name}", REWARDS)
         settings = closed({"weight": weight} | properties_of(reward), summary(reward))
         properties[name] = {"description": summary(reward), "anyOf": [weight, settings, REFERENCE]}
@@ -141,10 +148,12 @@ def properties_of(value: object, values: Section | None = None) -> Section:
         value: the dataclass, class or function.
         values: the defaults of these settings, if the section has others than the class.
     """
-    if not callable(value):
+    if isinstance(value, type) and dataclasses.is_dataclass(value):
+        cls = value
+    elif callable(value):
+        cls = arguments_class(value)
+    else:
         return {}
-    is_dataclass = isinstance(value, type) and dataclasses.is_dataclass(value)
-    cls = value if is_dataclass else arguments_class(value)
     hints, docs = get_type_hints(cls, include_extras=True), field_docs(cls)
     defaults = defaults_of(cls) | (values or {})
     return {
@@ -158,9 +167,10 @@ def setting(annotation: object, default: object, description: str) -> Section:
     """Return the schema of one setting: its type, its default and its description."""
     about: Section = {"description": description} if description else {}
     inner = dataclass_in(annotation)
-    if inner is annotation:
+    if inner is not None and inner is annotation:
+        # A field's own default may differ from its class's: one KL weight is 0.1, another 0.5.
         values = vars(default) if isinstance(default, inner) else None
-        return closed(properties_of(inner, values), description)
+        return closed(properties_of(inner, values), description or summary(inner))
     default = plain(default)
     if default is not UNKNOWN:
         about["default"] = default
@@ -175,7 +185,9 @@ def setting(annotation: object, default: object, description: str) -> Section:
 def type_schema(annotation: object) -> Section:
     """Return the schema of a type with its range, or of anything if JSON has no such type."""
     try:
-        return without_infinity(TypeAdapter(annotation).json_schema())
+        # Own types such as functions are allowed, and have no schema.
+        adapter: TypeAdapter[object] = TypeAdapter(cast("type[object]", annotation))
+        return without_infinity(adapter.json_schema())
     except PydanticUserError:
         return {}
 
@@ -214,6 +226,7 @@ def field_docs(cls: type) -> dict[str, str]:
         assert isinstance(definition, ast.ClassDef)
         for statement, following in itertools.pairwise(definition.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                # A subclass that declares a field again describes it again, or not at all.
                 docs.pop(statement.target.id, None)
                 if text := text_of(following):
                     docs[statement.target.id] = text

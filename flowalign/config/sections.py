@@ -177,9 +177,11 @@ class Config:
     @property
     def selection_metric(self) -> tuple[str, int]:
         """The metric that ranks evaluations, and 1 if more of it is better or -1 if less is."""
+        # Imported here, because these modules need torch and this one must not.
         from flowalign.batch import Pairs
         from flowalign.rewards.registry import reward_name
 
+        # A user who stops on a metric's fall or rise has said what "better" means.
         for name, rule in self.train.stop.items():
             if rule.falling:
                 return name, 1
@@ -196,6 +198,7 @@ class Config:
         """The sampler of evaluations: the ODE, with the settings of `evaluation.sampler`."""
         from flowalign.dynamics import ode
 
+        # Evaluations before and after training start from equal noise, and nothing else is random.
         return dataclasses.replace(
             self.sampler, dynamics=ode, same_noise=False, **self.evaluation.sampler
         )

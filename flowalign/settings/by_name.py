@@ -96,7 +96,7 @@ def imported(spec: str, key: str, table: Mapping[str, object]) -> Any:
     """Return the function or class that `file.py:name` or `package.module:name` names.
 
     Raises:
-        UserError: there is no such file, module or name, or the code cannot be imported.
+        UserError: the file, module or name does not exist, or the code cannot be imported.
     """
     source, colon, name = spec.rpartition(":")
     if not colon:
@@ -107,7 +107,8 @@ def imported(spec: str, key: str, table: Mapping[str, object]) -> Any:
         raise UserError(
             f"{key}: there is no file {source} (looked in {Path.cwd()}).{similar_file(source)}"
         ) from None
-    except (Exception, SystemExit) as error:  # a user's script may end the program
+    # A user's file may be a script that ends the program when it is imported.
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{key}: {source} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -157,6 +158,7 @@ def import_file(file: str) -> ModuleType:
     path = Path(locate(file))
     if not path.is_file():
         raise FileNotFoundError(path)
+    # By its whole path: two users' files may have one name, and none may hide a real module.
     name = f"flowalign_user_{path.resolve()}"
     if name in sys.modules:
         return sys.modules[name]

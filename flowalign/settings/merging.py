@@ -55,6 +55,7 @@ def without_replaced(parent: Section, child: Section, replaced: tuple[str, ...])
         if isinstance(update, dict | list) and not isinstance(value, type(update)):
             continue
         if isinstance(value, dict) and isinstance(update, dict):
+            # A child without `name` adjusts the parent's choice, whatever that is.
             renamed = "name" in update and update["name"] != value.get("name")
             if renamed or key in replaced:
                 continue
@@ -95,6 +96,7 @@ def overridden(values: Section, overrides: list[str], parse: Parse) -> Section:
         # `rewards.clip_score=2` sets one entry of the map; `rewards={...}` replaces the map.
         inside = {*key.split(".")[:-1]} & {*REPLACED}
         values = merge(values, update, () if inside else REPLACED)
+    # Only now: a later override may have removed what an earlier one set.
     for number, (text, update) in enumerate(zip(overrides, nested, strict=True)):
         if keys[number] not in keys[number + 1 :] and not is_applied(update, values):
             raise UserError(
@@ -123,6 +125,7 @@ def parse_override(text: str, parse: Parse) -> Section:
         raise UserError(
             f"{text!r} is not an override; write section.key=value, for example train.steps=10."
         )
+    # Parsed here and not by OmegaConf, for which 010 is 8 and a key may be written twice.
     parsed = parse(value, f"{text!r}: the value")
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
@@ -145,6 +148,7 @@ def interpolate(values: Section) -> Section:
         return values
     check_limits(pending)
     config = OmegaConf.create(values)
+    # A pending value counts as missing, so that a reference to it waits for the next round.
     for key in pending:
         assign(config, key, MISSING)
     for _ in range(MAX_ROUNDS):
@@ -215,6 +219,7 @@ def fill_in(config: DictConfig, key: Key, text: str) -> bool:
         section = section[part]
     try:
         section[key[-1]] = text
+        # Reading the value is what makes OmegaConf fill it in.
         value = section[key[-1]]
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=False, throw_on_missing=True)

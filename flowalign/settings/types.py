@@ -60,7 +60,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Validate every field that is not at its default."""
-        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]  subclasses are dataclasses
+        # Subclasses are dataclasses, which a type checker cannot know.
+        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, f.name)
             if not f.init or value is f.default:
                 continue
@@ -73,6 +74,7 @@ class Settings:
 @cache
 def adapter(cls: type) -> TypeAdapter[Any]:
     """Return pydantic's validator of a dataclass, strict also for a user's plain dataclass."""
+    # pydantic reads the configuration of a standard dataclass from this attribute only.
     if not issubclass(cls, Settings):
         cls.__pydantic_config__ = STRICT  # pyright: ignore[reportAttributeAccessIssue]
     return TypeAdapter(cls)
@@ -200,6 +202,7 @@ def advice(error: ErrorDetails) -> str:
     if error["type"] == "literal_error":
         choices = details["expected"].replace("'", "").replace(" or ", ", ")
         return f"choose from {choices}.{did_you_mean(error['input'], choices.split(', '))}"
+    # "at most 2 items after validation, not 3" misleads: the list must have exactly this many.
     if error["type"] == "too_long":
         return f"write a list of {details['max_length']}."
     text = error["msg"]
@@ -239,6 +242,7 @@ def configure(
         return partial(entry, **arguments) if arguments else entry
     except UserError:
         raise
+    # A user's class may raise anything; the message names the key that led there.
     except Exception as error:
         raise UserError(f"{key} cannot be made: {type(error).__name__}: {error}") from error
 

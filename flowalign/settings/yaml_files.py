@@ -42,6 +42,7 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> YamlFile:
     Raises:
         UserError: a file does not exist, is not a mapping, or extends itself.
     """
+    # Resolved, because a loop may pass through links or `..`.
     if path.resolve() in [child.resolve() for child in children]:
         chain = " -> ".join(map(str, children))
         raise UserError(f"{path}: the file extends itself, through {chain}. Remove one `extends`.")
@@ -102,18 +103,20 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.source, self.values, self.depth = source, 0, 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose a value, and stop at the limits: the rest of a large text is never read."""
         self.values, self.depth = self.values + 1, self.depth + 1
+        # PyYAML composes while it scans, so an error here saves scanning the rest.
         if self.values > MAX_VALUES or self.depth > MAX_DEPTH:
             raise too_large(self.source)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
-    def compose_mapping_node(self, anchor: dict[str, yaml.Node] | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         """Compose a mapping, and refuse a key that is written twice."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        # PyYAML would let the last one win, and a setting would be lost without a word.
         keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -163,6 +166,7 @@ def parse_yaml(text: str, source: str) -> object:
         raise UserError(f"{source} has over {MAX_CHARACTERS:,} characters. Write a shorter one.")
     try:
         return construct(text, source)
+    # PyYAML itself fails with the last three on some malformed tags.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise UserError(f"{source} is not YAML: {reason}") from None
@@ -170,6 +174,7 @@ def parse_yaml(text: str, source: str) -> object:
 
 def construct(text: str, source: str) -> object:
     """Return the value of a YAML text, or raise PyYAML's errors."""
+    # In two steps, so that the tree is measured before aliases and merge keys are written out.
     loader = _Loader(text, source)
     try:
         node = loader.get_single_node()
