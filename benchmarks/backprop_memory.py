@@ -65,7 +65,12 @@ def make_context() -> SourceContext:
         scorer=judge,
         prompts=read_prompts(config.data.prompts),
         examples=[],
-        plan=BatchPlan(IMAGES, 1, 1, IMAGES),
+        plan=BatchPlan(
+            prompts_per_step=IMAGES,
+            images_per_prompt=1,
+            updates_per_step=1,
+            max_images_per_pass=IMAGES,
+        ),
         seed=0,
         sampling_weights="policy",
         ranking=Ranking(),

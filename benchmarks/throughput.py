@@ -98,7 +98,7 @@ class Bench:
     run: Assembly
 
     def __post_init__(self) -> None:
-        self.counts, self.context = self.run.counts, self.run.context
+        self.plan, self.context = self.run.plan, self.run.context
         model = self.run.policy.model
         self.batch = self.context.step_prompts(0)
         self.rollout = self.collect()
@@ -110,13 +110,13 @@ class Bench:
 
     def verify_calls(self) -> None:
         """Fail if the step made other calls than its sampler and its objective need."""
-        passes = self.counts.images_per_step // self.run.config.train.images_per_pass
+        passes = self.plan.images_per_step // self.plan.images_per_pass
         sampled, trained = self.network.count(gradient=False), self.network.count(gradient=True)
         steps, trained_steps = self.run.config.sampler.steps, len(self.rollout.steps)
         assert sampled == passes * steps, f"{sampled} forwards for {passes} passes"
         assert trained == passes * trained_steps, f"{trained} trained forwards for {passes} passes"
         # The decoder takes a pass at once, or image by image.
-        assert self.decoder.count(gradient=False) in (passes, self.counts.images_per_step)
+        assert self.decoder.count(gradient=False) in (passes, self.plan.images_per_step)
 
     def step(self) -> None:
         """Make the first training step, as the trainer does."""
@@ -177,14 +177,14 @@ def summarise(bench: Bench, seconds: Seconds) -> dict[str, Any]:
     bare_rollout = list(map(sum, zip(forwards, decodes, strict=True)))
     bare_step = list(map(sum, zip(bare_rollout, seconds["bare backwards"], strict=True)))
     return {
-        "images_per_second": bench.counts.images_per_step / statistics.median(seconds["rollout"]),
+        "images_per_second": bench.plan.images_per_step / statistics.median(seconds["rollout"]),
         "step_seconds": statistics.median(seconds["step"]),
         "rollout_ratio": ratio(seconds["rollout"], bare_rollout),
         "step_ratio": ratio(seconds["step"], bare_step),
         "decode_share": ratio(decodes, seconds["step"]),
         "reward_share": ratio(seconds["reward"], seconds["step"]),
         "peak_memory_bytes": bench.peak_memory,
-        "images_per_step": bench.counts.images_per_step,
+        "images_per_step": bench.plan.images_per_step,
         "forwards": bench.network.count(gradient=False),
         "forwards_and_backwards": bench.network.count(gradient=True),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
@@ -196,15 +196,15 @@ def build(options: argparse.Namespace) -> Bench:
     config = make_config(options)
     model = make_model(options.architecture, config)
     train, rewards = config.train, load_rewards(config.rewards)
-    counts = BatchPlan(
-        train.prompts_per_step,
-        train.images_per_prompt,
-        train.updates_per_step,
-        train.images_per_pass,
+    plan = BatchPlan(
+        prompts_per_step=train.prompts_per_step,
+        images_per_prompt=train.images_per_prompt,
+        updates_per_step=train.updates_per_step,
+        max_images_per_pass=train.images_per_pass,
     )
     inputs = Inputs(
         config=config,
-        counts=counts,
+        plan=plan,
         prompts=PROMPTS,
         evaluation_prompts=PROMPTS,
         examples=[],

@@ -25,7 +25,7 @@ from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.inspection import Finding, inspect_reward, Samples
-from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.batch_plan import BatchPlan, largest_divisor
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.sources import source_of
 from flowalign.runs.adapter import save_adapter
@@ -71,7 +71,7 @@ def findings(config: Config) -> Iterator[Finding]:
 
 def arithmetic(inputs: Inputs) -> Iterator[Finding]:
     """What a step and the whole run are made of."""
-    counts, train, kind = inputs.counts, inputs.config.train, inputs.config.objective.learns_from
+    counts, train, kind = inputs.plan, inputs.config.train, inputs.config.objective.learns_from
     prompts, images = counts.prompts_per_step, counts.images_per_prompt
     what, most = {Pairs: "pairs", Examples: "pictures"}.get(kind, "images"), ""
     if inputs.examples:
@@ -146,8 +146,12 @@ def small_batch(assembly: Assembly) -> Any:
         PROMPTS * distributed.count(),
         1 if given else min(IMAGES, context.plan.images_per_prompt),
     )
-    counts = BatchPlan(
-        prompts, images, 1, pass_size(context.policy, PROMPTS * images), distributed.count()
+    plan = BatchPlan(
+        prompts_per_step=prompts,
+        images_per_prompt=images,
+        updates_per_step=1,
+        max_images_per_pass=context.plan.images_per_pass,
+        processes=distributed.count(),
     )
     scorer = context.scorer
     if assembly.config.objective.learns_from is not Prompts:
@@ -158,13 +162,12 @@ def small_batch(assembly: Assembly) -> Any:
             images_per_pass=PROMPTS * images,
         )
     kind = assembly.config.objective.learns_from
-    return source_of(kind, replace(context, plan=counts, scorer=scorer))(0)[0]
+    return source_of(kind, replace(context, plan=plan, scorer=scorer))(0)[0]
 
 
 def pass_size(policy: Policy, images: int) -> int:
     """The largest that divides so many images and is no larger than the run's own passes."""
-    most = policy.images_per_pass or images
-    return max(size for size in range(1, images + 1) if images % size == 0 and size <= most)
+    return largest_divisor(images, policy.images_per_pass or images)
 
 
 def losses(

@@ -110,17 +110,17 @@ class Plan:
 def rehearse(config: Config) -> Plan:
     """One update of the run, and from it the whole."""
     train, objective, model = config.train, config.objective, MetaModel(config.model)
-    ledger = model.ledger
+    ledger, images_per_pass = model.ledger, plan_of(config).images_per_pass
     with fused_attention(), ledger:
         copies = [*objective.snapshots, *(["ema"] if train.ema.decay else [])]
         with META:
-            policy = Policy(model, config.sampler, copies, train.images_per_pass)
+            policy = Policy(model, config.sampler, copies, images_per_pass)
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with ledger.part() as collected:
             made, _ = source_of(objective.learns_from, supplies_of(config, policy))(0)
         with ledger.part() as prepared:
-            passes = split(policy, objective, made, train.images_per_pass)
+            passes = split(policy, objective, made, images_per_pass)
         first = next(iter(passes))
         draws = len(list(objective.draws(first.batch)))
         with ledger.part() as learned:
@@ -173,6 +173,17 @@ class Blank(SourceContext):
         return lambda pictures: torch.zeros(len(pictures), *self.policy.model.latent_shape)
 
 
+def plan_of(config: Config) -> BatchPlan:
+    """Return the batch arithmetic of the run on one process."""
+    train = config.train
+    return BatchPlan(
+        prompts_per_step=train.prompts_per_step,
+        images_per_prompt=train.images_per_prompt,
+        updates_per_step=train.updates_per_step,
+        max_images_per_pass=train.images_per_pass,
+    )
+
+
 def supplies_of(config: Config, policy: Policy) -> SourceContext:
     """Supplies for one update in one process, of rewards that give every image another number."""
 
@@ -182,12 +193,7 @@ def supplies_of(config: Config, policy: Policy) -> SourceContext:
     train, blank = config.train, Prompt("")
     entries = [reward_entry(name, value) for name, value in config.rewards.items()]
     rewards = [Reward(entry.name, reward, entry.weight) for entry in entries]
-    counts = BatchPlan(
-        train.prompts_per_step,
-        train.images_per_prompt,
-        train.updates_per_step,
-        train.images_per_pass,
-    )
+    counts = plan_of(config)
     counts = replace(
         counts,
         prompts_per_step=train.prompts_per_step // train.updates_per_step,
@@ -197,7 +203,7 @@ def supplies_of(config: Config, policy: Policy) -> SourceContext:
         rewards,
         copy.deepcopy(config.combine),
         config.advantage,
-        train.images_per_pass,
+        counts.images_per_pass,
         policy.model.device,
     )
     examples = [Example(prompt=blank, chosen=bytes, rejected=bytes)] if config.data.pairs else []

@@ -1,72 +1,81 @@
 """The batch arithmetic of a training step."""
 
-import math
 from dataclasses import dataclass
 
 from flowalign.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """The batch arithmetic of a step: images = prompts_per_step × images_per_prompt, over all processes."""
+    """How the images of a step are shared out to updates, processes and passes.
+
+    A step has prompts_per_step × images_per_prompt images, over all processes.
+    """
 
     prompts_per_step: int
     images_per_prompt: int
     updates_per_step: int
-    images_per_pass: int
+    max_images_per_pass: int
+    """The largest pass that memory allows."""
     processes: int = 1
 
     def __post_init__(self) -> None:
         shares = self.updates_per_step * self.processes
         if self.prompts_per_step % shares:
-            near = sorted(
-                {
-                    max(1, self.prompts_per_step // shares) * shares,
-                    -(-self.prompts_per_step // shares) * shares,
-                }
-            )
+            below = self.prompts_per_step // shares * shares
+            nearest = [str(count) for count in (below, below + shares) if count]
             raise UserError(
-                f"train.prompts_per_step is {self.prompts_per_step}, which {self.updates_per_step} updates on {self.processes} "
-                f"process(es) cannot share evenly; nearest that can: {' or '.join(map(str, near))}."
+                f"train.prompts_per_step is {self.prompts_per_step}, which {self.updates_per_step} "
+                f"updates on {self.processes} process(es) cannot share evenly. "
+                f"The nearest that they can share: {' or '.join(nearest)}."
             )
-        total = self.images_per_update
-        if total % self.images_per_pass:
-            fitting = sorted(
-                {
-                    d
-                    for n in range(1, math.isqrt(total) + 1)
-                    if total % n == 0
-                    for d in (n, total // n)
-                }
-            )
-            near = [
-                max(n for n in fitting if n <= self.images_per_pass),
-                *(n for n in fitting if n > self.images_per_pass),
-            ]
-            raise UserError(
-                f"train.images_per_pass is {self.images_per_pass}, but an update has {total} images on each "
-                f"process; nearest that divide: {' or '.join(map(str, near[:2]))}."
-            )
+
+    @property
+    def prompts_per_update(self) -> int:
+        """The prompts of an update on each process."""
+        return self.prompts_per_step // self.updates_per_step // self.processes
 
     @property
     def images_per_update(self) -> int:
-        """On each process."""
-        return (
-            self.prompts_per_step
-            // self.updates_per_step
-            // self.processes
-            * self.images_per_prompt
-        )
+        """The images of an update on each process."""
+        return self.prompts_per_update * self.images_per_prompt
 
     @property
     def images_per_step(self) -> int:
-        """On all processes."""
+        """The images of a step on all processes."""
         return self.prompts_per_step * self.images_per_prompt
 
+    @property
+    def images_per_pass(self) -> int:
+        """The images of a pass: the largest number that memory allows and that divides an update.
+
+        Passes of one size give equal rounding, so that ratios before the first update are 1.
+        """
+        return largest_divisor(self.images_per_update, self.max_images_per_pass)
+
+    @property
+    def note(self) -> str:
+        """What to tell the user if passes are smaller than he asked for; else empty."""
+        if self.images_per_pass == self.max_images_per_pass:
+            return ""
+        return (
+            f"train.images_per_pass is {self.max_images_per_pass}, but an update has "
+            f"{self.images_per_update} images on each process. Passes have {self.images_per_pass} "
+            "images instead, which changes no result."
+        )
+
     def slots(self, rank: int) -> list[int]:
-        """Which of the step's prompts a process takes: an equal share of every update's."""
-        share = self.prompts_per_step // self.updates_per_step // self.processes
+        """Return which of the step's prompts a process takes: an equal share of every update's."""
+        share = self.prompts_per_update
         starts = [
             (update * self.processes + rank) * share for update in range(self.updates_per_step)
         ]
-        return [slot for start in starts for slot in range(start, start + share)]
+        slots: list[int] = []
+        for start in starts:
+            slots += range(start, start + share)
+        return slots
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is at most `most`."""
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)

@@ -85,7 +85,7 @@ def differentiable_prompts(context: SourceContext, step: int) -> tuple[Prompts, 
 def _with_gradient(
     reward: Reward, group: int, images: Tensor, prompts: list[str], metadata: list[Metadata]
 ) -> PerImage:
-    """Score the images of a pass; a reward of groups sees `group` images of one prompt at a time."""
+    """Score a pass; a reward of groups sees the `group` images of one prompt at a time."""
     size = group if reward.of_groups else len(images)
     parts = [slice(start, start + size) for start in range(0, len(images), size)]
     return torch.cat(
@@ -132,7 +132,7 @@ SAMPLED: dict[type[Batch], Maker] = {
 def make_pairs(
     context: SourceContext, examples: list[Example], indices: dict[int, int], step: int
 ) -> Pairs:
-    """Return pairs of some examples, given by slot. Raises UserError naming an unreadable one."""
+    """Return pairs of some examples, given by slot. Raises UserError for an unreadable one."""
     members = [examples[index] for index in indices.values()]
     base = _prompts_of(context, members, indices, step)
     chosen = _encode(context, members, [example.chosen for example in members])
@@ -157,7 +157,7 @@ def make_pairs(
 def make_examples(
     context: SourceContext, examples: list[Example], indices: dict[int, int], step: int
 ) -> Examples:
-    """Return pictures of some examples, given by slot. Raises UserError naming an unreadable one."""
+    """Return pictures of some examples, given by slot. Raises UserError for an unreadable one."""
     members = [examples[index] for index in indices.values()]
     base = _prompts_of(context, members, indices, step)
     return Examples(

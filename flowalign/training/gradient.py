@@ -1,9 +1,9 @@
 """The gradient of an objective over a batch, in passes and over all processes, with statistics.
 
-Invariant: in every update all processes make the same number of forwards and backwards, in the same
-order. Models that are sharded over processes exchange weights in each forward and backward, and hang
-if one process makes fewer. A process with fewer rows than another, because some are not trained on,
-therefore repeats rows in passes of weight 0.
+Invariant: in every update all processes make the same number of forwards and backwards, in the
+same order. Models that are sharded over processes exchange weights in each forward and backward,
+and hang if one process makes fewer. A process that trains on fewer rows than another therefore
+repeats rows in passes of weight 0.
 """
 
 import math
@@ -32,7 +32,7 @@ D = TypeVar("D")
 
 @dataclass
 class Meter:
-    """Statistics of a step's passes, kept on the device: nothing waits for a value until the end."""
+    """Statistics of a step's passes. They stay on the device, so that no pass waits for a value."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)

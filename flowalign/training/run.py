@@ -215,7 +215,7 @@ def prepare(config: Config) -> Run:
         state=assembly.state,
         source=assembly.source,
         evaluator=assembly.evaluator,
-        plan=inputs.counts,
+        plan=inputs.plan,
         folder=folder,
         lock=lock,
         progress=progress,

@@ -36,7 +36,7 @@ class Inputs:
     """The files and rewards that a configuration names, read and checked."""
 
     config: Config
-    counts: BatchPlan
+    plan: BatchPlan
     prompts: list[Prompt]
     evaluation_prompts: list[Prompt]
     examples: list[Example]
@@ -63,7 +63,7 @@ class Assembly:
         return self.state.policy
 
     @property
-    def counts(self) -> BatchPlan:
+    def plan(self) -> BatchPlan:
         """The batch arithmetic of a step."""
         return self.context.plan
 
@@ -75,13 +75,15 @@ def read_inputs(config: Config) -> Inputs:
         UserError: A file cannot be read, or a reward does not work or does not fit the objective.
     """
     train, learns_from = config.train, config.objective.learns_from
-    counts = BatchPlan(
-        train.prompts_per_step,
-        train.images_per_prompt,
-        train.updates_per_step,
-        train.images_per_pass,
-        distributed.count(),
+    plan = BatchPlan(
+        prompts_per_step=train.prompts_per_step,
+        images_per_prompt=train.images_per_prompt,
+        updates_per_step=train.updates_per_step,
+        max_images_per_pass=train.images_per_pass,
+        processes=distributed.count(),
     )
+    if plan.note and distributed.is_main():
+        say(plan.note)
     paired = learns_from is Pairs
     examples = _read_examples(config.data.pairs, "data.pairs", paired)
     held_out = _read_examples(config.evaluation.pairs, "evaluation.pairs", paired)
@@ -89,14 +91,14 @@ def read_inputs(config: Config) -> Inputs:
     path = config.evaluation.prompts
     evaluation_prompts = _read_prompts(path, "evaluation.prompts") or prompts
     rewards = load_rewards(config.rewards)
-    check_rewards(config, rewards)
+    check_rewards(config, plan, rewards)
     evaluation_rewards = load_evaluation_rewards(config, rewards)
     check_evaluation_rewards(config, evaluation_rewards)
     score_noise(rewards, prompts, config.model, needs_gradient=learns_from is Prompts)
     score_noise(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
     return Inputs(
         config=config,
-        counts=counts,
+        plan=plan,
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         examples=examples,
@@ -121,20 +123,20 @@ def _prompts_of(examples: list[Example]) -> list[Prompt]:
 
 def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     """Build the policy with its adapters, the source of batches, and the evaluator."""
-    config, counts = inputs.config, inputs.counts
+    config, plan = inputs.config, inputs.plan
     train, objective = config.train, config.objective
     # The adapter is drawn from the global generator; nothing after it is.
     torch.manual_seed(train.seed)
     snapshots = [*objective.snapshots, *(["ema"] if train.ema.decay else [])]
-    policy = Policy(model, config.sampler, snapshots, train.images_per_pass)
+    policy = Policy(model, config.sampler, snapshots, plan.images_per_pass)
     model.remember([prompt.text for prompt in inputs.prompts])
-    scorer = make_scorer(config, inputs.rewards, train.drop_equal_groups)
+    scorer = make_scorer(config, plan, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
         policy=policy,
         scorer=scorer,
         prompts=inputs.prompts,
         examples=inputs.examples,
-        plan=counts,
+        plan=plan,
         seed=train.seed,
         sampling_weights=objective.sampling_weights,
         ranking=config.data.ranking,
@@ -150,14 +152,14 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
 
 
 def make_scorer(
-    config: Config, rewards: list[Reward], drop_equal_groups: bool = False
+    config: Config, plan: BatchPlan, rewards: list[Reward], drop_equal_groups: bool = False
 ) -> RolloutScorer:
     """Return what scores images by these rewards and compares the images of each prompt."""
     return RolloutScorer(
         rewards,
         config.combine,
         config.advantage,
-        config.train.images_per_pass,
+        plan.images_per_pass,
         distributed.device(),
         drop_equal_groups=drop_equal_groups,
     )
@@ -169,8 +171,8 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     return Evaluator(
         inputs.evaluation_prompts,
         config.evaluation.images_per_prompt,
-        make_scorer(config, inputs.evaluation_rewards),
-        config.train.images_per_pass,
+        make_scorer(config, inputs.plan, inputs.evaluation_rewards),
+        inputs.plan.images_per_pass,
         config.train.seed,
         held_out=make_held_out(inputs, context),
     )
@@ -192,9 +194,9 @@ def make_optimizer(
     return torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=weight_decay)
 
 
-def check_rewards(config: Config, rewards: Sequence[Reward]) -> None:
+def check_rewards(config: Config, plan: BatchPlan, rewards: Sequence[Reward]) -> None:
     """Check that the objective can use the training rewards. Raises UserError otherwise."""
-    learns_from, train = config.objective.learns_from, config.train
+    learns_from = config.objective.learns_from
     learning = [reward.name for reward in rewards if reward.learner]
     if learning and learns_from not in (Rollout, Pairs):
         raise UserError(
@@ -203,12 +205,14 @@ def check_rewards(config: Config, rewards: Sequence[Reward]) -> None:
             "choose an objective that learns from scores."
         )
     comparing = [reward.name for reward in rewards if reward.of_groups]
-    cuts_groups = train.images_per_pass % train.images_per_prompt != 0
+    cuts_groups = plan.images_per_pass % plan.images_per_prompt != 0
     if comparing and learns_from is Prompts and cuts_groups:
         raise UserError(
-            f"train.images_per_pass is {train.images_per_pass}, but rewards.{comparing[0]} "
-            "compares a prompt's images, and the objective takes its gradient pass by pass. Use a "
-            f"multiple of train.images_per_prompt, {train.images_per_prompt}."
+            f"Passes have {plan.images_per_pass} images, but rewards.{comparing[0]} compares a "
+            "prompt's images, and the objective takes its gradient pass by pass. Set "
+            "train.images_per_pass to a multiple of train.images_per_prompt, "
+            f"{plan.images_per_prompt}, that divides the images of an update, "
+            f"{plan.images_per_update}."
         )
 
 

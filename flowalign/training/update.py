@@ -50,7 +50,8 @@ def update(
     meter, norms, outcomes = Meter(), [], []
     for index, piece in enumerate(_shares(batch, train.updates_per_step)):
         state.optimizer.zero_grad()
-        loss = compute_gradient(state.policy, objective, piece, train.images_per_pass, meter)
+        images_per_pass = state.policy.images_per_pass or train.images_per_pass
+        loss = compute_gradient(state.policy, objective, piece, images_per_pass, meter)
         if loss is None:
             continue
         norm = nn.utils.clip_grad_norm_(parameters, train.max_grad_norm).item()

@@ -124,8 +124,8 @@ def test_the_command_prints_one_screen(capsys):
 
 
 def test_overrides_may_follow_an_option(capsys):
-    assert main(["plan", str(TINY), "--gpu", "h100", "train.images_per_pass=7"]) == 2
-    assert "train.images_per_pass is 7" in capsys.readouterr().err
+    assert main(["plan", str(TINY), "--gpu", "h100", "train.updates_per_step=7"]) == 2
+    assert "7 updates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_faster_gpu_takes_less_time():
         (["--gpu", "h10"], "'h100'"),
         (["--memory", "0"], "above 0"),
         (["model.path=nowhere/at/all"], "model.path: there is no folder"),
-        (["train.images_per_pass=7"], "nearest that divide"),
+        (["train.updates_per_step=7"], "cannot share evenly"),
     ],
 )
 def test_what_cannot_be_planned_is_answered_with_what_to_type(options, said, capsys):

@@ -430,7 +430,7 @@ def test_a_reward_without_gradient_is_refused_by_name():
 
 def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
     counts = BatchPlan(
-        prompts_per_step=2, images_per_prompt=3, updates_per_step=1, images_per_pass=6
+        prompts_per_step=2, images_per_prompt=3, updates_per_step=1, max_images_per_pass=6
     )
     judge = RolloutScorer(rewards, WeightedSum(), group_advantage, 6, torch.device("cpu"))
     return SourceContext(

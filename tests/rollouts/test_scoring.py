@@ -25,8 +25,8 @@ from flowalign.rollouts.ranking import rank
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import missing_scores, NotFinite, RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts
-from flowalign.training import setup as assembly
-from tests.rollouts.test_sources import context
+from flowalign.training.setup import check_rewards
+from tests.rollouts.test_sources import context, flat
 from tests.tiny import SMALL, TINY
 
 NONE = math.nan
@@ -303,14 +303,13 @@ def test_rewards_of_groups_that_a_gradient_passes_through_are_asked_prompt_by_pr
 
 
 def test_passes_that_part_a_prompt_are_refused_where_a_gradient_is_taken_through_its_group():
-    vendi = [
-        "objective={name: alignprop}",
-        "rewards={vendi: 1}",
-        "evaluation.rewards={brightness: 1}",
-        "train.images_per_pass=2",
-    ]
+    config = load_config(TINY, [*SMALL, "objective={name: alignprop}"])
+    compares = Reward("compares", flat, traits=Traits("group"))
+    plan = replace(context().plan, max_images_per_pass=2)
     with pytest.raises(
         UserError,
-        match=r"train\.images_per_pass is 2, but rewards\.vendi compares.*images_per_prompt, 3",
+        match=r"Passes have 2 images, but rewards\.compares compares.*images_per_prompt, 3",
     ):
-        assembly.rewards_of(load_config(TINY, [*SMALL, *vendi]))
+        check_rewards(config, plan, [compares])
+    check_rewards(config, plan, [replace(compares, traits=Traits("pointwise"))])
+    check_rewards(config, replace(plan, max_images_per_pass=3), [compares])

@@ -83,7 +83,7 @@ def context(
         "prompts_per_step": 2,
         "images_per_prompt": 1 if pairs else 3,
         "updates_per_step": 1,
-        "images_per_pass": 2,
+        "max_images_per_pass": 2,
     }
     settings |= counts
     policy = make_policy(Sampler(steps=2, dynamics=flow_sde), snapshots=["old"])
@@ -92,7 +92,7 @@ def context(
         [Reward("brightness", brightness)],
         WeightedSum(),
         group_advantage,
-        settings["images_per_pass"],
+        settings["max_images_per_pass"],
         torch.device("cpu"),
     )
     judge = RolloutScorer(*judged, drop_equal_groups=drop_equal_groups)

@@ -303,8 +303,10 @@ def test_two_updates_a_step_are_off_policy_from_the_second_on(tmp_path):
         (["data.prompts=nowhere.txt"], "there is no file nowhere.txt"),
         (["model.path=assets/prompts"], "no model_index.json"),
         (["sampler.dynamics={name: ode}"], "stochastic steps"),
-        (["train.images_per_pass=4"], "nearest that divide: 3 or 6"),
-        (["train.prompts_per_step=3", "train.updates_per_step=2"], "nearest that can: 2 or 4"),
+        (
+            ["train.prompts_per_step=3", "train.updates_per_step=2"],
+            "nearest that they can share: 2 or 4",
+        ),
         (['rewards={"nowhere.py:f": 1.0}'], "there is no file nowhere.py"),
         (["nonsense"], "write section.key=value"),
     ],
