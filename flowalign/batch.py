@@ -36,7 +36,7 @@ class Cond:
     null: dict[str, Tensor]
     """The same inputs for the empty prompt, which classifier-free guidance starts from."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance. 1 means none, and the network runs on the prompts alone."""
+    """Scale of classifier-free guidance; 1 means none, and the null inputs are not used."""
 
     def guided(self, guidance: float) -> Self:
         """Return the same inputs under another guidance scale."""

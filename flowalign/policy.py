@@ -172,6 +172,7 @@ class Policy:
 
     def at(self, name: str) -> Self:
         """Return a gradient-free view under other weights: "reference", a snapshot or "policy"."""
+        # A shallow copy: the view shares model and adapters, and only remembers which is active.
         view = copy.copy(self)
         view.weights, view._gradient = name, False
         return view
@@ -212,8 +213,8 @@ class Policy:
     def loss_scale(self, passes: int) -> float:
         """Return the power of two that a loss is multiplied by before `backward`.
 
-        It keeps gradients in float16 from rounding to zero; other dtypes need none. A loss is a mean
-        over latent elements and passes, so its gradients are smaller by the product of both.
+        It keeps gradients in float16 from rounding to zero; other dtypes need none. A loss is a
+        mean over latent elements and passes, which makes its gradients smaller by both numbers.
         """
         if self.model.dtype != torch.float16:
             return 1.0
@@ -319,8 +320,8 @@ class Policy:
         different = set(self.state(name)) ^ set(state)
         if different:
             raise UserError(
-                f"the adapter does not fit the model: {len(different)} matrices differ, for example "
-                f"{min(different)}. Use an adapter of the same model and model.lora."
+                f"the adapter does not fit the model: {len(different)} matrices differ, "
+                f"for example {min(different)}. Use an adapter of the same model and model.lora."
             )
         set_peft_model_state_dict(self.model.transformer, state, adapter_name=name)
 

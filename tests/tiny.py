@@ -135,7 +135,10 @@ def random_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
 
 
 def random_sd35(folder: Path) -> FlowModel:
-    """SD3.5-medium's architecture made small: T5, dual attention in some layers, query-key norm, shift 3; random weights."""
+    """A small SD3.5-medium with random weights.
+
+    It has T5, dual attention in some layers, query-key norm, and a shift of times of 3.
+    """
     torch.manual_seed(0)
     tokenizer, config = random_clip()
     t5_tokenizer, t5 = random_t5()
@@ -180,7 +183,7 @@ def random_sd35(folder: Path) -> FlowModel:
 
 
 def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
-    """A Flux of the real classes with random weights, dev-like or schnell-like, saved to a folder and loaded again."""
+    """A small Flux with random weights, like dev or like schnell, saved and loaded again."""
     torch.manual_seed(0)
     tokenizer, config = random_clip()
     t5_tokenizer, t5 = random_t5()

@@ -1,6 +1,6 @@
-"""Model families. One file holds everything that is special to a family; no other folder names one.
+"""Model families. One file holds all that is special to a family; no other folder names one.
 
-A new family is one file and one row in each table below, or a path in the YAML: `name: my_family.py:MyModel`.
+A new family is one file and a row in the tables below, or a path: `name: my_family.py:MyModel`.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
 
+# Paths instead of classes: importing the classes would import torch.
 MODELS = {"sd3": "flowalign.models.sd3:SD3", "flux": "flowalign.models.flux:Flux"}
 """Names to classes, imported when they are needed."""
 

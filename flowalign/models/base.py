@@ -1,4 +1,4 @@
-"""The interface of a model family. It needs torch alone; `pipeline.py` implements it over diffusers."""
+"""The interface of a model family, which needs torch alone. `pipeline.py` builds on diffusers."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -66,7 +66,7 @@ class FlowModel(ABC, Generic[C]):
 
     Config: ClassVar[type[ModelConfig]]
     """Settings of the family: the `model` section of a YAML file."""
-    lora_targets: ClassVar[Sequence[str]]
+    lora_targets: Sequence[str]
     """Endings of the names of the linear layers that adapters are put on by default."""
     transformer: nn.Module
 
@@ -89,7 +89,7 @@ class FlowModel(ABC, Generic[C]):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return inputs of `forward` by name, each (B, ...). Texts of all lengths have one shape."""
+        """Return inputs of `forward` by name, each (B, ...), in one shape for all texts."""
 
     @abstractmethod
     def decode(self, x0: Latent) -> Tensor:
@@ -102,9 +102,10 @@ class FlowModel(ABC, Generic[C]):
         )
 
     def latent_fingerprint(self) -> str:
-        """Return a text that differs if the latent of a picture differs: a key of the latent cache."""
+        """Return a key of the latent cache, which changes whenever latents of a picture do."""
         raise UserError(
-            f"{type(self).__name__} cannot cache latents. Implement latent_fingerprint to use pairs."
+            f"{type(self).__name__} has no key for its latents. "
+            "Implement latent_fingerprint to use pairs."
         )
 
     @property
@@ -145,13 +146,14 @@ class FlowModel(ABC, Generic[C]):
             embedded_guidance: Scale for a model with distilled guidance; other models ignore it.
         """
         rows = self._texts.rows(prompts, self._encode_missing)
-        names, shared = rows[""], self.guidance_inputs(len(prompts), embedded_guidance)
-        inputs = {
-            name: torch.stack([rows[text][name] for text in prompts]).to(self.device)
-            for name in names
-        }
-        null = {name: row.to(self.device).expand_as(inputs[name]) for name, row in rows[""].items()}
-        return Cond(inputs | shared, null | shared)
+        inputs, null = {}, {}
+        for name, empty in rows[""].items():
+            inputs[name] = torch.stack([rows[text][name] for text in prompts]).to(self.device)
+            # A view of one row: copies of the empty prompt would double the memory.
+            null[name] = empty.to(self.device).expand_as(inputs[name])
+        # The scale is an input of both halves of a guided batch, as in diffusers.
+        scale = self.guidance_inputs(len(prompts), embedded_guidance)
+        return Cond(inputs | scale, null | scale)
 
     def remember(self, prompts: list[str]) -> None:
         """Encode prompts in advance, as many as the cache holds.
@@ -159,11 +161,13 @@ class FlowModel(ABC, Generic[C]):
         The text encoders move to the device once for all of them.
         """
         empty = self._texts.rows([], self._encode_missing)[""]
+        # One place belongs to the empty prompt. More prompts would push each other out again.
         room = self._texts.capacity(empty) - 1
         self._texts.rows(list(dict.fromkeys(prompts))[:room], self._encode_missing)
 
     @torch.no_grad()
     def _encode_missing(self, texts: list[str]) -> Iterator[tuple[str, Row]]:
+        # One visit to the device for all chunks: moving large encoders takes longer than they work.
         with task("encoding prompts", len(texts)) as work, self.text_encoders_on_device():
             for start in range(0, len(texts), ENCODE_AT_ONCE):
                 chunk = texts[start : start + ENCODE_AT_ONCE]

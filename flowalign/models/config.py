@@ -39,7 +39,7 @@ class ModelConfig(Settings):
     """Height and width are multiples of this many pixels."""
 
     name: str = ""
-    """Family: a built-in name, an alias, or my_family.py:MyModel. Read from the model if left out."""
+    """A built-in family, an alias, or my_family.py:MyModel. By default read from the model."""
     path: str
     """A local folder in diffusers' layout, or a repository on the Hugging Face hub."""
     revision: str | None = None

@@ -68,6 +68,7 @@ def describe(path: str, key: str = "model.path") -> ModelConfig:
 
     Raises UserError if it cannot be opened, or if no built-in family loads it.
     """
+    # Only built-in families are known by their pipelines, so the class is a PipelineModel.
     index = read_index(path, key=key)
     family = family_of(name_of(path, key=key))
     assert issubclass(family, PipelineModel)

@@ -54,15 +54,15 @@ class Flux(PipelineModel[FluxConfig]):
     Config: ClassVar = FluxConfig
     pipeline_name: ClassVar = "FluxPipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
-    lora_targets: ClassVar = [
+    lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    ]
+    )
 
     @classmethod
     def describe(cls, path: str, index: Mapping[str, object]) -> FluxConfig:
-        """Return the published settings: bfloat16 on a GPU, as many tokens as T5's tokenizer takes."""
+        """Return the published settings: bfloat16 on a GPU, and all tokens that T5 may take."""
         from transformers import AutoTokenizer
 
         side = picture_side(path)
@@ -89,6 +89,7 @@ class Flux(PipelineModel[FluxConfig]):
     def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:
         """Return the velocity. The transformer takes packed latents and their positions."""
         height, width = x.shape[2] // 2, x.shape[3] // 2
+        # Unlike SD3's, this transformer takes times from 0 to 1 and scales them itself.
         packed = self.transformer(
             hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2).to(
                 self.dtype
@@ -107,6 +108,7 @@ class Flux(PipelineModel[FluxConfig]):
         """Return the scheduler; its shift of times grows with the number of patches."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+        # The shift depends on the number of patches, so the scheduler needs the size of pictures.
         _, height, width = self.latent_shape
         scheduler = self._copy_scheduler()
         limits = [scheduler.config.get(name, value) for name, value in SHIFT_DEFAULTS.items()]

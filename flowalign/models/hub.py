@@ -1,4 +1,4 @@
-"""Model folders and repositories on the Hugging Face hub, and explanations if one cannot be opened."""
+"""Model folders and repositories on the Hugging Face hub, and why one cannot be opened."""
 
 import json
 import os
@@ -48,11 +48,13 @@ def is_local(path: str) -> bool:
 
 def explain_loading(key: str, path: str, error: BaseException) -> str:
     """Return why a model could not be opened and what to do about it."""
+    # Libraries wrap the hub's errors in their own, so every cause in the chain is searched.
     causes, cause = [], error
     while cause is not None:
         causes.append(f"{type(cause).__name__} {cause}")
         cause = cause.__cause__ or cause.__context__
     chain = "\n".join(causes)
+    # Class names and phrases, because digits such as 404 also occur in paths and request numbers.
     if not Path(path).is_dir():
         for phrases, explanation in EXPLANATIONS:
             if any(phrase in chain for phrase in phrases):
@@ -110,5 +112,6 @@ def _download_index(path: str, revision: str | None, key: str) -> Path:
 
     try:
         return Path(hf_hub_download(path, "model_index.json", revision=revision))
+    # The hub's errors have no common base class apart from Exception.
     except Exception as error:
         raise UserError(explain_loading(key, path, error)) from error

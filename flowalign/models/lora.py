@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn, Tensor
 
+from flowalign.models.loading import Untyped
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -54,4 +56,6 @@ def delete_lora(network: nn.Module, name: str) -> None:
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.delete_adapter(name)
-    network.peft_config.pop(name)  # PEFT keeps the settings on the network itself
+    # PEFT keeps the settings of all adapters on the network itself.
+    settings: Untyped = network.peft_config
+    del settings[name]

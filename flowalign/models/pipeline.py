@@ -112,6 +112,7 @@ class PipelineModel(FlowModel[C]):
     def latent_fingerprint(self) -> str:
         """Return a hash of the autoencoder's weights, and its normalisation."""
         weights = hashlib.blake2b(digest_size=16)
+        # Weights and not the path: fine-tuned models differ from their parents by weights alone.
         for parameter in self.vae.parameters():
             weights.update(parameter.detach().float().cpu().numpy().tobytes())
         config = self.vae.config
@@ -133,7 +134,8 @@ class PipelineModel(FlowModel[C]):
 
     @contextlib.contextmanager
     def text_encoders_on_device(self) -> Iterator[None]:
-        """Keep the text encoders on the device only while they work: they can be the largest part."""
+        """Keep the text encoders on the device only while they encode."""
+        # They can be the largest part of a model, and training needs none of them.
         encoders = self._text_encoders()
         for encoder in encoders:
             encoder.to(self.device)
@@ -212,7 +214,7 @@ class PipelineModel(FlowModel[C]):
 
 def picture_side(path: str) -> int:
     """Return the side of the square pictures that an autoencoder was trained on, in pixels."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     config: Untyped = AutoencoderKL.load_config(path, subfolder="vae")
     return config["sample_size"]

@@ -30,7 +30,8 @@ class SD3Config(ModelConfig):
 
     @classmethod
     def attention_names(cls) -> Sequence[str]:
-        """Return PyTorch's attention and xformers; SD3 ignores the other back ends of diffusers."""
+        """Return PyTorch's attention and xformers."""
+        # The attention processors of SD3 ignore set_attention_backend, without an error.
         return ["native", "xformers"]
 
 
@@ -44,10 +45,10 @@ class SD3(PipelineModel[SD3Config]):
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     optional_components: ClassVar = T5
-    lora_targets: ClassVar = [
+    lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    ]
+    )
 
     def __init__(self, config: SD3Config, device: str = "cpu"):
         super().__init__(config, device)
@@ -73,7 +74,7 @@ class SD3(PipelineModel[SD3Config]):
     @classmethod
     def unused_components(cls, config: SD3Config) -> Sequence[str]:
         """Return T5 if prompts have no T5 tokens."""
-        # Without T5, diffusers appends max_sequence_length zero tokens, which cost as much as words.
+        # Without T5, diffusers appends max_sequence_length zero tokens at full cost.
         return () if config.max_sequence_length else T5
 
     def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:

@@ -23,12 +23,13 @@ class TextCache:
         self._rows: OrderedDict[str, Row] = OrderedDict()
 
     def rows(self, texts: Iterable[str], encode: EncodeTexts) -> dict[str, Row]:
-        """Return the rows of the texts and of the empty prompt; encode those that are not cached."""
+        """Return the rows of the texts and of the empty prompt, and encode the missing ones."""
         distinct = list(dict.fromkeys(["", *texts]))
         rows = {text: self._rows[text] for text in distinct if text in self._rows}
         missing = [text for text in distinct if text not in rows]
         if missing:
             rows |= dict(encode(missing))
+        # Least recently used first: the order of the dictionary is the order of use.
         for text, row in rows.items():
             self._rows[text] = row
             self._rows.move_to_end(text)
