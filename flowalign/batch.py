@@ -26,7 +26,7 @@ PER_BATCH = {"per": "batch"}
 
 @dataclass(frozen=True)
 class Cond:
-    """What a velocity is conditioned on. Rows are images: every tensor is (B, ...).
+    """The condition of a velocity. Rows are images: every tensor is (B, ...).
 
     The names of the inputs are the model family's business; nothing else reads them.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.config.load import build_config
+from flowalign.config.load import load_config
 from flowalign.config.resolved import resolve
 from flowalign.errors import UserError
 from flowalign.models import ALIASES, MODELS, PIPELINES
@@ -17,7 +17,6 @@ from flowalign.models.families import describe, family_of, read_model_config
 from flowalign.models.flux import Flux, FluxConfig
 from flowalign.models.pipeline import PipelineModel
 from flowalign.models.sd3 import SD3, SD3Config
-from flowalign.settings.yaml_files import read_yaml
 from tests.tiny import ROOT
 
 PACKAGE = ROOT / "flowalign"
@@ -129,14 +128,15 @@ def test_an_alias_is_written_out_as_the_name_that_it_stands_for():
 
 
 @pytest.mark.parametrize("file", ["crd", "flow_grpo_flux"])
-def test_a_resolved_configuration_has_a_name_and_loads_again(file, monkeypatch):
+def test_a_resolved_configuration_has_a_name_and_loads_again(file, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    path = ROOT / "configs" / "tiny" / f"{file}.yaml"
-    raw = read_yaml(path)
-    name = raw["model"].pop("name")
-    written = resolve(build_config(raw, path))
-    assert written["model"]["name"] == name
-    assert resolve(build_config(written, path)) == written
+    config = resolve(load_config(ROOT / "configs" / "tiny" / f"{file}.yaml"))
+    path = tmp_path / "run.yaml"
+    unnamed = {name: value for name, value in config["model"].items() if name != "name"}
+    path.write_text(json.dumps({**config, "model": unnamed}))
+    assert resolve(load_config(path)) == config
+    path.write_text(json.dumps(config))
+    assert resolve(load_config(path)) == config
 
 
 def test_settings_of_another_family_are_not_known():
