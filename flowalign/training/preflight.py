@@ -1,4 +1,7 @@
-"""Checks before every run that cost no forward of the network."""
+"""Checks that run before every training run. They need no forward of the network.
+
+`flowalign check` prints them too, and adds checks that run the model.
+"""
 
 import math
 import shutil
@@ -9,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from flowalign.batch import Batch, Cond, Keys, Prompts
-from flowalign.dynamics import is_stochastic
+from flowalign.batch import Batch, Keys, Prompts
+from flowalign.dynamics import Dynamics, is_stochastic, ode
 from flowalign.errors import UserError
 from flowalign.files import size
-from flowalign.flow import Latent, over_latent, PerImage
 from flowalign.policy import Policy
 from flowalign.rewards.inspection import Finding
 from flowalign.rollouts.collect import make_prompts
@@ -22,154 +25,160 @@ from flowalign.rollouts.sources import SourceContext
 from flowalign.settings.types import settings_of
 from flowalign.training.setup import Assembly
 
-SMALLER = 10**5
-"""How many times smaller steps are that must keep a sampler's marginals."""
+STEP_SHARE = 1e-5
+"""Share of a configured step that a step is reduced to, to test that it keeps the marginals."""
+MAX_ERROR = 0.02
+"""Relative error of the variance of a small step, above which its dynamics is wrong."""
 PROMPTS, IMAGES = 2, 4
+"""Prompts, and images of each, that the checks use."""
 
 
-def before_start(assembly: Assembly) -> Iterator[Finding]:
-    """What costs no forward of the network, so that every run can begin with it."""
+def preflight_findings(assembly: Assembly) -> Iterator[Finding]:
+    """Yield the findings of all checks that need no forward of the network."""
     policy = assembly.policy
-    yield disk_space(assembly)
-    times = schedule(policy)
-    yield times
-    batch = keyed_prompts(assembly.context, policy)
-    yield noise(policy, batch)
-    if is_stochastic(policy.sampler.dynamics) and not times.wrong:
-        yield marginals(policy)
-    yield optimized(policy, assembly.state.optimizer)
-    yield from guided_twice(assembly)
+    yield check_disk(assembly)
+    schedule = check_schedule(policy.times, policy.sampler.steps)
+    yield schedule
+    yield check_noise(policy, keyed_prompts(assembly.context, policy))
+    if is_stochastic(policy.sampler.dynamics) and not schedule.wrong:
+        steps = policy.sampler.stochastic_steps(0, 0)
+        yield check_marginals(policy.sampler.dynamics, policy.times, steps)
+    yield check_optimizer(policy, assembly.state.optimizer)
+    yield from check_guidance(assembly)
 
 
-def refuse_what_is_wrong(assembly: Assembly) -> None:
-    """UserError with the first of `before_start` that is wrong."""
-    for finding in before_start(assembly):
+def require_preflight(assembly: Assembly) -> None:
+    """Raise UserError with the first problem that the checks find, if there is one."""
+    for finding in preflight_findings(assembly):
         if finding.wrong:
             raise UserError(f"{finding.subject}: {finding.text}")
 
 
-def disk_space(assembly: Assembly) -> Finding:
-    """Room for the checkpoints that stay, the one being written and the best."""
-    policy, train = assembly.policy, assembly.config.train
+def check_disk(assembly: Assembly) -> Finding:
+    """Check that the disk has room for the checkpoints of the run."""
+    policy, train, output = assembly.policy, assembly.config.train, assembly.config.output
     adapter = sum(p.numel() * p.element_size() for p in policy.parameters())
-    one = adapter * (3 + len(policy.snapshots))  # with AdamW's two moments
-    wanted = one * (train.keep + 2) + 2 * adapter
-    place = Path(assembly.config.output).absolute()
-    there = next(parent for parent in (place, *place.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    text = f"a checkpoint has {size(one)}; {size(wanted)} are wanted in {assembly.config.output}, {size(free)} are free"
-    advice = "; make room, or choose another folder: output=FOLDER" if free < wanted else ""
-    return Finding("disk", text + advice, free < wanted)
+    # The adapter, AdamW's two moments, and the copies.
+    checkpoint = adapter * (3 + len(policy.snapshots))
+    # Those that are kept, the one being written and the best, and two exported adapters.
+    needed = checkpoint * (train.keep + 2) + 2 * adapter
+    path = Path(output).absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    text = f"a checkpoint has {size(checkpoint)}; {output} needs {size(needed)}"
+    text += f", and {size(free)} are free"
+    if free >= needed:
+        return Finding("disk", text)
+    return Finding("disk", f"{text}. Make room or choose output=FOLDER elsewhere.", wrong=True)
 
 
-def schedule(policy: Policy) -> Finding:
-    """From noise to picture without a step back."""
-    times = policy.times
-    falling = all(t > s for t, s in pairwise(times))
-    wrong = times[0] != 1 or times[-1] != 0 or not falling or len(times) != policy.sampler.steps + 1
-    return Finding(
-        "schedule",
-        " ".join(f"{t:.3g}" for t in times) + (" does not fall from 1 to 0" if wrong else ""),
-        wrong,
-    )
+def check_schedule(times: list[float], steps: int) -> Finding:
+    """Check that the times fall from 1 (noise) to 0 (image), with one step between two times."""
+    falls = all(t > s for t, s in pairwise(times))
+    wrong = times[0] != 1 or times[-1] != 0 or not falls or len(times) != steps + 1
+    text = " ".join(f"{t:.3g}" for t in times)
+    return Finding("schedule", f"{text} does not fall from 1 to 0" if wrong else text, wrong)
 
 
-def noise(policy: Policy, batch: Batch) -> Finding:
-    """Whether images, steps of the sampler and steps of training have noise of their own."""
-    shape, start = policy.model.latent_shape, policy.start(batch).cpu()
+def check_noise(policy: Policy, batch: Batch) -> Finding:
+    """Check that images, sampler steps and training steps have independent noise.
+
+    With `same_noise`, the images of a group share the noise they start from.
+    """
+    shape = policy.model.latent_shape
     later = replace(batch, keys=replace(batch.keys, step=batch.keys.step + 1))
-    draws = {
-        "rollout/0": start,
-        "rollout/1": batch.noise("rollout", 1, shape),
-        "next step": later.noise("rollout", 0, shape),
-    }
-    rows = torch.cat(
-        [torch.nn.functional.normalize(draw.flatten(1), dim=1) for draw in draws.values()]
-    )
-    owner = torch.cat(
-        [batch.group if policy.sampler.same_noise else torch.arange(len(batch))]
-        + [torch.arange(len(batch))] * 2
-    )
+    draws = [
+        policy.start(batch).cpu(),
+        batch.noise("rollout", 1, shape),
+        later.noise("rollout", 0, shape),
+    ]
+    rows = torch.cat([F.normalize(draw.flatten(1), dim=1) for draw in draws])
+    images = torch.arange(len(batch))
+    owner = torch.cat([batch.group if policy.sampler.same_noise else images, images, images])
     source = torch.arange(len(draws)).repeat_interleave(len(batch))
     same = (owner[:, None] == owner[None]) & (source[:, None] == source[None])
     largest = (rows @ rows.T)[~same].abs().max().item()
+    # A correlation of independent noise has the deviation 1 / sqrt(elements).
     limit = 6 / math.sqrt(rows.shape[1])
-    text = f"correlation between images, steps and training steps at most {largest:.2g}, by chance below {limit:.2g}"
-    return Finding("noise", text, largest > limit)
+    text = f"largest correlation between images, steps and training steps is {largest:.2g}"
+    return Finding("noise", f"{text}; below {limit:.2g} by chance", wrong=largest > limit)
 
 
-class OnePicture:
-    """In the place of a model: the exact velocity where all pictures are one, 0, so that x at t is N(0, t²)."""
+def check_marginals(dynamics: Dynamics, times: list[float], steps: range) -> Finding:
+    """Check that small stochastic steps keep the marginals of the ODE.
 
-    def velocity(self, x: Latent, t: PerImage, _: Cond) -> Latent:
-        return x / over_latent(t, x)
-
-
-def marginals(policy: Policy) -> Finding:
-    """Whether stochastic steps keep N(0, t²) as they become small, and what noise the configured steps leave in a picture."""
-    steps, times = policy.sampler.stochastic_steps(0, 0), policy.times
-    middles = [(times[k] + times[k + 1]) / 2 for k in steps]
-    small = [
-        (t, t - (times[k] - times[k + 1]) / SMALLER) for k, t in zip(steps, middles, strict=True)
-    ]
-    off = max(abs((after(policy, t, s, t**2) - t**2) / (s**2 - t**2) - 1) for t, s in small)
+    Also describes how much noise the configured steps leave in an image. `steps` are the
+    stochastic ones.
+    """
+    error = max(marginal_error(dynamics, times[k], times[k + 1]) for k in steps)
     variance = 1.0
     for k, (t, s) in enumerate(pairwise(times[:-1])):
-        variance = after(policy, t, s, variance, k in steps)
-    kept = (
-        f"small stochastic steps keep them to {off:.1g}"
-        if off < 0.02
-        else f"small stochastic steps miss them by {off:.0%}"
-    )
-    much = f"with {len(steps)} of {len(times) - 1} steps stochastic, the last begins with {math.sqrt(variance) / times[-2]:.3g}"
-    return Finding("marginals", f"{kept}; {much} times the noise it expects", off >= 0.02)
+        variance = variance_after(dynamics if k in steps else ode, t, s, variance)
+    excess = math.sqrt(variance) / times[-2]
+    wrong = error >= MAX_ERROR
+    verb = f"miss them by {error:.0%}" if wrong else f"keep them to {error:.1g}"
+    share = f"with {len(steps)} of {len(times) - 1} steps stochastic"
+    text = f"small stochastic steps {verb}; {share}, the last starts with {excess:.3g} times"
+    return Finding("marginals", f"{text} the noise it expects", wrong)
 
 
-def after(policy: Policy, t: float, s: float, variance: float, stochastic: bool = True) -> float:
-    """The variance after the policy's own step from t to s."""
-    view = policy.at("reference")
-    view.model, view.times = OnePicture(), [t, s]  # type: ignore[assignment]
-    step = view.step(torch.ones(1, 1, dtype=torch.float64), 0, Cond({}, {}), stochastic)
+def marginal_error(dynamics: Dynamics, t: float, s: float) -> float:
+    """Return the relative error of the change in variance, for a small step between t and s."""
+    start = (t + s) / 2
+    end = start - (t - s) * STEP_SHARE
+    change = variance_after(dynamics, start, end, start**2) - start**2
+    return abs(change / (end**2 - start**2) - 1)
+
+
+def variance_after(dynamics: Dynamics, t: float, s: float, variance: float) -> float:
+    """Return the variance of x after a step from t to s, if all images are 0.
+
+    Then x at time t is N(0, t²), and its exact velocity is x / t.
+    """
+    x = torch.ones(1, 1, dtype=torch.float64)
+    step = dynamics(x, x / t, t, s)
     return step.mean.item() ** 2 * variance + step.std**2
 
 
-def optimized(policy: Policy, optimizer: torch.optim.Optimizer) -> Finding:
-    """Whether the optimiser holds the adapter that trains, all of it and nothing else."""
+def check_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> Finding:
+    """Check that the optimizer holds the adapter that trains, and nothing else."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    mine = policy.parameters()
-    wrong = sorted(held) != sorted(map(id, mine)) or not all(p.requires_grad for p in mine)
-    text = f"{len(mine)} matrices, {sum(p.numel() for p in mine):,} numbers"
-    return Finding(
-        "optimizer",
-        "it does not hold the adapter that trains" if wrong else f"holds the adapter: {text}",
-        wrong,
-    )
+    matrices = policy.parameters()
+    trainable = all(p.requires_grad for p in matrices)
+    if sorted(held) != sorted(map(id, matrices)) or not trainable:
+        text = "the optimizer does not hold the adapter that trains, or holds more"
+        return Finding("optimizer", text, wrong=True)
+    text = f"{len(matrices)} matrices, {sum(p.numel() for p in matrices):,} numbers"
+    return Finding("optimizer", f"holds the adapter: {text}")
 
 
-def guided_twice(assembly: Assembly) -> Iterator[Finding]:
-    """Where the objective guides a model that is told its guidance, as Flux-dev is."""
-    told = assembly.config.sampler.embedded_guidance
-    for key, guidance in guidances(settings_of(assembly.config.objective), "objective"):
-        if guidance > 1 and assembly.policy.model.has_distilled_guidance:
-            text = f"{key} is {guidance:g}, but this model is told its guidance, sampler.embedded_guidance: {told:g}; write {key}: 1"
-            yield Finding("guidance", text, wrong=True)
+def check_guidance(assembly: Assembly) -> Iterator[Finding]:
+    """Check that no objective guides a model whose guidance is distilled into it."""
+    if not assembly.policy.model.has_distilled_guidance:
+        return
+    embedded = assembly.config.sampler.embedded_guidance
+    for key, guidance in guidance_settings(settings_of(assembly.config.objective), "objective"):
+        if guidance > 1:
+            yield Finding(
+                "guidance",
+                f"{key} is {guidance:g}, but guidance is distilled into this model and set by "
+                f"sampler.embedded_guidance: {embedded:g}. Set {key} to 1.",
+                wrong=True,
+            )
 
 
-def guidances(settings: dict[str, Any], key: str) -> Iterator[tuple[str, float]]:
-    """Those of an objective's settings, with their keys."""
+def guidance_settings(settings: dict[str, Any], key: str) -> Iterator[tuple[str, float]]:
+    """Yield the key and the value of every guidance among an objective's settings."""
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from guidances(value, f"{key}.{name}")
+            yield from guidance_settings(value, f"{key}.{name}")
         elif name == "guidance" and value is not None:
             yield f"{key}.{name}", value
 
 
 def keyed_prompts(context: SourceContext, policy: Policy) -> Prompts:
-    """Some images of two prompts, with the keys of the first training step."""
-    texts = (context.prompts * PROMPTS)[:PROMPTS]
+    """Return IMAGES rows for each of PROMPTS prompts, with keys of the first training step."""
+    prompts = (context.prompts * PROMPTS)[:PROMPTS]
     members = [(slot, image) for slot in range(PROMPTS) for image in range(IMAGES)]
-    return make_prompts(
-        policy,
-        [texts[slot] for slot, _ in members],
-        Keys.training(context.seed, 0, members),
-    )
+    keys = Keys.training(context.seed, 0, members)
+    return make_prompts(policy, [prompts[slot] for slot, _ in members], keys)

@@ -28,7 +28,7 @@ from flowalign.runs.failures import FAILURES, SkippedUpdate, write_failure
 from flowalign.runs.folder import BEFORE, open_folder
 from flowalign.runs.interrupt import Interrupt
 from flowalign.runs.lock import FolderLock
-from flowalign.training.preflight import refuse_what_is_wrong
+from flowalign.training.preflight import require_preflight
 from flowalign.training.setup import assemble, read_inputs
 
 
@@ -207,7 +207,7 @@ def prepare(config: Config) -> Run:
     # Everything that costs little is checked first: the model may take minutes to load.
     inputs = distributed.raise_everywhere(lambda: read_inputs(config))
     assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
-    refuse_what_is_wrong(assembly)
+    require_preflight(assembly)
     folder = Path(config.output)
     lock, progress = open_folder(folder, config, assembly.state)
     return Run(

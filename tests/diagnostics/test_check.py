@@ -1,8 +1,9 @@
-"""`flowalign check`: nothing is wrong with the shipped configurations, and code that is broken on purpose is caught."""
+"""`flowalign check`: shipped configurations pass, and code that is broken on purpose is caught."""
 
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,24 +11,29 @@ import torch
 from flowalign.batch import Keys
 from flowalign.cli import main
 from flowalign.config.load import load_config
-from flowalign.diagnostics import check as checks
-from flowalign.diagnostics.check import arithmetic, check, ratio
+from flowalign.diagnostics.check import adapter as adapter_check
+from flowalign.diagnostics.check import check, report
+from flowalign.diagnostics.check.arithmetic import describe_run, describe_step
+from flowalign.diagnostics.check.ratios import ratio_finding
 from flowalign.dynamics import Gaussian
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.models.flux import Flux
 from flowalign.models.sd3 import SD3
-from flowalign.objectives.terms import VelocityKL
+from flowalign.objectives.crd import CRD
 from flowalign.policy import Policy
 from flowalign.rewards.inspection import Finding
 from flowalign.runs import checkpoint
 from flowalign.runs.adapter import save_adapter
-from flowalign.training import preflight
-from flowalign.training import setup as assembly
-from flowalign.training.preflight import before_start
+from flowalign.training import preflight, setup
+from flowalign.training.preflight import preflight_findings
 from flowalign.training.trainer import train
 from tests.tiny import ROOT, SMALL, small_config
 
+SUBJECTS = (
+    *("step", "disk", "schedule", "noise", "optimizer"),
+    *("sampler", "reference", "gradient", "update", "adapter"),
+)
 GRPO = ["objective.kl_weight=0.1", "train.ema.decay=0.5"]
 
 
@@ -36,8 +42,8 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def said(name, folder, *overrides):
-    """Whether nothing is wrong, and what `check` says."""
+def run_check(name, folder, *overrides):
+    """Return whether nothing is wrong, and the printed text."""
     lines = []
     config = load_config(f"configs/tiny/{name}.yaml", [*overrides, f"output={folder}"])
     return check(config, lines.append), "\n".join(lines)
@@ -50,22 +56,11 @@ def wrong_lines(text):
 @pytest.mark.parametrize(
     "name", ["flow_grpo", "crd", "dpo_online", "kto", "draft_lv", "flow_grpo_flux"]
 )
-def test_nothing_is_wrong_with_what_is_shipped(name, tmp_path):
-    fine, text = said(name, tmp_path / "run")
+def test_nothing_is_wrong_with_shipped_configurations(name, tmp_path):
+    fine, text = run_check(name, tmp_path / "run")
     assert fine, text
     assert not wrong_lines(text)
-    for subject in (
-        "step",
-        "disk",
-        "schedule",
-        "noise",
-        "optimizer",
-        "sampler",
-        "reference",
-        "gradient",
-        "update",
-        "adapter",
-    ):
+    for subject in SUBJECTS:
         assert f"  {subject}:" in text, subject
     assert not (tmp_path / "run").exists()
 
@@ -79,115 +74,95 @@ def test_nothing_is_wrong_with_what_is_shipped(name, tmp_path):
         ("flow_grpo_flux", "bfloat16"),
     ],
 )
-def test_rounding_to_half_precision_is_not_taken_for_a_loss(name, dtype, tmp_path):
-    window = ["sampler.window.range=[0, 0]"] if name == "crd" else []  # without noise
-    fine, text = said(name, tmp_path / "run", *SMALL, *window, f"model.dtype={dtype}")
+def test_rounding_to_half_precision_is_not_a_lost_matrix(name, dtype, tmp_path):
+    # The ODE of crd has no stochastic steps for a window.
+    window = ["sampler.window.range=[0, 0]"] if name == "crd" else []
+    fine, text = run_check(name, tmp_path / "run", *SMALL, *window, f"model.dtype={dtype}")
     assert fine, text
-    assert f"diffusers loads what is saved, in {dtype}, off by 0." in text
+    assert f"diffusers loads the saved adapter, in {dtype}, with an error of 0." in text
 
 
-def test_passes_of_one_image_are_not_taken_for_another_model(tmp_path):
-    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=1")
+def test_passes_of_one_image_do_not_change_the_reference(tmp_path):
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=1")
     assert fine, text
     assert "kl:           0 before the first update" in text
-    assert "bit for bit the loaded model: reference, ema" in text
+    assert "equal to the loaded model bit for bit: reference, ema" in text
 
 
-def test_no_pass_is_larger_than_the_run_s(monkeypatch, tmp_path):
+def test_no_pass_is_larger_than_those_of_the_run(monkeypatch, tmp_path):
     sizes, velocity = [], SD3.velocity
 
-    def watched(self, x, t, cond):
+    def recorded(self, x, t, cond):
         sizes.append(len(x))
         return velocity(self, x, t, cond)
 
-    monkeypatch.setattr(SD3, "velocity", watched)
-    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=3")
+    monkeypatch.setattr(SD3, "velocity", recorded)
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=3")
     assert fine, text
     assert max(sizes) == 3
 
 
+ONLINE = "4 prompts × 4 images = 16 images"
+
+
 @pytest.mark.parametrize(
-    ("name", "overrides", "made", "learned", "total"),
+    ("name", "overrides", "texts"),
     [
-        (
-            "flow_grpo",
-            [],
-            "4 prompts × 4 images = 16 images",
-            "8 images",
-            "32 images; each of the prompts",
-        ),
-        (
-            "draft_lv",
-            [],
-            "4 prompts × 4 images = 16 images",
-            "8 images",
-            "32 images; each of the prompts",
-        ),
+        ("flow_grpo", [], (ONLINE, "8 images", "32 images; each prompt")),
+        ("draft_lv", [], (ONLINE, "8 images", "32 images; each prompt")),
         (
             "dpo_online",
             ["data.ranking.top=2"],
-            "4 prompts × 4 images = 16 images, of them 16 pairs",
-            "at most 8 pairs",
-            "32 images; each of the prompts",
+            (f"{ONLINE}, ranked into 16 pairs", "at most 8 pairs", "32 images; each prompt"),
         ),
-        ("dpo", ["train.images_per_prompt=1"], "4 pairs", "2 pairs", "8 pairs; each of the pairs"),
+        ("dpo", ["train.images_per_prompt=1"], ("4 pairs", "2 pairs", "8 pairs; each pair")),
         (
             "sft",
             ["train.images_per_prompt=1"],
-            "4 pictures",
-            "2 pictures",
-            "8 pictures; each of the pictures",
+            ("4 pictures", "2 pictures", "8 pictures; each picture"),
         ),
     ],
 )
 @pytest.mark.parametrize("images_per_pass", [1, 2])
-def test_the_arithmetic_is_that_of_the_run(name, overrides, made, learned, total, images_per_pass):
+def test_the_arithmetic_is_that_of_the_run(name, overrides, texts, images_per_pass):
     counts = [
         "train.steps=2",
         "train.prompts_per_step=4",
         "train.images_per_prompt=4",
         "train.updates_per_step=2",
+        f"train.images_per_pass={images_per_pass}",
     ]
-    config = load_config(
-        f"configs/tiny/{name}.yaml",
-        [*counts, *overrides, f"train.images_per_pass={images_per_pass}"],
-    )
-    inputs = assembly.read_inputs(config)
-    ready = assembly.assemble(inputs, load_model(config.model))
-    batch, _ = ready.source(0)
-    update = batch.pieces(len(batch) // config.train.updates_per_step)[0]
-    passes = len(update.passes(images_per_pass))
-    step, run = (finding.text for finding in arithmetic(inputs))
+    config = load_config(f"configs/tiny/{name}.yaml", [*counts, *overrides])
+    inputs = setup.read_inputs(config)
+    assembly = setup.assemble(inputs, load_model(config.model))
+    batch, _ = assembly.source(0)
+    rows = batch.pieces(len(batch) // config.train.updates_per_step)[0]
+    passes = len(rows.passes(images_per_pass))
+    total, update, whole = texts
     most = "at most " if name == "dpo_online" else ""
-    assert learned == f"{most}{len(update)} {learned.split()[-1]}"
-    assert (
-        step
-        == f"{made}; 2 update(s) of {learned} on each of 1 process(es), in {most}{passes} pass(es)"
-    )
-    assert run.startswith(f"2 steps, {total} is met ")
+    assert update == f"{most}{len(rows)} {update.split()[-1]}"
+    split = f"2 update(s) of {update} on each of 1 process(es), in {most}{passes} pass(es)"
+    assert describe_step(inputs).text == f"{total}; {split}"
+    assert describe_run(inputs).text.startswith(f"2 steps, {whole} is used ")
 
 
-def test_only_the_first_process_speaks(monkeypatch):
-    monkeypatch.setattr(
-        checks, "findings", lambda config: [Finding("schedule", "does not fall", True)]
-    )
+def test_only_the_main_process_prints(monkeypatch):
+    finding = Finding("schedule", "does not fall", wrong=True)
+    monkeypatch.setattr(report, "findings", lambda config: [finding])
     lines = []
     assert not check(None, lines.append)
     assert len(lines) == 2
-    monkeypatch.setattr(checks.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(report.distributed, "is_main", lambda: False)
     assert not check(None, lines.append)
     assert len(lines) == 2
 
 
-def test_the_screen_gives_the_arithmetic_and_the_ratios(tmp_path, capsys):
-    assert (
-        main(["check", "configs/tiny/flow_grpo.yaml", *SMALL, *GRPO, f"output={tmp_path}/run"]) == 0
-    )
+def test_the_command_prints_the_arithmetic_and_the_ratios(tmp_path, capsys):
+    overrides = [*SMALL, *GRPO, f"output={tmp_path}/run"]
+    assert main(["check", "configs/tiny/flow_grpo.yaml", *overrides]) == 0
     text = capsys.readouterr().out
-    assert (
-        "2 prompts × 3 images = 6 images; 1 update(s) of 6 images on each of 1 process(es), in 1 pass(es)"
-        in text
-    )
+    split = "1 update(s) of 6 images on each of 1 process(es), in 1 pass(es)"
+    assert f"2 prompts × 3 images = 6 images; {split}" in text
     assert "log-ratios before the first update, step by step, in float32: " in text
     assert "kl:           0 before the first update" in text
     assert "Nothing wrong was found." in text
@@ -196,7 +171,7 @@ def test_the_screen_gives_the_arithmetic_and_the_ratios(tmp_path, capsys):
 def kl_without_gradient(monkeypatch):
     exact = Gaussian.kl
     monkeypatch.setattr(Gaussian, "kl", lambda self, other: exact(self, other).detach())
-    monkeypatch.setattr(VelocityKL, "distance", torch.no_grad()(VelocityKL.distance))
+    monkeypatch.setattr(CRD, "penalty", torch.no_grad()(CRD.penalty))
 
 
 def schedule_off_by_one(monkeypatch):
@@ -246,7 +221,7 @@ def alpha_lost_on_saving(monkeypatch):
         policy.model.pipeline_class().save_lora_weights(folder, transformer_lora_layers=layers)
 
     monkeypatch.setattr(checkpoint, "save_adapter", save)
-    monkeypatch.setattr(checks, "save_adapter", save)
+    monkeypatch.setattr(adapter_check, "save_adapter", save)
 
 
 def matrices_lost_on_saving(monkeypatch):
@@ -256,7 +231,7 @@ def matrices_lost_on_saving(monkeypatch):
         exact(policy, folder, name)
 
     exact = save_adapter
-    monkeypatch.setattr(checks, "save_adapter", save)
+    monkeypatch.setattr(adapter_check, "save_adapter", save)
 
 
 def optimiser_of_the_wrong_adapter(monkeypatch):
@@ -265,7 +240,7 @@ def optimiser_of_the_wrong_adapter(monkeypatch):
             policy.parameters("ema"), lr=learning_rate, weight_decay=weight_decay
         )
 
-    monkeypatch.setattr(assembly, "make_optimizer", wrong)
+    monkeypatch.setattr(setup, "make_optimizer", wrong)
 
 
 def sampler_with_the_wrong_drift(monkeypatch):
@@ -276,13 +251,13 @@ def sampler_with_the_wrong_drift(monkeypatch):
             std=math.sqrt(variance * (t - s)),
         )
 
-    build = assembly.read_inputs
+    build = setup.read_inputs
 
     def inputs(config):
         config.sampler.dynamics = partial(dynamics, eta=0.7)
         return build(config)
 
-    monkeypatch.setattr(checks, "read_inputs", inputs)
+    monkeypatch.setattr(report, "read_inputs", inputs)
 
 
 def frozen_matrices(monkeypatch):
@@ -335,7 +310,7 @@ def log_probabilities_of_another_step(monkeypatch):
 )
 def test_broken_code_is_caught(broken, subject, monkeypatch, tmp_path):
     broken(monkeypatch)
-    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO)
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO)
     assert not fine
     assert [line for line in wrong_lines(text) if line.startswith(f"! {subject}:")], text
     assert subject in text.splitlines()[-1]
@@ -348,9 +323,9 @@ def test_broken_code_is_caught(broken, subject, monkeypatch, tmp_path):
         (matrices_lost_on_saving, "2 of 78 matrices were lost"),
     ],
 )
-def test_what_is_lost_on_saving_is_caught_in_half_precision(broken, words, monkeypatch, tmp_path):
+def test_losses_on_saving_are_caught_in_half_precision(broken, words, monkeypatch, tmp_path):
     broken(monkeypatch)
-    fine, text = said("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "model.dtype=bfloat16")
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "model.dtype=bfloat16")
     assert not fine
     assert words in wrong_lines(text)[0]
     assert text.endswith("Wrong: adapter.")
@@ -358,7 +333,7 @@ def test_what_is_lost_on_saving_is_caught_in_half_precision(broken, words, monke
 
 def test_a_kl_without_gradient_is_caught_on_the_forward_process(monkeypatch, tmp_path):
     kl_without_gradient(monkeypatch)
-    assert "! kl gradient:  kl has no gradient" in said("crd", tmp_path / "run")[1]
+    assert "! kl gradient:  kl has no gradient" in run_check("crd", tmp_path / "run")[1]
 
 
 @pytest.mark.parametrize(
@@ -369,30 +344,32 @@ def test_a_kl_without_gradient_is_caught_on_the_forward_process(monkeypatch, tmp
         ("prdp", "data.ranking.top=1"),
     ],
 )
-def test_the_noise_of_log_ratios_is_held_against_the_clip_range(name, more, tmp_path):
-    text = said(name, tmp_path / "run", *SMALL, more, "objective.clip_range=1e-20")[1]
+def test_the_noise_of_log_ratios_is_compared_with_the_clip_range(name, more, tmp_path):
+    text = run_check(name, tmp_path / "run", *SMALL, more, "objective.clip_range=1e-20")[1]
     (line,) = [line for line in text.splitlines() if line[2:].startswith("ratio:")]
     noise = max(
         float(number) for number in line.partition("float32: ")[2].partition(";")[0].split(", ")
     )
     assert "clipped beyond 1e-20" in line
-    assert ("write objective.clip_range: " in line) == line.startswith("!") == (noise > 0)
+    assert ("Set objective.clip_range to " in line) == line.startswith("!") == (noise > 0)
 
 
-def test_a_clip_range_below_the_noise_is_answered_with_a_better_one():
-    finding = ratio([2e-5, 3e-5], 1e-5, "bfloat16")
+def test_a_clip_range_below_the_noise_is_reported_with_a_better_one():
+    finding = ratio_finding([2e-5, 3e-5], 1e-5, "bfloat16")
     assert finding.wrong
     assert finding.text.endswith(
-        "below their noise: write objective.clip_range: 3e-04 or model.dtype: float32"
+        "below their noise. Set objective.clip_range to 3e-04 or model.dtype to float32."
     )
-    assert not ratio([2e-7, 3e-7], 1e-5, "float32").wrong
+    assert not ratio_finding([2e-7, 3e-7], 1e-5, "float32").wrong
 
 
-def test_a_reward_that_cannot_be_relied_on_is_caught(tmp_path):
+def test_a_random_reward_is_caught(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import random\n\ndef dice(images, prompts, metadata):\n    return [random.random() for _ in images]\n"
+        "import random\n\n"
+        "def dice(images, prompts, metadata):\n"
+        "    return [random.random() for _ in images]\n"
     )
-    fine, text = said(
+    fine, text = run_check(
         "flow_grpo",
         tmp_path / "run",
         *SMALL,
@@ -404,14 +381,11 @@ def test_a_reward_that_cannot_be_relied_on_is_caught(tmp_path):
     assert text.endswith("Wrong: reward.")
 
 
-def test_a_disk_without_room_is_named_before_training(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10_000})()
-    )
-    with pytest.raises(
-        UserError,
-        match=r"disk: a checkpoint has .*0.01 MB are free; make room, or choose another folder",
-    ):
+def test_a_full_disk_is_reported_before_training(monkeypatch, tmp_path):
+    usage = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    message = r"disk: a checkpoint has .*0.01 MB are free. Make room or choose output=FOLDER"
+    with pytest.raises(UserError, match=message):
         train(small_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -420,9 +394,7 @@ def test_a_disk_without_room_is_named_before_training(monkeypatch, tmp_path, cap
     ("objective", "key"),
     [("{name: crd}", "objective.kl.guidance is 4.5"), ("{name: crd, kl: {guidance: 1}}", None)],
 )
-def test_a_model_that_is_told_its_guidance_is_not_guided_again(
-    objective, key, monkeypatch, tmp_path
-):
+def test_a_model_with_distilled_guidance_is_not_guided_again(objective, key, monkeypatch, tmp_path):
     overrides = [
         f"objective={objective}",
         "sampler.dynamics.name=ode",
@@ -434,18 +406,15 @@ def test_a_model_that_is_told_its_guidance_is_not_guided_again(
     )
     assert not Flux(config.model).has_distilled_guidance
     monkeypatch.setattr(Flux, "has_distilled_guidance", property(lambda _: True))
-    run = assembly.assemble(assembly.read_inputs(config), load_model(config.model))
-    found = [f"{finding.subject}: {finding.text}" for finding in before_start(run) if finding.wrong]
-    if key:
-        told = (
-            f"guidance: {key}, but this model is told its guidance, sampler.embedded_guidance: 3.5"
-        )
-        assert found == [f"{told}; write objective.kl.guidance: 1"]
-    else:
-        assert found == []
+    assembly = setup.assemble(setup.read_inputs(config), load_model(config.model))
+    findings = preflight_findings(assembly)
+    wrong = [f"{finding.subject}: {finding.text}" for finding in findings if finding.wrong]
+    cause = "but guidance is distilled into this model and set by sampler.embedded_guidance: 3.5"
+    message = f"guidance: {key}, {cause}. Set objective.kl.guidance to 1."
+    assert wrong == ([message] if key else [])
 
 
-def test_every_run_begins_with_the_cheap_part(monkeypatch, tmp_path):
+def test_training_runs_the_preflight_checks(monkeypatch, tmp_path):
     times_off_by_one(monkeypatch)
     with pytest.raises(UserError, match=r"schedule: .*does not fall from 1 to 0"):
         train(small_config(tmp_path / "run"))

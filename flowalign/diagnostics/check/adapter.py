@@ -1,0 +1,93 @@
+"""Checks of adapters: switched off they change nothing, and saved they are what was trained."""
+
+import math
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from flowalign.diagnostics.check.probes import matrix_names, Probe, row_by_row
+from flowalign.flow import Latent, mean_square
+from flowalign.policy import Policy
+from flowalign.rewards.inspection import Finding
+from flowalign.runs.adapter import save_adapter
+
+MAX_ERROR = 0.05
+"""Error of a saved adapter, as a share of its effect, above which float32 rounding is ruled out."""
+
+
+@torch.no_grad()
+def compare_reference(policy: Policy, bare: Latent, probe: Probe) -> Finding:
+    """Check that the reference, and snapshots as they start, are the loaded model bit for bit.
+
+    `bare` holds its velocities from before the adapters were added. The adapter that trains was
+    perturbed and must differ.
+    """
+    equal = ["reference", *policy.snapshots]
+    velocities = {name: row_by_row(policy.at(name), probe) for name in [*equal, "policy"]}
+    wrong = [name for name in equal if not torch.equal(velocities[name], bare)]
+    if wrong:
+        text = f"the velocities of {', '.join(wrong)} differ from the loaded model's"
+        return Finding("reference", text, wrong=True)
+    if torch.equal(velocities["policy"], bare):
+        return Finding("reference", "the adapter that trains has no effect", wrong=True)
+    text = f"equal to the loaded model bit for bit: {', '.join(equal)}"
+    return Finding("reference", f"{text}; the adapter that trains changes it")
+
+
+@torch.no_grad()
+def compare_saved_adapter(policy: Policy, probe: Probe) -> Finding:
+    """Check that diffusers loads the saved adapter with the same matrices and scale.
+
+    The comparison is in the model's dtype, which the saved file has.
+    """
+    load_saved_adapter(policy)
+    dtype = policy.model.dtype
+    lost, count = lost_matrices(policy), len(policy.parameters())
+    scales = differing_scales(policy)
+    v, v_ref, v_saved = (
+        policy.at(name).velocity(probe.x, probe.t, probe.cond)
+        for name in ("policy", "reference", "saved")
+    )
+    policy.model.delete_adapter("saved")
+    error = (mean_square(v_saved - v) / mean_square(v - v_ref)).sqrt().max().item()
+    name = str(dtype).removeprefix("torch.")
+    text = (
+        f"diffusers loads the saved adapter, in {name}, with an error of {error:.1g} of its effect"
+    )
+    if lost:
+        text += f": {lost} of {count} matrices were lost"
+    elif scales:
+        text += f": its scale is {scales[0][1]} instead of {scales[0][0]}"
+    # Half precision rounds a small adapter to something else, which is no loss.
+    precise = error < (MAX_ERROR if dtype == torch.float32 else math.inf)
+    return Finding("adapter", text, wrong=bool(lost or scales or not precise))
+
+
+def load_saved_adapter(policy: Policy) -> None:
+    """Save the adapter as a run does, and load the file as the adapter "saved"."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        save_adapter(policy, Path(folder))
+        # PEFT warns that the model already has an adapter, which is intended here.
+        warnings.simplefilter("ignore", UserWarning)
+        policy.model.load_adapter(Path(folder), "saved")
+
+
+def lost_matrices(policy: Policy) -> int:
+    """Return how many matrices of the saved adapter are missing or have other values."""
+    named, dtype = dict(policy.model.transformer.named_parameters()), policy.model.dtype
+    lost = 0
+    for name in matrix_names(policy):
+        saved = named.get(name.replace(".policy.", ".saved."))
+        lost += saved is None or not torch.equal(saved.to(dtype), named[name].to(dtype))
+    return lost
+
+
+def differing_scales(policy: Policy) -> list[tuple[float, float | None]]:
+    """Return the trained and the saved scale of every layer where they differ."""
+    modules = policy.model.transformer.modules()
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    scales = [(layer.scaling["policy"], layer.scaling.get("saved")) for layer in layers]
+    return [(trained, saved) for trained, saved in scales if trained != saved]
