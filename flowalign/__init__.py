@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flowalign.advantages import RewardTable
     from flowalign.api import evaluate, load_config, load_model, sample, train
-    from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts, Rollout
+    from flowalign.batch import Batch, Cond, Examples, Keys, Pairs, Prompts, Rollout
     from flowalign.config.sections import Config
     from flowalign.data.prompts import Prompt
     from flowalign.dynamics import Gaussian
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flowalign.evaluation.results import EvaluationResult
     from flowalign.models.base import FlowModel
     from flowalign.models.config import Lora, ModelConfig
-    from flowalign.objectives.base import Loss, Objective
+    from flowalign.objectives.base import Loss, Max, Mean, Objective
     from flowalign.policy import Decay, Policy, Sampler
     from flowalign.reporting.trackers import Tracker
     from flowalign.rewards.base import LearnedReward, Reward, traits
@@ -43,9 +43,12 @@ _HOMES = {
     "Examples": "batch",
     "FlowModel": "models.base",
     "Gaussian": "dynamics",
+    "Keys": "batch",
     "LearnedReward": "rewards.base",
     "Lora": "models.config",
     "Loss": "objectives.base",
+    "Max": "objectives.base",
+    "Mean": "objectives.base",
     "ModelConfig": "models.config",
     "Objective": "objectives.base",
     "Pairs": "batch",
@@ -79,9 +82,12 @@ __all__ = [
     "Examples",
     "FlowModel",
     "Gaussian",
+    "Keys",
     "LearnedReward",
     "Lora",
     "Loss",
+    "Max",
+    "Mean",
     "ModelConfig",
     "Objective",
     "Pairs",

@@ -29,6 +29,12 @@ class Cond:
     """The condition of a velocity. Rows are images: every tensor is (B, ...).
 
     The names of the inputs are the model family's business; nothing else reads them.
+
+    Example:
+        >>> rows = torch.ones(2, 4, 8)
+        >>> cond = flowalign.Cond(inputs={"embeds": rows}, null={"embeds": 0 * rows})
+        >>> len(cond), len(cond[:1]), cond.guided(4.5).guidance
+        (2, 1, 4.5)
     """
 
     inputs: dict[str, Tensor]
@@ -93,7 +99,13 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """The four integers that all random draws of an image depend on."""
+    """The four integers that all random draws of an image depend on.
+
+    Example:
+        >>> keys = flowalign.Keys.training(seed=0, step=7, members=[(0, 0), (0, 1), (1, 0)])
+        >>> keys.prompt.tolist(), keys.image.tolist()
+        ([0, 0, 1], [0, 1, 0])
+    """
 
     seed: Tensor  # (B,)
     step: Tensor  # (B,)  training step, or EVALUATION_STEP
@@ -199,7 +211,9 @@ class Batch:
         """Return one batch of all rows; fields of the whole batch are those of the first part."""
         if len(parts) == 1:
             return parts[0]
-        rows = {name: _concatenate([getattr(part, name) for part in parts]) for name in cls.row_fields()}
+        rows = {
+            name: _concatenate([getattr(part, name) for part in parts]) for name in cls.row_fields()
+        }
         return replace(parts[0], **rows)
 
     def trainable_rows(self) -> Self:
@@ -302,7 +316,22 @@ class Prompts(Batch):
 
 @dataclass(kw_only=True)
 class Examples(Batch):
-    """Pictures to imitate."""
+    """Pictures to imitate.
+
+    Example:
+        >>> keys = flowalign.Keys.training(seed=0, step=0, members=[(0, 0), (1, 0)])
+        >>> rows = torch.ones(2, 4, 8)
+        >>> batch = flowalign.Examples(
+        ...     prompts=["a red circle", "a blue square"],
+        ...     metadata=[{}, {}],
+        ...     keys=keys,
+        ...     cond=flowalign.Cond({"embeds": rows}, {"embeds": 0 * rows}),
+        ...     weight=torch.ones(2),
+        ...     x0=torch.zeros(2, 16, 8, 8),
+        ... )
+        >>> batch[:1].prompts, batch.noise("loss", 0, batch.latent_shape).shape
+        (['a red circle'], torch.Size([2, 16, 8, 8]))
+    """
 
     x0: Latent  # (B, *latent)
 

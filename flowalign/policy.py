@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sampler(Settings):
-    """How images are made from noise."""
+    """How images are made from noise.
+
+    Example:
+        >>> flowalign.Sampler(steps=28, guidance=4.5).steps
+        28
+    """
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
     """Steps from noise to image, each one forward of the transformer."""
@@ -75,6 +80,11 @@ class Decay(Settings):
         copy ← decay(n) · copy + (1 - decay(n)) · policy,
         decay(n) = min(end, value + slope · max(0, n - start)).
     A decay of 0 copies the policy, 1 leaves the copy as it is.
+
+    Example:
+        >>> decay = flowalign.Decay(value=0.1, slope=0.1, end=0.5)
+        >>> [decay(updates) for updates in (0, 2, 100)]
+        [0.1, 0.30000000000000004, 0.5]
     """
 
     start: CountOrZero = 0
@@ -117,6 +127,15 @@ class Policy:
 
     "policy" is the adapter that trains and "reference" the model without adapters; other names are
     snapshots. Between calls the active adapter is always "policy", so that `backward` finds it.
+
+    Example:
+        >>> model = flowalign.load_model("assets/tiny-sd3")
+        >>> policy = flowalign.Policy(model, flowalign.Sampler(steps=4))
+        >>> cond = policy.encode(["a red circle"])
+        >>> x = torch.zeros(1, *model.latent_shape)
+        >>> step = policy.at("reference").step(x, 0, cond)
+        >>> step.mean.shape, step.std
+        (torch.Size([1, 8, 8, 8]), 0.0)
     """
 
     def __init__(

@@ -77,6 +77,22 @@ class Objective(Settings, Generic[B, D]):
     """A method to train by. Subclass it as a dataclass and write `loss`.
 
     B is the batch it learns from and D its draw, such as a time or a sampler step.
+
+    Example:
+        >>> class Imitate(flowalign.Objective[flowalign.Examples, torch.Tensor]):
+        ...     learns_from = flowalign.Examples
+        ...
+        ...     def draws(self, batch):
+        ...         return [batch.uniform("time", 0)]
+        ...
+        ...     def loss(self, policy, batch, t):
+        ...         noise = batch.noise("loss", 0, batch.latent_shape)
+        ...         times = t.view(-1, 1, 1, 1)
+        ...         xt = (1 - times) * batch.x0 + times * noise
+        ...         v = policy.velocity(xt, t, batch.cond)
+        ...         return flowalign.Loss((v - (noise - batch.x0)).square().mean(), {})
+        >>> Imitate().min_images_per_prompt
+        2
     """
 
     learns_from: ClassVar[type[Batch]] = Rollout

@@ -40,7 +40,8 @@ def shown(console: Console | None = None) -> Iterator[Console]:
     # In a notebook rich reports no terminal, so training prints plain lines there.
     if console.is_terminal and not console.quiet:
         # `transient` removes finished bars: what stays on the screen are messages and results.
-        with Progress(*_columns(), console=console, transient=True) as bars:
+        # Four frames a second look alive; ten would take a share of a small CPU.
+        with Progress(*_columns(), console=console, transient=True, refresh_per_second=4) as bars:
             with progress.shown_on(TerminalDisplay(bars)):
                 yield console
     else:
@@ -189,7 +190,8 @@ class PlainTask:
         # The first note, such as the reward of step 1, tells a reader how long the run will take.
         first = bool(note) and not self.note
         self.done, self.note, self.is_printed = self.done + count, note, False
-        if first or time.monotonic() - self.display.last_line >= self.display.seconds:
+        late = time.monotonic() - self.display.last_line >= self.display.seconds
+        if self.total != 1 and (first or late):
             self.print_line()
 
     def print_line(self) -> None:

@@ -34,7 +34,15 @@ Decorated = TypeVar("Decorated", bound=Callable[..., object])
 
 @dataclass(frozen=True)
 class Traits:
-    """Declare what a reward takes and returns; `@traits(...)` decorates a function or class."""
+    """Declare what a reward takes and returns; `@traits(...)` decorates a function or class.
+
+    Example:
+        >>> @flowalign.traits(range=(0, 1))
+        ... def redness(images, prompts, metadata):
+        ...     return images[:, 0].mean((1, 2))
+        >>> redness.traits.range
+        (0, 1)
+    """
 
     level: Literal["pointwise", "pairwise", "group"] = "pointwise"
     """The input of a call: any images, two lists of images to compare, or one prompt's images.

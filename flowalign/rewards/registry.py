@@ -116,7 +116,13 @@ def _load(entry: RewardEntry, key: str) -> "Reward":
 
 
 def load_reward(spec: str) -> "Reward":
-    """Load one reward as the command line names it: a name, or a YAML map with its settings."""
+    """Load one reward as the command line names it: a name, or a YAML map with its settings.
+
+    Example:
+        >>> reward = flowalign.load_reward("brightness")
+        >>> reward(torch.ones(2, 3, 8, 8), ["a", "b"], [{}, {}])
+        tensor([1., 1.])
+    """
     section = parse_yaml(spec, repr(spec)) if spec.lstrip().startswith("{") else {spec: 1.0}
     rewards = load_rewards(checked_rewards(section, "reward"), "reward")
     if len(rewards) != 1:

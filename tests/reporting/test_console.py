@@ -65,7 +65,7 @@ def test_a_task_inside_another_one_prints_no_start_and_no_end():
 
 def test_a_task_of_one_item_prints_nothing():
     console = plain_console()
-    with shown(console):
+    with progress.shown_on(PlainDisplay(console, seconds=0.0)):
         assert list(progress.track(["a"], "encoding prompts")) == ["a"]
     assert console.file.getvalue() == ""
 
@@ -82,7 +82,7 @@ def test_on_a_terminal_progress_is_a_bar_that_fits_80_columns():
     with shown(console), progress.task("training", total=300, done=299) as work:
         work.advance(note="reward 0.43, 12 images/s")
         progress.say("a message")
-        time.sleep(0.3)  # the bar is drawn ten times a second
+        time.sleep(0.6)  # the bar is drawn four times a second
     drawn = [Text.from_ansi(part) for part in re.split(r"[\r\n]", console.file.getvalue())]
     assert any("a message" in line.plain for line in drawn)
     bars = [line for line in drawn if "300/300" in line.plain]
