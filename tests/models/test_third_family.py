@@ -67,7 +67,7 @@ class MaskedModel(FlowModel[MaskedConfig]):
     """Weights, embeddings and latents come from fixed seeds."""
 
     Config = MaskedConfig
-    lora_targets: ClassVar = ("query", "value", "out")
+    lora_targets = ("query", "value", "out")
 
     def __init__(self, config: MaskedConfig, device: str = "cpu"):
         super().__init__(config, device)
