@@ -5,22 +5,19 @@ import dataclasses
 from flowalign.advantages import ADVANTAGES
 from flowalign.config.checks import check_all, check_evaluation_sampler
 from flowalign.config.notes import unused_settings
-from flowalign.config.sections import Config, Data, Evaluation, Train
+from flowalign.config.sections import Config, Evaluation, PlainSections
 from flowalign.dynamics import DYNAMICS
 from flowalign.models.families import read_model_config
 from flowalign.objectives import OBJECTIVES
 from flowalign.objectives.base import Objective
 from flowalign.policy import Sampler
 from flowalign.rewards.combine import COMBINE, Combine
-from flowalign.rewards.registry import checked_rewards
 from flowalign.settings.by_name import build_named
 from flowalign.settings.merging import Section
 from flowalign.settings.types import build, mapping
 
 
-def build_objects(
-    values: Section, *, data: Data, train: Train, evaluation: Evaluation, output: str
-) -> Config:
+def build_objects(values: Section, plain: PlainSections) -> Config:
     """Return the whole configuration, checked, with its notes."""
     config = Config(
         model=read_model_config(values["model"]),
@@ -28,14 +25,13 @@ def build_objects(
         objective=build_named(OBJECTIVES, values["objective"], "objective", Objective),
         advantage=build_named(ADVANTAGES, values["advantage"], "advantage", ("rewards", "group")),
         combine=build_named(COMBINE, values["combine"], "combine", Combine),
-        rewards=checked_rewards(values.get("rewards", {}), "rewards"),
-        data=data,
-        train=train,
-        evaluation=evaluation,
-        output=output,
+        rewards=plain.rewards,
+        data=plain.data,
+        train=plain.train,
+        evaluation=complete(plain.evaluation, plain.rewards),
+        output=plain.output,
         raw=values,
     )
-    config.evaluation = complete(evaluation, config.rewards)
     check_all(config)
     # Last: a contradiction is an error, and only a run that can train has notes.
     config.notes = unused_settings(config)
@@ -54,8 +50,6 @@ def build_sampler(values: object) -> Sampler:
 
 
 def complete(evaluation: Evaluation, rewards: dict[str, object]) -> Evaluation:
-    """Return the evaluation with its rewards and its sampler's settings checked."""
-    if evaluation.rewards:
-        rewards = checked_rewards(evaluation.rewards, "evaluation.rewards")
+    """Return the evaluation with the training rewards as its default, and its sampler checked."""
     sampler = check_evaluation_sampler(evaluation.sampler)
-    return dataclasses.replace(evaluation, rewards=rewards, sampler=sampler)
+    return dataclasses.replace(evaluation, rewards=evaluation.rewards or rewards, sampler=sampler)

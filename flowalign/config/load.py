@@ -13,8 +13,16 @@ from pathlib import Path
 
 from flowalign.bundled import locate
 from flowalign.config.paths import locate_files
-from flowalign.config.sections import Config, Data, DEFAULTS, Evaluation, Train
+from flowalign.config.sections import (
+    Config,
+    Data,
+    DEFAULTS,
+    Evaluation,
+    PlainSections,
+    Train,
+)
 from flowalign.errors import did_you_mean, UserError
+from flowalign.rewards.registry import checked_rewards
 from flowalign.settings.merging import interpolate, merge, overridden, Section
 from flowalign.settings.types import build
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
@@ -62,26 +70,20 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
     values = interpolate(merge(DEFAULTS, values))
     check_written(values)
     values = locate_files(values, folders)
+    evaluation = build(Evaluation, values.get("evaluation", {}), "evaluation")
+    if evaluation.rewards:
+        evaluation.rewards = checked_rewards(evaluation.rewards, "evaluation.rewards")
     plain = PlainSections(
         data=build(Data, values["data"], "data"),
         train=build(Train, values.get("train", {}), "train"),
-        evaluation=build(Evaluation, values.get("evaluation", {}), "evaluation"),
+        rewards=checked_rewards(values.get("rewards", {}), "rewards"),
+        evaluation=evaluation,
         output=check_output(values.get("output", str(Path("outputs") / path.stem))),
     )
     # Importing torch takes seconds, so it waits until the sections above are right.
     from flowalign.config.build import build_objects
 
-    return build_objects(values, **vars(plain))
-
-
-@dataclasses.dataclass(kw_only=True)
-class PlainSections:
-    """The sections that need no torch."""
-
-    data: Data
-    train: Train
-    evaluation: Evaluation
-    output: str
+    return build_objects(values, plain)
 
 
 def check_names(values: Section) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flowalign.bundled import locate, locate_spec
+from flowalign.rewards.registry import locate_rewards
 from flowalign.settings.merging import Section
 
 FILES = (
@@ -56,29 +57,3 @@ def with_text(values: Section, key: Sequence[str], change: Callable[[str], str])
     if not rest and isinstance(value, str):
         return values | {name: change(value)}
     return values
-
-
-def locate_rewards(rewards: object, folders: Sequence[Path]) -> object:
-    """Return a reward map with the files of its keys and settings located."""
-    if not isinstance(rewards, dict):
-        return rewards
-    return {
-        locate_spec(str(name), folders): locate_settings(value, folders)
-        for name, value in rewards.items()
-    }
-
-
-def locate_settings(settings: object, folders: Sequence[Path]) -> object:
-    """Return the settings of a reward with the texts that are paths located.
-
-    Rewards, and users' own rewards, have files under any name. A text counts as a path if it has a
-    slash or a suffix; other words, such as the name of a model, could be a folder's by accident.
-    """
-    if not isinstance(settings, dict):
-        return settings
-    return {
-        name: locate(locate_spec(value, folders), folders)
-        if isinstance(value, str) and ("/" in value or Path(value).suffix)
-        else value
-        for name, value in settings.items()
-    }

@@ -12,6 +12,7 @@ from typing import Annotated, TYPE_CHECKING
 from pydantic import Field
 
 from flowalign.evaluation.early_stopping import StopRule
+from flowalign.rewards.registry import reward_name
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.settings.merging import Section
 from flowalign.settings.types import Count, CountOrZero, Positive, Settings, Share
@@ -121,6 +122,17 @@ class Data:
     """How generated images become pairs, for objectives that learn from pairs."""
 
 
+@dataclass(kw_only=True)
+class PlainSections:
+    """The sections that are checked before torch is imported."""
+
+    data: Data
+    train: Train
+    evaluation: Evaluation
+    rewards: dict[str, object]
+    output: str
+
+
 Advantage = Callable[["Tensor", "Tensor"], "Tensor"]
 """Takes rewards and groups, and returns advantages."""
 
@@ -177,9 +189,8 @@ class Config:
     @property
     def selection_metric(self) -> tuple[str, int]:
         """The metric that ranks evaluations, and 1 if more of it is better or -1 if less is."""
-        # Imported here, because these modules need torch and this one must not.
+        # Imported here, because it needs torch and this module must not.
         from flowalign.batch import Pairs
-        from flowalign.rewards.registry import reward_name
 
         # A user who stops on a metric's fall or rise has said what "better" means.
         for name, rule in self.train.stop.items():

@@ -5,11 +5,13 @@ Checking a map imports neither torch nor a reward, so that a misspelt name is an
 
 import ast
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from flowalign.bundled import locate, locate_spec
 from flowalign.errors import did_you_mean, UserError
 from flowalign.rewards import REWARDS
 from flowalign.settings.by_name import imported
@@ -115,6 +117,29 @@ def _load(entry: RewardEntry, key: str) -> "Reward":
     )
 
 
+def locate_rewards(rewards: object, folders: Sequence[Path] = ()) -> object:
+    """Return a reward map with the files of its keys and settings located."""
+    if not isinstance(rewards, dict):
+        return rewards
+    return {
+        locate_spec(str(name), folders): locate_settings(value, folders)
+        for name, value in rewards.items()
+    }
+
+
+def locate_settings(value: object, folders: Sequence[Path] = ()) -> object:
+    """Return a reward's settings with the texts that are paths located.
+
+    Rewards, and users' own rewards, have files under any name. A text counts as a path if it has a
+    slash or a suffix; another word, such as the name of a model, could be a folder's by accident.
+    """
+    if isinstance(value, dict):
+        return {name: locate_settings(entry, folders) for name, entry in value.items()}
+    if isinstance(value, str) and ("/" in value or Path(value).suffix):
+        return locate(locate_spec(value, folders), folders)
+    return value
+
+
 def load_reward(spec: str) -> "Reward":
     """Load one reward as the command line names it: a name, or a YAML map with its settings.
 
@@ -124,7 +149,7 @@ def load_reward(spec: str) -> "Reward":
         tensor([1., 1.])
     """
     section = parse_yaml(spec, repr(spec)) if spec.lstrip().startswith("{") else {spec: 1.0}
-    rewards = load_rewards(checked_rewards(section, "reward"), "reward")
+    rewards = load_rewards(checked_rewards(locate_rewards(section), "reward"), "reward")
     if len(rewards) != 1:
         raise UserError(
             f"{spec} names {len(rewards)} rewards. "
