@@ -11,7 +11,7 @@ from flowalign.flow import add_noise, mean_square
 from flowalign.objectives.draws import ForwardTimes
 from flowalign.policy import Policy
 
-SHOWN = 18
+COMPARED = 18
 """The most images of each rank whose velocities are compared."""
 TIMES = ForwardTimes(count=4)
 """Times at which velocities are compared; with their noise, functions of the images' keys."""
@@ -34,7 +34,7 @@ def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
     # A rank without images sends no row, so the means are over the ranks that have some.
     rows = []
     if rollout:
-        some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / SHOWN)))]
+        some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / COMPARED)))]
         rows = [[diversity(rollout), *velocity_drift(policy, some)]]
     means = distributed.gather(torch.tensor(rows).view(-1, 3)).nanmean(0).tolist()
     names = "diversity", "velocity_norm", "velocity_moved"

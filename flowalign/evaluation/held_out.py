@@ -1,4 +1,4 @@
-"""Figures of held-out pairs and pictures."""
+"""Figures of pictures and pairs that were not trained on."""
 
 from dataclasses import dataclass, field
 
@@ -7,43 +7,65 @@ from torch import Tensor
 
 from flowalign import distributed
 from flowalign.batch import Examples, Pairs
-from flowalign.flow import add_noise, mean_square
-from flowalign.objectives.draws import ForwardTimes
+from flowalign.flow import add_noise, Latent, mean_square, PerImage
+from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Policy
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Figures of pairs or pictures that were not trained on, at fixed times and noise.
-
-    Of velocities without guidance. `reconstruction_error`: ‖v - (noise - x0)‖² of the (better) picture, less is better.
-    `chosen_preferred`, of pairs: 1 where against the model without adapter the better picture's error has risen less than the
-    worse one's; ½ where equally.
-    """
+    """The pictures of `evaluation.pairs`, compared at fixed times and noise, without guidance."""
 
     batch: Examples | Pairs
-    """This process's share: every entry whose number is its rank, modulo the number of processes."""
+    """The share of this rank: the entries whose number is its rank modulo the number of ranks."""
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=8))
+    """The times; with their noise, functions of the pictures' keys."""
 
     @torch.no_grad()
     def __call__(self, policy: Policy) -> dict[str, Tensor]:
-        cond = self.batch.cond.unguided()
-        pictures = self.batch.x0 if isinstance(self.batch, Pairs) else (self.batch.x0,)
-        error, moved = torch.zeros(2, len(pictures), len(self.batch), device=self.batch.device)
-        for draw in self.times(self.batch):
-            for i, x0 in enumerate(pictures):
-                xt, target = add_noise(x0, draw.t, draw.noise)
-                found = mean_square(policy.velocity(xt, draw.t, cond) - target)
-                error[i] += found / self.times.count
-                if len(pictures) == 2:
-                    moved[i] += found - mean_square(
-                        policy.at("reference").velocity(xt, draw.t, cond) - target
-                    )
-        figures = {"reconstruction_error": error[0]}
-        if len(pictures) == 2:
-            figures["chosen_preferred"] = (moved[0] < moved[1]).float() + 0.5 * (
-                moved[0] == moved[1]
-            )
+        """Return the figures (M,) of every entry on all ranks. All ranks call this together.
+
+        `reconstruction_error` is ‖v - (noise - x0)‖² of the picture, or of the chosen one of a
+        pair; less is better. `chosen_preferred`, for pairs, is 1 if the error of the chosen
+        picture has risen less than that of the rejected one, compared with the model without
+        adapter; ½ if by as much, and 0 otherwise.
+        """
+        if isinstance(self.batch, Pairs):
+            figures = self._pair_figures(policy, *self.batch.x0)
+        else:
+            figures = {"reconstruction_error": self._mean_error(policy, self.batch.x0)}
         number = self.batch.group.to(self.batch.device)
         table = distributed.gather(torch.stack([number, *figures.values()], 1))
-        return dict(zip(figures, table[table[:, 0].argsort()][:, 1:].T, strict=True))
+        ordered = table[table[:, 0].argsort()][:, 1:]
+        return dict(zip(figures, ordered.T, strict=True))
+
+    def _pair_figures(
+        self, policy: Policy, chosen: Latent, rejected: Latent
+    ) -> dict[str, PerImage]:
+        error, chosen_rise = self._error_and_rise(policy, chosen)
+        _, rejected_rise = self._error_and_rise(policy, rejected)
+        tie = 0.5 * (chosen_rise == rejected_rise)
+        return {
+            "reconstruction_error": error,
+            "chosen_preferred": (chosen_rise < rejected_rise).float() + tie,
+        }
+
+    def _error_and_rise(self, policy: Policy, x0: Latent) -> tuple[PerImage, PerImage]:
+        """Return the mean error over the times, and how far it is above the reference's in sum."""
+        reference = policy.at("reference")
+        error, rise = torch.zeros(2, len(x0), device=x0.device)
+        for draw in self.times(self.batch):
+            error_at_t = self._error(policy, x0, draw)
+            error += error_at_t / self.times.count
+            rise += error_at_t - self._error(reference, x0, draw)
+        return error, rise
+
+    def _mean_error(self, policy: Policy, x0: Latent) -> PerImage:
+        error = torch.zeros(len(x0), device=x0.device)
+        for draw in self.times(self.batch):
+            error += self._error(policy, x0, draw) / self.times.count
+        return error
+
+    def _error(self, policy: Policy, x0: Latent, draw: Draw) -> PerImage:
+        xt, target = add_noise(x0, draw.t, draw.noise)
+        return mean_square(policy.velocity(xt, draw.t, self.batch.cond.unguided()) - target)

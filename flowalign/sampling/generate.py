@@ -46,10 +46,10 @@ def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> S
     policy = load_policy(source, settings)
     evaluator = make_evaluator(source, prompts, settings)
     # The adapter is switched off, not removed: both rows come from one model in memory.
-    before = evaluator.judged(evaluator.passes(policy.at("reference")))
+    before = evaluator.score(evaluator.sample(policy.at("reference")))
     if not source.adapter:
         return _result(before, prompts, settings)
-    after = evaluator.judged(evaluator.passes(policy.at("policy")))
+    after = evaluator.score(evaluator.sample(policy.at("policy")))
     return replace(
         _result(after, prompts, settings),
         adapter=source.adapter,
@@ -112,11 +112,11 @@ def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettin
     images_per_pass = source.config.train.images_per_pass if source.config else IMAGES_PER_PASS
     count = len(prompts) * settings.images
     return Evaluator(
-        prompts,
-        settings.images,
-        scorer_of(source),
-        images_per_pass,
-        settings.seed,
+        prompts=prompts,
+        images_per_prompt=settings.images,
+        scorer=scorer_of(source),
+        images_per_pass=images_per_pass,
+        seed=settings.seed,
         shown=count,
     )
 

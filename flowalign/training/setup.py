@@ -169,11 +169,11 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     """Return the evaluator on the evaluation prompts, rewards and pairs."""
     config = inputs.config
     return Evaluator(
-        inputs.evaluation_prompts,
-        config.evaluation.images_per_prompt,
-        make_scorer(config, inputs.plan, inputs.evaluation_rewards),
-        inputs.plan.images_per_pass,
-        config.train.seed,
+        prompts=inputs.evaluation_prompts,
+        images_per_prompt=config.evaluation.images_per_prompt,
+        scorer=make_scorer(config, inputs.plan, inputs.evaluation_rewards),
+        images_per_pass=inputs.plan.images_per_pass,
+        seed=config.train.seed,
         held_out=make_held_out(inputs, context),
     )
 

@@ -16,7 +16,7 @@ def check_rewards(assembly: Assembly) -> Iterator[Finding]:
     """Inspect every reward of training and evaluation on a few images of the model."""
     samples = model_samples(assembly)
     trained = {reward.name: reward for reward in assembly.context.scorer.rewards}
-    others = {reward.name: reward for reward in assembly.evaluator.judge.rewards}
+    others = {reward.name: reward for reward in assembly.evaluator.scorer.rewards}
     needs_gradient = assembly.config.objective.learns_from is Prompts
     for name, reward in {**others, **trained}.items():
         findings = inspect_reward(reward, samples)[1]
