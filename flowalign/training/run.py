@@ -38,14 +38,21 @@ class Run:
 
     config: Config
     state: TrainState
+    """The weights, the optimizer and the learned rewards."""
     source: Source
     """Makes the batch of a step."""
     evaluator: Evaluator
+    """Scores fixed prompts under any weights."""
     plan: BatchPlan
+    """The batch arithmetic of a step."""
     folder: Path
+    """The run folder, `output` in the configuration."""
     lock: FolderLock
+    """Keeps other runs out of the folder until this one ends."""
     progress: Progress
+    """How far the run has come."""
     interrupt: Interrupt = field(default_factory=Interrupt)
+    """The request to stop after the present step."""
     last_evaluation: tuple[int, EvaluationResult] | None = None
     """The step and the result of the last evaluation of the trained weights."""
 
@@ -55,7 +62,7 @@ class Run:
         return "ema" if self.config.train.ema.decay else "policy"
 
     @property
-    def images_per_step(self) -> int:
+    def generated_per_step(self) -> int:
         """Images that a step generates: none if it learns from given pictures."""
         return 0 if self.config.data.pairs else self.plan.images_per_step
 
@@ -75,9 +82,11 @@ class Run:
         is_scheduled = step > 0 and bool(train.evaluate_every) and step % train.evaluate_every == 0
         return (is_scheduled or step == train.steps) and not self.progress.is_evaluated
 
-    @property
-    def checkpoint_due(self) -> bool:
-        """True if the present step is to be saved: by schedule, as the last, or as the best."""
+    def needs_checkpoint(self) -> bool:
+        """Return True if the present step is to be saved: by schedule, as the last, or as the best.
+
+        Looks into the run folder if the step was evaluated.
+        """
         step, train = self.progress.step, self.config.train
         if step % train.save_every == 0 or step == train.steps:
             return True

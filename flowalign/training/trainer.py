@@ -63,14 +63,14 @@ def fit(run: Run) -> str:
                 run.state.policy, config.objective, progress.step * train.updates_per_step
             )
             seconds = time.monotonic() - began
-            progress.advance(result.outcomes, run.images_per_step, seconds)
+            progress.advance(result.outcomes, run.generated_per_step, seconds)
             speed = {"images_per_second": run.plan.images_per_step / seconds}
             metrics = {**progress.totals, **result.metrics, **speed, **metrics}
             # Recorded first, so that the steps that led to the failure can be seen.
             record(run, trackers, metrics)
             run.raise_if_not_finite()
             bar.advance(note=describe(metrics))
-            if run.checkpoint_due:
+            if run.needs_checkpoint():
                 run.save()
     # A run that stops early must be resumable from here.
     if 0 < progress.step < train.steps:
