@@ -154,7 +154,10 @@ def test_a_reward_that_fails_on_one_process_leaves_the_finished_steps(tmp_path):
         f'rewards={{"{tmp_path}/mine.py:fails": 1.0}}',
         "evaluation.rewards={brightness: 1.0}",
     ]
+    # One prompt to evaluate: the second rank has no images, and must not make the first one wait.
+    (tmp_path / "one.txt").write_text("a red circle\n")
     settings = ["train.images_per_pass=3", "train.steps=20", f"output={tmp_path / 'run'}", *rewards]
+    settings += [f"evaluation.prompts={tmp_path / 'one.txt'}"]
     ended = start([*TORCHRUN, "train.py", str(TINY), *SMALL, *settings])
     assert ended.returncode != 0
     assert "fails raised ConnectionError: the scorer is gone" in ended.stderr

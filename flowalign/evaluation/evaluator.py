@@ -107,10 +107,13 @@ class Evaluator:
         positions = range(0, total, max(1, total // self.shown))
         own = [prompt * self.images_per_prompt + image for prompt, image in self.members]
         rows = [row for row, position in enumerate(own) if position in positions]
-        # A rank without images still takes part in the gather, with no rows.
-        images = rollout.images[rows] if rollout else torch.zeros(0, 3, 1, 1)
+        # A rank with fewer prompts than others may have no images. It still takes part in the
+        # gather, with no rows, and must therefore know the size of an image.
+        sizes = distributed.gather_objects(rollout.images.shape[1:] if rollout else None)
+        size = next(size for size in sizes if size is not None)
+        images = rollout.images[rows] if rollout else torch.zeros(0, *size)
         place = torch.tensor([own[row] for row in rows]).view(-1, 1)
         table = distributed.gather(torch.cat([place, images.flatten(1)], 1))
         table = table[table[:, 0].argsort()][: self.shown]
         prompt = table[:, 0].long() // self.images_per_prompt
-        return table[:, 1:].byte().view(-1, *images.shape[1:]), prompt
+        return table[:, 1:].byte().view(-1, *size), prompt
