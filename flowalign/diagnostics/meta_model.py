@@ -7,7 +7,7 @@ of a network is carried out on the meta device at full size, where the ledger co
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -305,13 +305,14 @@ def build_on_meta(config: ModelConfig) -> PipelineModel:
         def use_attention(self, name: str) -> None:
             """Ignore the setting: all back ends keep the same for the backward pass."""
 
-    return Weightless(config, "meta")
+    # The cast is for type checkers, which take the class for abstract because `family` may be.
+    return cast(type[PipelineModel], Weightless)(config, "meta")
 
 
 class WeightlessPipeline:
     """Stands for a pipeline class, and builds its networks from configuration files."""
 
-    def __init__(self, pipeline: Untyped, text_encoders: tuple[str, ...] | list[str]) -> None:
+    def __init__(self, pipeline: Untyped, text_encoders: Sequence[str]) -> None:
         self.pipeline, self.__name__ = pipeline, pipeline.__name__
         self.networks = [*text_encoders, "transformer", "vae"]
 

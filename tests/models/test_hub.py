@@ -17,7 +17,7 @@ from tests.tiny import ROOT
 
 
 def raised(kind: type[Exception], text: str) -> Exception:
-    """As transformers hands it on: an OSError of its own words."""
+    """An OSError with another error as its cause, as transformers raises it."""
     error = OSError("it could not be loaded")
     error.__cause__ = kind.__new__(kind)
     error.__cause__.args = (text,)
@@ -25,7 +25,7 @@ def raised(kind: type[Exception], text: str) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("path", "error", "said"),
+    ("path", "error", "explanation"),
     [
         (
             "org/clip",
@@ -52,11 +52,11 @@ def raised(kind: type[Exception], text: str) -> Exception:
         ),
     ],
 )
-def test_a_failure_is_told_by_its_class_and_not_by_digits(path, error, said):
-    assert said in explain_loading("key", path, error)
+def test_a_failure_is_explained_by_its_class_and_not_by_digits(path, error, explanation):
+    assert explanation in explain_loading("key", path, error)
 
 
-def test_a_path_may_begin_at_home(monkeypatch):
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", str(ROOT / "assets"))
     assert pretrained(AutoConfig, "key", "~/tiny-clip").model_type == "clip"
     with pytest.raises(UserError, match=f"key: there is no folder {Path.home()}/nowhere"):

@@ -1,4 +1,4 @@
-"""Models against diffusers' own pipelines, and what is answered when one cannot be opened."""
+"""Models compared with diffusers' own pipelines, and errors if one cannot be opened."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from flowalign.policy import Policy, Sampler
 from tests.tiny import make_policy, random_flux, random_sd35, ROOT, sd3_config, TEXTS, two_groups
 
 
-def test_the_bundled_models_do_not_say_where_they_were_made():
+def test_the_bundled_models_hold_no_path_of_the_machine_that_trained_them():
     for file in (ROOT / "assets").rglob("*.json"):
         assert '_name_or_path": "/' not in file.read_text(), file
 
@@ -100,6 +100,24 @@ def test_flux_with_true_guidance_is_the_pipeline_with_a_negative_prompt(tmp_path
     assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_pipeline_call_of_a_readme_makes_the_pictures_of_the_sampler(guidance, tmp_path):
+    models = [random_sd35(tmp_path / "sd3"), random_flux(tmp_path / "flux", guidance_embeds=True)]
+    sampler = Sampler(steps=3, guidance=guidance, embedded_guidance=2.5)
+    for model, pack in zip(
+        models, (torch.clone, lambda x: pack_for_flux(models[1], x)), strict=True
+    ):
+        noise, ours = pictures_of(Policy(model, sampler))
+        call = model.pipeline_call(sampler.steps, sampler.guidance, sampler.embedded_guidance)
+        assert call.pipeline == type(model.pipe).__name__
+        theirs = model.pipe(TEXTS, latents=pack(noise), output_type="pt", **call.calling).images
+        assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def pack_for_flux(model, x: torch.Tensor) -> torch.Tensor:
+    return model.pipe._pack_latents(x.clone(), *x.shape)
+
+
 @pytest.mark.parametrize("distilled", [True, False])
 def test_embedded_guidance_changes_the_picture_of_a_distilled_model_only(distilled, tmp_path):
     policy = Policy(random_flux(tmp_path, distilled), Sampler(steps=2, embedded_guidance=1.0))
@@ -122,12 +140,12 @@ def test_guidance_is_one_formula_of_two_velocities():
 
 def test_equal_prompts_are_encoded_once():
     model = load_model(sd3_config())
-    asked = []
+    encoded = []
     encode_texts = model.encode_texts
-    model.encode_texts = lambda texts: asked.extend(texts) or encode_texts(texts)
+    model.encode_texts = lambda texts: encoded.extend(texts) or encode_texts(texts)
     cond = model.encode(["a circle", "a square", "a circle"])
     model.encode(["a square"])
-    assert asked == ["", "a circle", "a square"]
+    assert encoded == ["", "a circle", "a square"]
     embeds, pooled = cond.inputs["embeds"], cond.inputs["pooled"]
     assert torch.equal(embeds[0], embeds[2])
     assert not torch.equal(pooled[0], pooled[1])
@@ -148,8 +166,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_pictures_survive_encoding_and_decoding():
     policy = make_policy()
     _, pictures = pictures_of(policy, images=4)
-    again = policy.decode(policy.model.encode_images(pictures))
-    assert -10 * (again - pictures).square().mean().log10() > 28
+    reconstructed = policy.decode(policy.model.encode_images(pictures))
+    assert -10 * (reconstructed - pictures).square().mean().log10() > 28
 
 
 def test_a_dtype_is_that_of_the_network_and_velocities_stay_float32():
@@ -176,7 +194,7 @@ def test_a_dtype_is_that_of_the_network_and_velocities_stay_float32():
         ({"attention": "flash"}, "SD3 knows native and xformers"),
     ],
 )
-def test_what_is_wrong_with_a_model_is_said(changes, expected, monkeypatch):
+def test_what_is_wrong_with_a_model_is_explained(changes, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = sd3_config()
     for key, value in changes.items():
@@ -190,7 +208,7 @@ def test_a_folder_of_another_family_is_answered_with_its_class():
         load_model(FluxConfig(path=str(ROOT / "assets" / "tiny-sd3")))
 
 
-def test_gated_and_missing_repositories_are_answered_with_what_to_do():
+def test_errors_of_gated_and_missing_repositories_say_what_to_do():
     gated = explain_loading(
         "model.path",
         "stabilityai/stable-diffusion-3.5-medium",
