@@ -111,18 +111,22 @@ def _gap(entry: Metadata, where: str) -> float:
     """Return the difference of the two scores of a line, or 1 if it has none."""
     if "score_chosen" not in entry and "score_rejected" not in entry:
         return 1.0
-    better, worse = entry.get("score_chosen"), entry.get("score_rejected")
-    if not (_is_score(better) and _is_score(worse) and better >= worse):
+    better, worse = _score(entry.get("score_chosen")), _score(entry.get("score_rejected"))
+    if not better >= worse:  # also if one is NaN
         raise UserError(
-            f"{where} has score_chosen {better!r} and score_rejected {worse!r}. "
+            f"{where} has score_chosen {entry.get('score_chosen')!r} and score_rejected "
+            f"{entry.get('score_rejected')!r}. "
             "Write both as finite numbers, score_chosen not below score_rejected."
         )
-    return float(better - worse)
+    return better - worse
 
 
-def _is_score(value: object) -> bool:
-    # `True` is an int for isinstance, but it is not a score.
-    return type(value) in (int, float) and math.isfinite(value)
+def _score(value: object) -> float:
+    """Return a finite number as a float, and NaN for anything else."""
+    # For isinstance, `True` is an int, but it is not a score.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
 
 
 def _examples_of_dataset(location: Path, key: str) -> list[Example]:

@@ -4,11 +4,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
 
 from flowalign.errors import similar_file, UserError
-
-M_co = TypeVar("M_co", covariant=True)
 
 EXPLANATIONS = [
     (
@@ -33,14 +31,6 @@ EXPLANATIONS = [
 """Class names and phrases in a chain of errors, and the explanation they stand for."""
 
 
-class Pretrained(Protocol[M_co]):
-    """A class of transformers or diffusers that loads from a folder or a repository."""
-
-    def from_pretrained(self, path: str, /, **settings: object) -> M_co:
-        """Load an instance."""
-        ...
-
-
 def is_local(path: str) -> bool:
     """True if a path can only mean a folder: a repository on the hub is owner/name."""
     return path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).parent.is_dir()
@@ -62,7 +52,8 @@ def explain_loading(key: str, path: str, error: BaseException) -> str:
     return f"{key}: {path} cannot be opened as a model: {error}"
 
 
-def pretrained(cls: Pretrained[M_co], key: str, path: str, **settings: object) -> M_co:
+# The class is untyped: Auto classes of transformers return instances of other classes.
+def pretrained(cls: Any, key: str, path: str, **settings: object) -> Any:
     """Return cls.from_pretrained(path, ...).
 
     Raises UserError that names the key and says what to do if the model cannot be opened.

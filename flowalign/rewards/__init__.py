@@ -4,6 +4,7 @@ A reward of your own is named by its path, `rewards: {"my_rewards.py:redness": 1
 `package.module:name`.
 """
 
+# Places and not imports: each family needs another library that is slow to import.
 REWARDS = {
     "scene_match": "flowalign.rewards.scene:scene_match",
     "scene_match_graded": "flowalign.rewards.scene:scene_match_graded",

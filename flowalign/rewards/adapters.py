@@ -100,6 +100,7 @@ def _unwrap_factory(name: str, function: object) -> Function:
             f"rewards.{name} has no readable parameters. Write one of {FORMS}."
         ) from None
     required = [p.name for p in parameters.values() if p.default is p.empty]
+    # Three required parameters are a reward that is called by position, whatever their names.
     if {"images", "completions"} & set(parameters) or len(required) >= 3:
         return function
     if required not in ([], ["device"]):
@@ -184,7 +185,9 @@ def _normalise_result(function: Function) -> Function:
 
 
 def _is_collection(value: object) -> bool:
-    return isinstance(value, list | tuple | dict) or np.ndim(value) > 0  # pyright: ignore[reportArgumentType]
+    if isinstance(value, list | tuple | dict):
+        return True
+    return np.ndim(value) > 0  # pyright: ignore[reportArgumentType]
 
 
 def _scores_of_mapping(scores: dict[str, object]) -> object:
@@ -241,6 +244,7 @@ def _call_by_name(
         "completions": lambda: to_pil(images) if isinstance(images, Tensor) else images,
         "completion_ids": lambda: [None] * len(prompts),
     }
+    # TRL passes every column of the data set to a function with **columns.
     if _takes_columns(signature) and "metadata" not in names:
         columns = (names | fields) - set(inputs)
     else:

@@ -105,6 +105,7 @@ class LearnedReward(Protocol):
 
 def as_scores(values: object) -> PerImage:
     """Convert numbers in a tensor, array, list or tuple to float32 on the CPU; None becomes NaN."""
+    # None is how rewards written for TRL leave an image out.
     if isinstance(values, list | tuple):
         values = [math.nan if value is None else value for value in values]
     return torch.as_tensor(values, dtype=torch.float32).detach().cpu()
@@ -139,6 +140,7 @@ class Reward:
         try:
             with torch.no_grad():
                 scores = self._call(images, prompts, metadata)
+        # A RunError explains itself, such as one about a missing reference image.
         except RunError:
             raise
         except Exception as error:
@@ -197,6 +199,7 @@ class Reward:
 
     def _failure(self, error: Exception) -> RunError:
         """Name the line of the user's code that raised, or else the last one of this package."""
+        # The innermost frame is often in a library, which says nothing about the mistake.
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)

@@ -61,6 +61,7 @@ class Minimum(Combine):
 
     def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
         values = weighted(scores, weights)
+        # Infinity instead of NaN, so that a missing score is never the minimum.
         least = values.nan_to_num(nan=math.inf).min(0).values
         return torch.where(values.isnan().all(0), math.nan, least)
 
@@ -186,6 +187,7 @@ class Constrained(Combine):
     def observe(self, scores: dict[str, PerImage]) -> None:
         for name, threshold in self.at_least.items():
             mean = scores[name].nanmean().item()
+            # If no image of the step was scored, the multiplier stays as it is.
             if math.isfinite(mean):
                 multiplier = self.multipliers.get(name, 0.0) + self.rate * (threshold - mean)
                 self.multipliers[name] = max(0.0, multiplier)

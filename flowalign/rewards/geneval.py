@@ -1,8 +1,10 @@
-"""GenEval: whether a picture shows the objects, numbers, colours and positions that its prompt asks for (arXiv 2310.11513).
+"""GenEval: objects, counts, colours and positions that a prompt asks for (arXiv 2310.11513).
 
-The benchmark's rules, on detections by models of transformers in place of mmdet's Mask2Former: their scores differ a little, so a
-result is one of "GenEval (transformers)". A prompt's metadata is a line of GenEval's files:
-    {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]}
+The rules are the benchmark's. The detections come from models of transformers in place of mmdet's
+Mask2Former, whose scores differ a little, so report results as "GenEval (transformers)". A prompt's
+metadata is a line of GenEval's files:
+    {"tag": "position", "include": [{"class": "dog", "count": 1},
+                                    {"class": "cat", "count": 1, "position": ["left of", 0]}]}
 """
 
 import math
@@ -10,50 +12,57 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.data.prompts import Metadata
 from flowalign.errors import RunError
 from flowalign.flow import PerImage
 from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.base import traits
-from flowalign.rewards.objects import Box, ColorNamer, COLORS, crop, Detection, Detector, SURE
+from flowalign.rewards.objects import Box, ColorNamer, COLORS, crop, Detection, Detector, MIN_SCORE
 
 RELATIONS = ("left of", "right of", "above", "below")
-SURE_TO_COUNT = 0.9
-"""What the score of a detection must exceed in prompts of the tag counting."""
-MOST = 16
-"""Detections of a class that are looked at."""
-Found = dict[str, list[Detection]]
-"""By class, the surest first."""
+MIN_SCORE_COUNTING = 0.9
+"""The score that a detection must exceed in prompts with the tag `counting`."""
+MAX_PER_CLASS = 16
+"""The number of detections of a class that are used."""
+Detections = dict[str, list[Detection]]
+"""Detections by class, those with the highest scores first."""
+Groups = list[list[Detection] | None]
+"""The objects of each clause so far; None if the clause does not hold."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Clause:
-    """So many objects of a class, perhaps of a colour, perhaps placed relative to those of an earlier clause."""
+    """A number of objects of one class, with an optional colour and position.
+
+    Raises ValueError if a value is not one of GenEval's.
+    """
 
     name: str
     count: int
     color: str | None = None
     position: tuple[str, int] | None = None
+    """A relation to all objects of an earlier clause, and that clause's number."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or self.count < 1:
             raise ValueError(f"the count {self.count!r}")
         if self.color not in (None, *COLORS):
-            raise ValueError(f"the color {self.color!r}, which is none of {', '.join(COLORS)}")
+            raise ValueError(f"the color {self.color!r}, which is not one of {', '.join(COLORS)}")
         if self.position and (len(self.position) != 2 or self.position[0] not in RELATIONS):
             raise ValueError(
-                f"the position {list(self.position)}, not one of {', '.join(RELATIONS)} and a clause's number"
+                f"the position {list(self.position)}, which is not one of {', '.join(RELATIONS)} "
+                "and a clause's number"
             )
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a prompt asks for."""
+class PromptSpec:
+    """The content that a prompt asks for."""
 
     include: tuple[Clause, ...]
     exclude: tuple[Clause, ...] = ()
@@ -62,58 +71,71 @@ class Wish:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a picture is as wished."""
+    """The two scores of an image."""
 
     correct: float
     graded: float
 
 
-def read_wish(prompt: str, entry: dict[str, Any]) -> Wish:
-    """The wish in a prompt's metadata. RunError says what the prompt file must hold."""
+def read_spec(prompt: str, entry: Metadata) -> PromptSpec:
+    """Read a prompt's metadata. Raises RunError that shows what the prompt file must hold."""
     try:
         if not entry.get("include"):
             raise ValueError('no "include"')
-        include, exclude = (
-            tuple(map(_read_clause, entry.get(key) or ())) for key in ("include", "exclude")
-        )
-        for number, clause in enumerate(include):
-            if clause.position and clause.position[1] not in range(number):
-                raise ValueError(
-                    f"a position relative to clause {clause.position[1]}, which is not an earlier one"
-                )
+        include = tuple(_read_clause(clause) for clause in entry["include"])
+        exclude = tuple(_read_clause(clause) for clause in entry.get("exclude") or ())
+        _check_order(include)
     except (TypeError, ValueError) as error:
         raise RunError(
-            f"rewards.geneval: in the prompt file, {prompt!r} has {error}. Lines need GenEval's fields beside the prompt, like "
-            '"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}].'
+            f"rewards.geneval: in the prompt file, {prompt!r} has {error}. Lines need GenEval's "
+            'fields beside the prompt, like "tag": "counting", '
+            '"include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}].'
         ) from error
-    return Wish(include, exclude, entry.get("tag") == "counting")
+    return PromptSpec(include, exclude, entry.get("tag") == "counting")
 
 
-def _read_clause(entry: dict[str, Any]) -> Clause:
-    if missing := {"class", "count"} - set(entry):
+def _read_clause(entry: Metadata) -> Clause:
+    missing = {"class", "count"} - set(entry)
+    if missing:
         raise ValueError(f'a clause without "{min(missing)}"')
-    position: Any = tuple(entry.get("position") or ()) or None
-    return Clause(entry["class"], entry["count"], entry.get("color"), position)
+    return Clause(
+        name=entry["class"],
+        count=entry["count"],
+        color=entry.get("color"),
+        # The clause checks that it is a relation and a number.
+        position=tuple(entry.get("position") or ()) or None,  # pyright: ignore[reportArgumentType]
+    )
 
 
-def kept(detections: list[Detection], counting: bool) -> Found:
-    """The detections that count."""
-    sure = [d for d in detections if d.score > (SURE_TO_COUNT if counting else SURE)]
-    sure.sort(key=lambda d: d.score, reverse=True)
-    return {name: [d for d in sure if d.name == name][:MOST] for name in {d.name for d in sure}}
+def _check_order(clauses: tuple[Clause, ...]) -> None:
+    for number, clause in enumerate(clauses):
+        if clause.position and clause.position[1] not in range(number):
+            raise ValueError(
+                f"a position relative to clause {clause.position[1]}, which is not an earlier one"
+            )
+
+
+def confident(detections: list[Detection], counting: bool) -> Detections:
+    """Return the detections with a sufficient score, by class."""
+    least = MIN_SCORE_COUNTING if counting else MIN_SCORE
+    by_class: Detections = {}
+    for detection in sorted(detections, key=lambda d: d.score, reverse=True):
+        if detection.score > least:
+            by_class.setdefault(detection.name, []).append(detection)
+    return {name: objects[:MAX_PER_CLASS] for name, objects in by_class.items()}
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Where a is from b.
+    """Return the positions of a relative to b.
 
-    With o from b's centre to a's, and r what of o goes beyond a tenth of both sizes: right of if r_x > ‖o‖ / 2, and so on.
+    With o from b's center to a's, and r the part of o beyond a tenth of both sizes: right of if
+    r_x > ‖o‖ / 2, and so on.
     """
     o = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     sizes = [a[i + 2] - a[i] + b[i + 2] - b[i] for i in (0, 1)]
-    r = [
-        math.copysign(max(abs(offset) - 0.1 * size, 0), offset)
-        for offset, size in zip(o, sizes, strict=True)
-    ]
+    pairs = zip(o, sizes, strict=True)
+    r = [math.copysign(max(abs(offset) - 0.1 * size, 0), offset) for offset, size in pairs]
+    # Objects on top of each other have no relation, and o may be 0.
     if max(map(abs, r)) < 1e-3:
         return set()
     dx, dy = (beyond / math.hypot(*o) for beyond in r)
@@ -121,156 +143,161 @@ def relations(a: Box, b: Box) -> set[str]:
     return {relation for relation, held in zip(RELATIONS, holds, strict=True) if held}
 
 
-def in_place(
-    clause: Clause, objects: list[Detection], groups: list[list[Detection] | None]
-) -> bool:
-    """Whether all objects stand as the clause says to all of the group it names; not where that group is not as wished itself."""
+def position_holds(clause: Clause, objects: list[Detection], groups: Groups) -> bool:
+    """True if every object has the clause's relation to every object of the clause it names.
+
+    False if that clause does not hold itself.
+    """
     if clause.position is None:
         return True
     relation, target = clause.position
     others = groups[target]
-    return others is not None and all(
-        relation in relations(a.box, b.box) for a in objects for b in others
-    )
+    if others is None:
+        return False
+    return all(relation in relations(a.box, b.box) for a in objects for b in others)
 
 
-def of_color(clause: Clause, objects: list[Detection]) -> int:
-    """How many have the colour of the clause; all where it names none."""
+def count_of_color(clause: Clause, objects: list[Detection]) -> int:
+    """Count the objects of the clause's colour; all if it has none."""
     return sum(clause.color in (None, d.color) for d in objects)
 
 
-def correct(wish: Wish, found: Found) -> float:
-    """The benchmark's verdict: 1 if the surest objects of every clause are as wished and nothing is excluded, else 0.
+def correct(spec: PromptSpec, detections: Detections) -> float:
+    """Return the benchmark's score: 1 if the best objects of every clause match, else 0.
 
-    More objects than wished are a fault only where `exclude` says so, as it does in counting prompts.
+    More objects than asked for are a fault only if `exclude` says so, as in counting prompts.
     """
-    groups: list[list[Detection] | None] = []
-    for clause in wish.include:
-        objects = found.get(clause.name, [])[: clause.count]
-        met = len(objects) == of_color(clause, objects) == clause.count and in_place(
-            clause, objects, groups
-        )
-        groups.append(objects if met else None)
-    excluded = any(len(found.get(clause.name, [])) >= clause.count for clause in wish.exclude)
+    groups: Groups = []
+    for clause in spec.include:
+        objects = detections.get(clause.name, [])[: clause.count]
+        counts = len(objects) == count_of_color(clause, objects) == clause.count
+        groups.append(objects if counts and position_holds(clause, objects, groups) else None)
+    excluded = any(len(detections.get(c.name, [])) >= c.count for c in spec.exclude)
     return float(None not in groups and not excluded)
 
 
-def graded(wish: Wish, found: Found) -> float:
-    """Flow-GRPO's dense reward (arXiv 2505.05470): the mean over every count, colour and position of the wish, not below 0.
+def graded(spec: PromptSpec, detections: Detections) -> float:
+    """Return Flow-GRPO's dense reward (arXiv 2505.05470): the mean over all parts of the spec.
 
-    A count or a colour gives 1 - |wished - found| / wished, a position 1 or 0; colours and positions give 0 where the count is
-    not exact. (Flow-GRPO's server gives a failed position both 0 and 1, and leaves it out where the colours are wrong.)
+    A count or a colour gives 1 - |asked - present| / asked, a position 1 or 0. Colours and
+    positions give 0 if the count is not exact. The mean is not below 0.
     """
+    # Flow-GRPO's server gives a failed position both 0 and 1, and leaves it out where the colours
+    # are wrong. Here it always counts once.
     values: list[float] = []
-    groups: list[list[Detection] | None] = []
-    for clause in wish.include:
-        objects = found.get(clause.name, [])
-        exact, colored = len(objects) == clause.count, of_color(clause, objects)
-        met = exact and colored == clause.count and in_place(clause, objects, groups)
+    groups: Groups = []
+    for clause in spec.include:
+        objects = detections.get(clause.name, [])
+        exact, colored = len(objects) == clause.count, count_of_color(clause, objects)
+        holds = exact and colored == clause.count and position_holds(clause, objects, groups)
         values.append(1 - abs(clause.count - len(objects)) / clause.count)
         if clause.color:
             values.append(1 - abs(clause.count - colored) / clause.count if exact else 0.0)
         if clause.position:
-            values.append(float(met))
-        groups.append(objects if met else None)
+            values.append(float(holds))
+        groups.append(objects if holds else None)
     return max(sum(values) / len(values), 0.0)
 
 
-class Examiner:
-    """Compares pictures with what their prompts ask for. It remembers the last batch, which two rewards ask about in turn."""
+class GenEvalScorer:
+    """Compares images with the specs of their prompts.
+
+    It keeps the verdicts of the last batch, because two rewards score each batch in turn.
+    """
 
     def __init__(self, detector: str, clip: str) -> None:
-        self.detect = Detector(detector, "rewards.geneval.detector")
-        self.name_colors = ColorNamer(clip, "rewards.geneval.clip")
+        self.detector = Detector(detector, "rewards.geneval.detector")
+        self.color_namer = ColorNamer(clip, "rewards.geneval.clip")
         self.last: tuple[str, list[Verdict]] = ("", [])
 
     def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+        self, images: Tensor, prompts: list[str], metadata: list[Metadata]
     ) -> list[Verdict]:
-        wishes = [
-            self._findable(prompt, read_wish(prompt, entry))
-            for prompt, entry in zip(prompts, metadata, strict=True)
-        ]
+        """Return the verdict on each image. Raises RunError if metadata does not fit."""
+        pairs = zip(prompts, metadata, strict=True)
+        specs = [self._checked_spec(prompt, entry) for prompt, entry in pairs]
         pictures = to_pil(images)
+        # Two rewards get copies of the same images, so only their content can identify a batch.
         pixels = b"".join(picture.tobytes() for picture in pictures)
-        key = sha256(pixels + repr((images.shape, wishes)).encode()).hexdigest()
+        key = sha256(pixels + repr((images.shape, specs)).encode()).hexdigest()
         if key != self.last[0]:
-            seen = self._look(pictures, wishes, images.device)
-            self.last = (
-                key,
-                [
-                    Verdict(correct(wish, found), graded(wish, found))
-                    for wish, found in zip(wishes, seen, strict=True)
-                ],
-            )
+            self.last = key, self._verdicts(pictures, specs, images.device)
         return self.last[1]
 
-    def _findable(self, prompt: str, wish: Wish) -> Wish:
-        known = list(self.detect.names.values())
-        for clause in (*wish.include, *wish.exclude):
-            if clause.name not in known:
-                near = (
-                    " or ".join(get_close_matches(clause.name, known))
-                    or "one of COCO's classes in GenEval's spelling"
-                )
+    def _checked_spec(self, prompt: str, entry: Metadata) -> PromptSpec:
+        spec, classes = read_spec(prompt, entry), list(self.detector.names.values())
+        for clause in (*spec.include, *spec.exclude):
+            if clause.name not in classes:
+                matches = get_close_matches(clause.name, classes)
+                advice = " or ".join(matches) or "one of COCO's classes in GenEval's spelling"
                 raise RunError(
-                    f"rewards.geneval: {prompt!r} asks for {clause.name!r}, which is not detected; write {near}."
+                    f"rewards.geneval: {prompt!r} asks for {clause.name!r}, which the detector "
+                    f"does not know. Write {advice}."
                 )
-        return wish
+        return spec
 
-    def _look(
-        self, pictures: list[Image.Image], wishes: list[Wish], device: torch.device
-    ) -> list[Found]:
-        seen = [
-            kept(found, wish.counting)
-            for found, wish in zip(self.detect(pictures, device), wishes, strict=True)
-        ]
-        colored = {
-            (i, clause.name, k): crop(pictures[i], seen[i][clause.name][k])
-            for i, wish in enumerate(wishes)
-            for clause in wish.include
-            for k in range(min(clause.count, len(seen[i].get(clause.name, []))))
-            if clause.color
-        }
-        colors = self.name_colors(list(colored.values()), [name for _, name, _ in colored], device)
-        for (i, name, k), color in zip(colored, colors, strict=True):
-            seen[i][name][k] = replace(seen[i][name][k], color=color)
-        return seen
+    def _verdicts(
+        self, pictures: list[Image.Image], specs: list[PromptSpec], device: torch.device
+    ) -> list[Verdict]:
+        raw = zip(self.detector(pictures, device), specs, strict=True)
+        detected = [confident(detections, spec.counting) for detections, spec in raw]
+        self._name_colors(pictures, specs, detected, device)
+        pairs = zip(specs, detected, strict=True)
+        return [Verdict(correct(spec, found), graded(spec, found)) for spec, found in pairs]
+
+    def _name_colors(
+        self,
+        pictures: list[Image.Image],
+        specs: list[PromptSpec],
+        detected: list[Detections],
+        device: torch.device,
+    ) -> None:
+        """Fill in the colours of the objects that a clause with a colour may use."""
+        wanted: list[tuple[int, str, int]] = []  # image, class, rank by score
+        for i, spec in enumerate(specs):
+            for clause in (clause for clause in spec.include if clause.color):
+                count = min(clause.count, len(detected[i].get(clause.name, [])))
+                wanted += [(i, clause.name, rank) for rank in range(count)]
+        # Two clauses of one class may want the same object.
+        wanted = list(dict.fromkeys(wanted))
+        crops = [crop(pictures[i], detected[i][name][rank]) for i, name, rank in wanted]
+        colors = self.color_namer(crops, [name for _, name, _ in wanted], device)
+        for (i, name, rank), color in zip(wanted, colors, strict=True):
+            detected[i][name][rank] = replace(detected[i][name][rank], color=color)
 
 
-open_examiner = lru_cache(maxsize=1)(Examiner)
-"""One for all rewards with the same models: nothing is loaded and no picture examined twice."""
+shared_scorer = lru_cache(maxsize=1)(GenEvalScorer)
+"""One scorer for all rewards with the same models, so that they load and detect once."""
 
 
 @traits(range=(0, 1))
 @dataclass
 class GenEval:
-    """GenEval's verdict on a picture, 1 or 0; not differentiable.
+    """GenEval's score of an image, 1 or 0; not differentiable.
 
-    In float32: facebook/mask2former-swin-small-coco-instance, 0.3 GB, licence: see its card; openai/clip-vit-large-patch14,
-    1.7 GB, MIT.
+    In float32: facebook/mask2former-swin-small-coco-instance, 0.3 GB, licence: see its card;
+    openai/clip-vit-large-patch14, 1.7 GB, MIT.
     """
 
     detector: str = "facebook/mask2former-swin-small-coco-instance"
-    """A folder or hub repository: Mask2Former, or any object detector of transformers that knows COCO's classes."""
+    """A folder or hub repository: Mask2Former, or any object detector with COCO's classes."""
     clip: str = "openai/clip-vit-large-patch14"
     """The CLIP that names colours."""
 
     def __post_init__(self) -> None:
-        self.examine = open_examiner(self.detector, self.clip)
+        self.scorer = shared_scorer(self.detector, self.clip)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> PerImage:
-        return torch.tensor(
-            [verdict.correct for verdict in self.examine(images, prompts, metadata)]
-        )
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
+        verdicts = self.scorer(images, prompts, metadata)
+        return torch.tensor([verdict.correct for verdict in verdicts])
 
 
 class GenEvalGraded(GenEval):
-    """How much of its prompt a picture shows, in [0, 1], as Flow-GRPO trains on; models, weights and licences as of GenEval."""
+    """Share of its prompt that an image shows, in [0, 1], as Flow-GRPO trains on.
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> PerImage:
-        return torch.tensor([verdict.graded for verdict in self.examine(images, prompts, metadata)])
+    Models, weights and licences are those of geneval.
+    """
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
+        verdicts = self.scorer(images, prompts, metadata)
+        return torch.tensor([verdict.graded for verdict in verdicts])

@@ -159,6 +159,7 @@ def score(reward: Reward, samples: Samples) -> PerImage:
     scores = torch.zeros(len(samples.prompts))
     for rows in samples.groups if reward.of_groups else [list(range(len(scores)))]:
         scores[rows] = reward(*samples.subset(rows).inputs)
+    # NaN is allowed here: it is an image without score. Infinity would reach the advantages.
     if scores.isinf().any():
         infinite = scores[scores.isinf()][0].item()
         raise RunError(

@@ -1,19 +1,19 @@
-"""Whether the text that a prompt asks for can be read in the picture, as Flow-GRPO scores it (arXiv 2505.05470).
+"""Legibility of the text that a prompt asks for, as Flow-GRPO scores it (arXiv 2505.05470).
 
-With everything read in a picture as one string, spaces dropped and letters in lower case,
-    distance = 0 where the text is part of what was read, else Levenshtein(read, text), at most |text|
+All text that is read in an image is one string, without spaces and in lower case:
+    distance = 0 if the text is part of what was read, else Levenshtein(read, text), at most |text|
     score    = 1 - distance / |text|
 """
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
+from flowalign.data.prompts import Metadata
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.rewards.base import traits
@@ -24,38 +24,38 @@ QUOTED = re.compile(r'["“”„]([^"“”„]+)["“”„]')
 @traits(images="pil", range=(0, 1))
 @dataclass
 class OCR:
-    """How much of the wanted text can be read in a picture, in [0, 1]; not differentiable.
+    """Share of the wanted text that can be read in an image, in [0, 1]; not differentiable.
 
-    PP-OCRv4 of rapidocr-onnxruntime reads English and Chinese on the CPU, with as many threads as torch has. Its 15 MB of weights
-    come inside the package, no hub is asked; licence Apache-2.0. Words it is less than half sure of are left out, as PaddleOCR,
-    which Flow-GRPO reads with, leaves them out.
+    The wanted text is `text` in the prompt's metadata (a string or a list), else what the prompt
+    has in double quotes; with several texts, the mean. An image whose prompt has no wanted text is
+    not scored.
 
-    The wanted text is `text` of the prompt's metadata (a string or a list), else what the prompt has in double quotes; of several
-    the mean. A picture whose prompt wants no text is not scored.
+    PP-OCRv4 of rapidocr-onnxruntime (Apache-2.0) reads English and Chinese on the CPU, with as many
+    threads as torch has. Its 15 MB of weights are in the package. Words with a confidence below
+    one half are left out, as by PaddleOCR, which Flow-GRPO uses.
     """
 
     strict: bool = False
-    """Whether text beyond the wanted one counts against a picture: 1 - Levenshtein / the longer length, several texts as one."""
+    """True to count other text against an image: 1 - Levenshtein / the longer length."""
 
     def __post_init__(self) -> None:
         try:
-            from rapidocr_onnxruntime import RapidOCR
+            from rapidocr_onnxruntime import RapidOCR  # an optional dependency
         except ImportError as error:
             raise UserError(
-                f"rewards.ocr cannot read pictures: {error}. Run: pip install 'flowalign[ocr]'"
+                f"rewards.ocr cannot read images: {error}. Run: pip install 'flowalign[ocr]'"
             ) from error
-        self.engine: Any = RapidOCR(use_cls=False, intra_op_num_threads=torch.get_num_threads())
+        # Without the classifier of rotated text, as in Flow-GRPO.
+        self.engine = RapidOCR(use_cls=False, intra_op_num_threads=torch.get_num_threads())
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]
+        self, images: list[Image.Image], prompts: list[str], metadata: list[Metadata]
     ) -> PerImage:
-        wanted = [
-            wanted_texts(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)
-        ]
-        pairs = zip(images, wanted, strict=True)
-        return torch.tensor(
-            [self._score(image, texts) if texts else math.nan for image, texts in pairs]
-        )
+        scores = []
+        for image, prompt, entry in zip(images, prompts, metadata, strict=True):
+            texts = wanted_texts(prompt, entry)
+            scores.append(self._score(image, texts) if texts else math.nan)
+        return torch.tensor(scores)
 
     def _score(self, image: Image.Image, texts: list[str]) -> float:
         read = self._read(image)
@@ -64,23 +64,25 @@ class OCR:
         return sum(legibility(read, text) for text in texts) / len(texts)
 
     def _read(self, image: Image.Image) -> str:
-        found, _ = self.engine(image)
-        return plain("".join(text for _, text, confidence in found or [] if confidence > 0))
+        # Its annotation leaves out that it takes PIL images.
+        lines, _ = self.engine(image)  # pyright: ignore[reportArgumentType]
+        # The library leaves out lines with a confidence below one half itself.
+        return plain("".join(str(text) for _, text, _ in lines or []))
 
 
 def legibility(read: str, text: str) -> float:
-    """How much of a text was read, whatever else was; both plain."""
+    """Return how much of a text was read, in [0, 1], whatever else was. Both must be plain."""
     distance = 0 if text in read else min(Levenshtein.distance(read, text), len(text))
     return 1 - distance / len(text)
 
 
-def wanted_texts(prompt: str, entry: dict[str, Any]) -> list[str]:
-    """What a picture should say, plain: by its metadata, else by the quotation marks of its prompt. Empty when neither says."""
-    given = entry.get("text") or QUOTED.findall(prompt)
-    texts = given if isinstance(given, list) else [given]
+def wanted_texts(prompt: str, entry: Metadata) -> list[str]:
+    """Return the plain texts that an image should show; empty if the prompt asks for none."""
+    wanted = entry.get("text") or QUOTED.findall(prompt)
+    texts = wanted if isinstance(wanted, list) else [wanted]
     return [text for text in map(plain, map(str, texts)) if text]
 
 
 def plain(text: str) -> str:
-    """Without spaces, in lower case."""
+    """Remove spaces and lower the case."""
     return "".join(text.split()).lower()

@@ -21,6 +21,8 @@ from flowalign.settings.yaml_files import parse_yaml
 if TYPE_CHECKING:
     from flowalign.rewards.base import Reward
 
+Section = dict[str, Any]
+"""A mapping of a YAML file. Its values are checked where they are used."""
 REMOTE = "flowalign.rewards.remote.client:RemoteReward"
 
 
@@ -34,7 +36,7 @@ class RewardEntry:
     """A built-in name, `file.py:name`, `package.module:name`, or an address."""
     weight: float
     """The factor in the combined reward."""
-    settings: dict[str, Any]
+    settings: Section
     """The reward's own settings."""
 
 
@@ -53,7 +55,7 @@ def reward_name(spec: str) -> str:
     return spec.partition("://")[2] or spec.rpartition(":")[2]
 
 
-def checked_rewards(section: object, key: str) -> dict[str, Any]:
+def checked_rewards(section: object, key: str) -> Section:
     """Check a map of names to weights or settings, without loading a reward.
 
     Raises UserError for an unknown name, two equal names, or a weight that is not a number.
@@ -71,7 +73,7 @@ def checked_rewards(section: object, key: str) -> dict[str, Any]:
     return section
 
 
-def _settings(value: object) -> dict[str, Any]:
+def _settings(value: object) -> Section:
     return dict(value) if isinstance(value, dict) else {"weight": value}
 
 
@@ -96,11 +98,12 @@ def _check_spec(spec: object, key: str) -> None:
 
 
 def _is_weight(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
-def load_rewards(section: dict[str, Any], key: str = "rewards") -> "list[Reward]":
+def load_rewards(section: Section, key: str = "rewards") -> "list[Reward]":
     """Import and configure the rewards of a checked map. Raises UserError if one cannot be made."""
     return [_load(reward_entry(name, value), f"{key}.{name}") for name, value in section.items()]
 

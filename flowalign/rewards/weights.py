@@ -1,4 +1,8 @@
-"""Published weights that are not in transformers' layout: read without running anything, renamed, and put into its classes."""
+"""Load published weights that are not in transformers' layout.
+
+The files are read without running any code in them, their tensors renamed, and put into
+transformers' classes.
+"""
 
 import re
 from pathlib import Path
@@ -8,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from flowalign.errors import UserError
 from flowalign.models.hub import explain_loading
@@ -34,17 +39,20 @@ OPEN_CLIP = {
 
 
 def affine(state: dict[str, Tensor], prefix: str, key: str) -> tuple[Tensor, float]:
-    """Linear layers with nothing between them as one: W_n (… (W_1 x + b_1) …) + b_n = weight · x + bias."""
-    layers = sorted(
-        int(name.split(".")[-2])
-        for name in state
-        if name.startswith(prefix) and name.endswith(".weight")
-    )
-    if not layers:
+    """Multiply linear layers without activations into one: weight · x + bias.
+
+    The layers are `prefix0`, `prefix2`, ...; the last has one output. Raises UserError without
+    any.
+    """
+    names = [name for name in state if name.startswith(prefix) and name.endswith(".weight")]
+    if not names:
         raise UserError(
-            f"{key}: the file has no {prefix}0.weight; it has {', '.join(list(state)[:3])}, …"
+            f"{key}: the file has no {prefix}0.weight; it has {', '.join(list(state)[:3])}, …. "
+            "Give the published file."
         )
+    layers = sorted(int(name.split(".")[-2]) for name in names)
     width = state[f"{prefix}{layers[0]}.weight"].shape[1]
+    # In float64, so that the product rounds less than the layers one after another.
     weight, bias = torch.eye(width).double(), torch.zeros(width).double()
     for n in layers:
         w, b = state[f"{prefix}{n}.weight"].double(), state[f"{prefix}{n}.bias"].double()
@@ -53,23 +61,21 @@ def affine(state: dict[str, Tensor], prefix: str, key: str) -> tuple[Tensor, flo
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's weights as transformers' CLIPModel has them."""
-    found = {}
+    """Convert open_clip's weights to those of transformers' CLIPModel."""
+    converted = {}
     for name, tensor in renamed(state, OPEN_CLIP).items():
         if name in ("visual_projection.weight", "text_projection.weight"):
-            found[name] = tensor.T.contiguous()  # there x W, here W x
+            converted[name] = tensor.T.contiguous()  # x W there, W x here
         elif "in_proj_" in name:
-            found |= {
-                name.replace("in_proj_", f"{part}_proj."): rows
-                for part, rows in zip("qkv", tensor.chunk(3), strict=True)
-            }
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                converted[name.replace("in_proj_", f"{part}_proj.")] = rows
         else:
-            found[name] = tensor
-    return found
+            converted[name] = tensor
+    return converted
 
 
 def renamed(state: dict[str, Tensor], rules: dict[str, str]) -> dict[str, Tensor]:
-    """The same tensors, every rule applied to their names in turn."""
+    """Apply all rules (pattern: replacement), in their order, to the names of tensors."""
 
     def new(name: str) -> str:
         for pattern, replacement in rules.items():
@@ -79,10 +85,18 @@ def renamed(state: dict[str, Tensor], rules: dict[str, str]) -> dict[str, Tensor
     return {new(name): tensor for name, tensor in state.items()}
 
 
+# The class and its result are untyped: transformers' classes share no type that says enough.
 def with_weights(
-    model_class: Any, config: Any, state: dict[str, Tensor], key: str, **settings: Any
+    model_class: Any,
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    key: str,
+    **settings: object,
 ) -> Any:
-    """A model of this size with these weights. UserError where one is missing or has another shape."""
+    """Make a model of this configuration with these weights, in float32.
+
+    Raises UserError if a weight is missing or has another shape.
+    """
     try:
         model, report = model_class.from_pretrained(
             None,
@@ -94,33 +108,48 @@ def with_weights(
         )
     except RuntimeError as error:
         raise UserError(
-            f"{key}: the weights do not fit a {model_class.__name__} of this size: {error}"
+            f"{key}: the weights do not fit a {model_class.__name__} of this size: {error}. "
+            "Give the published file."
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise UserError(
-            f"{key}: the file lacks {len(missing)} weights of a {model_class.__name__}, {missing[0]} for one."
+            f"{key}: the file lacks {len(missing)} weights of a {model_class.__name__}, such as "
+            f"{missing[0]}. Give the published file."
         )
     return model
 
 
 def read_weights(key: str, path: str) -> dict[str, Tensor]:
-    """The tensors in a local file, or in owner/name/file on the hub; nothing else that the file may hold is run."""
+    """Read the tensors of a local file, or of owner/name/file on the hub.
+
+    Nothing else in the file is loaded or run. Raises UserError if it cannot be read.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
-        if path.count("/") < 2 or path.startswith((".", "/", "~")) or file.parent.is_dir():
-            raise UserError(
-                f"{key}: there is no file {path}. Give a local file, or owner/name/file of the hub."
-            )
-        owner, name, inside = path.split("/", 2)
-        try:
-            file = Path(hf_hub_download(f"{owner}/{name}", inside))
-        except Exception as error:
-            raise UserError(explain_loading(key, f"{owner}/{name}", error)) from error
+        file = _download(key, path)
     try:
-        safe = file.suffix == ".safetensors"
-        state: Any = (
-            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # `weights_only` refuses pickled code: a stranger's file must be harmless.
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{key}: {path} cannot be read as a file of tensors: {error}") from error
+        # Unpickling raises many types, and each means that this is not a file of tensors.
+        raise UserError(
+            f"{key}: {path} cannot be read as a file of tensors: {error}. Download it again."
+        ) from error
     return state.get("state_dict", state)
+
+
+def _download(key: str, path: str) -> Path:
+    """Download owner/name/file. Raises UserError if the path can only mean a local file."""
+    is_local = path.startswith((".", "/", "~")) or Path(path).parent.is_dir()
+    if path.count("/") < 2 or is_local:
+        raise UserError(
+            f"{key}: there is no file {path}. Give a local file, or owner/name/file of the hub."
+        )
+    owner, name, inside = path.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", inside))
+    except Exception as error:
+        raise UserError(explain_loading(key, f"{owner}/{name}", error)) from error

@@ -94,7 +94,7 @@ def test_the_buffer_holds_the_newest_pictures(reds):
     reward = adversarial(reds, buffer=6)
     reward.update(shades(BLUE))
     reward.update(shades(GREEN))
-    expected = torch.cat([reward.tower(shades(BLUE))[2:], reward.tower(shades(GREEN))])
+    expected = torch.cat([reward.backbone(shades(BLUE))[2:], reward.backbone(shades(GREEN))])
     torch.testing.assert_close(reward.past, expected)
 
 
@@ -183,9 +183,9 @@ def test_it_learns_inside_a_gradient_free_block(reds):
 
 def test_a_state_of_another_backbone_is_refused(reds, tmp_path):
     other = adversarial(reds, path=random_dinov2(tmp_path / "dinov2"))
-    with pytest.raises(UserError, match="the checkpoint holds another head"):
+    with pytest.raises(UserError, match="the checkpoint was written with another backbone"):
         adversarial(reds).load_state(other.state())
-    with pytest.raises(UserError, match="the checkpoint holds another head"):
+    with pytest.raises(UserError, match="the checkpoint was written with another backbone"):
         adversarial(reds).load_state({})
 
 
@@ -193,5 +193,5 @@ def test_a_state_of_another_backbone_is_refused(reds, tmp_path):
     "settings", [{"learning_rate": 0}, {"descents": 0}, {"buffer": 0}, {"size": -1}]
 )
 def test_settings_that_cannot_work_are_refused(reds, settings):
-    with pytest.raises(UserError, match=f"rewards.adversarial has .*{next(iter(settings))}"):
+    with pytest.raises(UserError, match=rf"rewards\.adversarial\.{next(iter(settings))} is"):
         adversarial(reds, **settings)

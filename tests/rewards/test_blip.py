@@ -1,4 +1,4 @@
-"""ImageReward, on a small random BLIP whose weights are written under the names of the published file."""
+"""ImageReward on a small random BLIP, with weights under the names of the published file."""
 
 from pathlib import Path
 from typing import Any
@@ -92,23 +92,23 @@ class Original(nn.Module):
 
     def published(self) -> dict[str, Tensor]:
         """The weights as the published file names them, with what else it holds."""
-        found = {f"mlp.layers.{name}": tensor for name, tensor in self.mlp.state_dict().items()}
-        found |= {
+        converted = {f"mlp.layers.{name}": tensor for name, tensor in self.mlp.state_dict().items()}
+        converted |= {
             f"blip.text_encoder.{name}": tensor for name, tensor in self.text.state_dict().items()
         }
         state = self.vision.state_dict()
-        found |= {f"blip.visual_encoder.{there}": state[here] for here, there in VISION.items()}
+        converted |= {f"blip.visual_encoder.{there}": state[here] for here, there in VISION.items()}
         for n in range(2):
             for here, there in LAYER.items():
                 for end in ("weight", "bias"):
-                    found[f"blip.visual_encoder.blocks.{n}.{there}.{end}"] = state[
+                    converted[f"blip.visual_encoder.blocks.{n}.{there}.{end}"] = state[
                         f"encoder.layers.{n}.{here}.{end}"
                     ]
         unused = {
             "blip.vision_proj.weight": torch.zeros(4, 128),
             "blip.text_encoder.embeddings.position_ids": torch.arange(40),
         }
-        return found | unused
+        return converted | unused
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +159,10 @@ def test_the_picture_and_the_prompt_both_count(reward):
 
 
 def test_a_picture_scores_the_same_again_and_in_any_company(reward):
-    judged, images = make_reward("image_reward", reward), pictures(3, 50, 41)
-    together = judged(images, PROMPTS, [{}] * 3)
-    alone = torch.cat([judged(images[i : i + 1], PROMPTS[i : i + 1], [{}]) for i in range(3)])
-    assert torch.equal(together, judged(images, PROMPTS, [{}] * 3))
+    scorer, images = make_reward("image_reward", reward), pictures(3, 50, 41)
+    together = scorer(images, PROMPTS, [{}] * 3)
+    alone = torch.cat([scorer(images[i : i + 1], PROMPTS[i : i + 1], [{}]) for i in range(3)])
+    assert torch.equal(together, scorer(images, PROMPTS, [{}] * 3))
     torch.testing.assert_close(alone, together, atol=1e-4, rtol=0)
 
 
@@ -182,7 +182,7 @@ def test_the_gradient_is_that_of_finite_differences(reward):
     )
 
 
-def test_prompts_are_read_to_their_35th_token(reward):
+def test_prompts_are_cut_after_35_tokens(reward):
     images = pictures(1, 32, 32).repeat(2, 1, 1, 1)
     with pytest.warns(
         UserWarning,
@@ -200,11 +200,11 @@ def test_half_precision_returns_float32(folder, reward):
     torch.testing.assert_close(scores, reward(images, PROMPTS, [{}] * 3), atol=0.1, rtol=0)
 
 
-def test_another_file_is_answered(folder, tmp_path, original):
+def test_another_file_is_an_error(folder, tmp_path, original):
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(
         UserError,
-        match=r"rewards\.image_reward\.path: the file is not ImageReward's: .* It has weight",
+        match=r"rewards\.image_reward\.path: the file is not ImageReward's: .* it has weight",
     ):
         ImageReward(str(tmp_path / "other.pt"), str(folder))
     weights = original.published()
@@ -212,7 +212,7 @@ def test_another_file_is_answered(folder, tmp_path, original):
     torch.save(weights, tmp_path / "lacking.pt")
     with pytest.raises(
         UserError,
-        match=r"the file lacks 1 weights of a BlipVisionModel, post_layernorm\.bias for one",
+        match=r"the file lacks 1 weights of a BlipVisionModel, such as post_layernorm\.bias",
     ):
         ImageReward(str(tmp_path / "lacking.pt"), str(folder))
     with pytest.raises(

@@ -26,9 +26,9 @@ from flowalign.rewards.clip import (
     ClipScore,
     HPSv2,
     PickScore,
-    Remembered,
 )
-from flowalign.rewards.features import TINY
+from flowalign.rewards.features import BUNDLED_CLIP
+from flowalign.rewards.preprocessing import RowCache
 from flowalign.rewards.weights import affine, read_weights
 from flowalign.settings.types import configure
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
                 parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2
             )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED_CLIP).save_pretrained(folder)
     CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     ).save_pretrained(folder)
@@ -93,7 +93,7 @@ def head(width: int = 24) -> nn.Module:
 
 
 def pictures(count: int, height: int, width: int) -> Tensor:
-    """Soft spots in 256 steps, away from black and white."""
+    """Soft spots in 256 levels, away from black and white."""
     spots = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(count))
     return (
         F.interpolate(0.25 + 0.5 * spots, (height, width), mode="bilinear").mul(255).round() / 255
@@ -102,14 +102,14 @@ def pictures(count: int, height: int, width: int) -> Tensor:
 
 @pytest.fixture
 def make(folder):
-    """A reward by its name, from that folder."""
+    """A function that makes a reward by name, from that folder."""
 
-    def made(name: str, **settings: Any) -> Any:
+    def make_named(name: str, **settings: Any) -> Any:
         own = {"hps": {"processor": str(folder)}, "pick_score": {"processor": str(folder)}}
         own["aesthetic"] = {"head": str(folder / "head.pth")}
         return CLASSES[name](**{"path": str(folder), **own.get(name, {}), **settings})
 
-    return made
+    return make_named
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def metadata(folder) -> list[dict[str, Any]]:
 
 
 def by_hand(folder: Path, images: Tensor) -> Any:
-    """What transformers says of pictures of the model's own size, and of every prompt."""
+    """The outputs of transformers for images of the model's own size, and for every prompt."""
     processor = CLIPImageProcessor.from_pretrained(folder)
     mean, std = (
         torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std)
@@ -159,28 +159,28 @@ def test_pick_score_is_the_diagonal_of_the_models_logits_over_26(make, folder):
 def open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
     """The weights as open_clip would have written them."""
     state = dict(model.state_dict())
-    found = {
+    converted = {
         "logit_scale": state["logit_scale"],
         "visual.proj": state["visual_projection.weight"].T,
     }
-    found["text_projection"] = state["text_projection.weight"].T
+    converted["text_projection"] = state["text_projection.weight"].T
     towers = {
         "visual.": ("vision_model", "pre_layrnorm", "post_layernorm"),
         "": ("text_model", "", "final_layer_norm"),
     }
     for prefix, (tower, before, after) in towers.items():
-        found[f"{prefix}positional_embedding"] = state[
+        converted[f"{prefix}positional_embedding"] = state[
             f"{tower}.embeddings.position_embedding.weight"
         ]
         for end in ("weight", "bias"):
-            found[f"{prefix}{'ln_post' if prefix else 'ln_final'}.{end}"] = state[
+            converted[f"{prefix}{'ln_post' if prefix else 'ln_final'}.{end}"] = state[
                 f"{tower}.{after}.{end}"
             ]
             if before:
-                found[f"{prefix}ln_pre.{end}"] = state[f"{tower}.{before}.{end}"]
+                converted[f"{prefix}ln_pre.{end}"] = state[f"{tower}.{before}.{end}"]
             for n in range(2):
                 here, there = f"{tower}.encoder.layers.{n}", f"{prefix}transformer.resblocks.{n}"
-                found[f"{there}.attn.in_proj_{end}"] = torch.cat(
+                converted[f"{there}.attn.in_proj_{end}"] = torch.cat(
                     [state[f"{here}.self_attn.{x}_proj.{end}"] for x in "qkv"]
                 )
                 parts = {
@@ -189,11 +189,11 @@ def open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
                     "ln_2": "layer_norm2",
                 }
                 for new, old in (parts | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}).items():
-                    found[f"{there}.{new}.{end}"] = state[f"{here}.{old}.{end}"]
-    found["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
-    found["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
-    found["token_embedding.weight"] = state["text_model.embeddings.token_embedding.weight"]
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+                    converted[f"{there}.{new}.{end}"] = state[f"{here}.{old}.{end}"]
+    converted["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
+    converted["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
+    converted["token_embedding.weight"] = state["text_model.embeddings.token_embedding.weight"]
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -210,7 +210,7 @@ def test_hps_reads_open_clips_weights(make, folder, tmp_path, suffix):
     )
 
 
-def test_weights_that_do_not_fit_are_answered(make, folder, tmp_path):
+def test_weights_that_do_not_fit_are_an_error(make, folder, tmp_path):
     weights = open_clip_names(CLIPModel.from_pretrained(folder))
     torch.save(
         {name: tensor for name, tensor in weights.items() if name != "ln_final.bias"},
@@ -240,10 +240,10 @@ def test_the_aesthetic_score_is_the_head_of_a_feature_of_length_one(make, folder
     torch.testing.assert_close(scores, head()["layers"](feature)[:, 0], atol=1e-5, rtol=0)
 
 
-def test_a_head_of_another_network_is_answered(make, tmp_path):
+def test_a_head_of_another_network_is_an_error(make, tmp_path):
     torch.save(head(width=30).state_dict(), tmp_path / "head.pth")
     with pytest.raises(
-        UserError, match=r"rewards\.aesthetic\.head: .* reads 30 numbers, and .* makes 24"
+        UserError, match=r"rewards\.aesthetic\.head: .* takes 30 features, but .* has 24"
     ):
         make("aesthetic", head=str(tmp_path / "head.pth"))
     torch.save({"weight": torch.zeros(1, 24)}, tmp_path / "head.pth")
@@ -262,7 +262,7 @@ def test_a_picture_equals_itself_and_is_not_scored_without_a_reference(make, fol
 
 def test_a_reference_is_read_once(make, metadata):
     reward, seen = make("clip_image"), []
-    reward.tower.model.vision_model.register_forward_hook(
+    reward.backbone.model.vision_model.register_forward_hook(
         lambda module, inputs, output: seen.append(1)
     )
     for _ in range(3):
@@ -303,7 +303,7 @@ def test_tensors_are_prepared_as_the_processor_prepares_pictures(make, folder, s
     assert difference.mean() < 1e-2
     with torch.no_grad():
         feature = reward.model.get_image_features(pixels).pooler_output
-        text = reward.texts(PROMPTS, images.device)
+        text = reward.prompt_features(PROMPTS, images.device)
     torch.testing.assert_close(
         reward(images, PROMPTS, [{}] * 3), F.cosine_similarity(feature, text), atol=1e-2, rtol=0
     )
@@ -332,7 +332,7 @@ def test_hps_puts_pictures_on_black(make):
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_gradient_is_that_of_finite_differences(make, metadata, name):
     reward = make(name)
-    (reward.tower if name == "clip_image" else reward).model.double()
+    (reward.backbone if name == "clip_image" else reward).model.double()
     images = pictures(3, 40, 52).double().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS, metadata).sum(), images)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).double()
@@ -378,17 +378,18 @@ def test_a_prompt_is_encoded_once(make):
     assert rows == [2, 1]
 
 
-def test_only_the_last_keys_are_remembered():
-    asked = []
-    lengths = Remembered(
-        lambda keys: asked.extend(keys) or torch.tensor([float(len(key)) for key in keys]), room=2
+def test_only_the_last_rows_are_cached():
+    computed = []
+    lengths = RowCache(
+        lambda keys: computed.extend(keys) or torch.tensor([float(len(key)) for key in keys]),
+        size=2,
     )
     for keys in (["a", "bb", "ccc"], ["bb", "ccc"], ["a", "bb"]):
         assert lengths(keys, torch.device("cpu")).tolist() == [len(key) for key in keys]
-    assert asked == ["a", "bb", "ccc", "a"]
+    assert computed == ["a", "bb", "ccc", "a"]
 
 
-def test_the_share_of_cut_prompts_is_said_once(make, recwarn):
+def test_cut_prompts_are_a_warning_once(make, recwarn):
     reward = make("clip_score")
     images = pictures(2, 32, 32)
     with pytest.warns(
@@ -402,7 +403,7 @@ def test_the_share_of_cut_prompts_is_said_once(make, recwarn):
     torch.testing.assert_close(again, scores)
 
 
-def test_what_is_not_there_is_named(make, tmp_path):
+def test_a_missing_folder_or_file_is_named(make, tmp_path):
     with pytest.raises(
         UserError, match=r"rewards\.clip_score\.path: there is no folder \./nowhere"
     ):
@@ -413,14 +414,14 @@ def test_what_is_not_there_is_named(make, tmp_path):
         make("pick_score", processor="./nowhere")
     with pytest.raises(
         UserError,
-        match=r"rewards\.aesthetic\.head: there is no file \./head\.pth\. Give a local file, or owner/",
+        match=r"rewards\.aesthetic\.head: there is no file \./head\.pth\. Give a local file",
     ):
         make("aesthetic", head="./head.pth")
     with pytest.raises(UserError, match=r"rewards\.hps\.path: there is no file .*nowhere\.pt"):
         make("hps", path=str(tmp_path / "nowhere.pt"))
 
 
-def test_a_file_with_more_than_tensors_is_refused(tmp_path):
+def test_a_file_with_more_than_tensors_is_an_error(tmp_path):
     torch.save({"state_dict": Image.new("RGB", (2, 2))}, tmp_path / "code.pt")
     with pytest.raises(UserError, match=r"key: .*code\.pt cannot be read as a file of tensors"):
         read_weights("key", str(tmp_path / "code.pt"))

@@ -23,8 +23,8 @@ from flowalign.rewards.combine import (
     WeightedSum,
 )
 from flowalign.runs.checkpoint import checkpoints
-from flowalign.training import setup as assembly
 from flowalign.training import trainer
+from flowalign.training.setup import read_inputs
 from tests.tiny import ROOT, SMALL, TINY
 
 NONE = float("nan")
@@ -250,24 +250,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(reds, tmp_path):
 
 
 def test_a_reward_that_learns_cannot_evaluate(reds):
-    with pytest.raises(
-        UserError,
-        match=r"adversarial learns as training goes.*rewards that do not in evaluation\.rewards",
-    ):
-        assembly.rewards_of(load_config(TINY, learning(reds, "evaluation.rewards={}")))
+    message = r"adversarial changes while it learns.* Name other rewards in evaluation\.rewards"
+    with pytest.raises(UserError, match=message):
+        read_inputs(load_config(TINY, learning(reds, "evaluation.rewards={}")))
 
 
 def test_a_reward_that_learns_needs_whole_steps(reds):
-    with pytest.raises(
-        UserError,
-        match="adversarial learns from whole steps, but the objective alignprop takes each image's",
-    ):
-        assembly.rewards_of(
-            load_config(
-                TINY,
-                learning(reds, "objective={name: alignprop}", "evaluation.rewards={brightness: 1}"),
-            )
-        )
+    changes = ["objective={name: alignprop}", "evaluation.rewards={brightness: 1}"]
+    config = load_config(TINY, learning(reds, *changes))
+    message = "adversarial learns from whole steps, but the objective alignprop takes each image's"
+    with pytest.raises(UserError, match=message):
+        read_inputs(config)
 
 
 GROUPS = """
@@ -286,7 +279,7 @@ def spread(images, prompts, metadata):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("prefers", "prefers is pairwise: the mean .* is always ½"),
+        ("prefers", "prefers is pairwise: its mean .* is always ½"),
         ("spread", "evaluation.images_per_prompt is 1, but spread compares"),
     ],
 )
@@ -295,7 +288,6 @@ def test_rewards_that_compare_images_cannot_evaluate_single_ones(name, message, 
     reward = f'{{"{tmp_path}/mine.py:{name}": 1.0}}'
     config = load_config(TINY, [*SMALL, f"rewards={reward}", f"evaluation.rewards={reward}"])
     with pytest.raises(UserError, match=message):
-        assembly.rewards_of(config)
-    assert assembly.rewards_of(
-        load_config(TINY, [*SMALL, f"rewards={reward}", "evaluation.rewards={brightness: 1.0}"])
-    )
+        read_inputs(config)
+    changes = [f"rewards={reward}", "evaluation.rewards={brightness: 1.0}"]
+    assert read_inputs(load_config(TINY, [*SMALL, *changes])).evaluation_rewards

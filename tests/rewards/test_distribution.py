@@ -1,4 +1,4 @@
-"""Shares of what a set of images is worth: known sets, and that climbing the shares climbs the set."""
+"""Shares of a set's score: known sets, and that increasing the shares increases the score."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def test_the_vendi_score_is_the_exponential_of_the_eigenvalues_entropy():
 
 
 def test_an_image_that_differs_has_the_larger_share():
-    """Three alike and one other: eigenvalues 3/4 and 1/4, and every image lies in one of their directions."""
+    """Three alike and one other: the eigenvalues are 3/4 and 1/4, each image along one of them."""
     assert vendi_shares(EYE[[0, 0, 0, 1]]).tolist() == pytest.approx(
         [-math.log(3 / 4)] * 3 + [-math.log(1 / 4)], abs=1e-5
     )
@@ -104,29 +104,29 @@ def test_the_squared_mmd_is_known_and_zero_in_the_mean_where_both_are_drawn_alik
 
 def test_backpropagation_through_distance_shares_climbs_minus_half_the_squared_mmd():
     features, exemplars = unit(4, 3).requires_grad_(), unit(5, 3, seed=1)
-    (found,) = torch.autograd.grad(distance_shares(features, exemplars, 0.7).mean(), features)
+    (gradient,) = torch.autograd.grad(distance_shares(features, exemplars, 0.7).mean(), features)
     (expected,) = torch.autograd.grad(-0.5 * squared_mmd(features, exemplars, 0.7), features)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_the_policy_gradient_of_distance_shares_climbs_minus_half_the_squared_mmd():
-    """A policy over three pictures that draws two: the mean over all nine draws against the exact gradient."""
+    """A policy over three images that draws two: the mean of all nine draws is the gradient."""
     pictures, exemplars = unit(3, 4), unit(2, 4, seed=1)
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
     p = logits.softmax(0)
-    found = torch.zeros(3, dtype=torch.float64)
+    mean = torch.zeros(3, dtype=torch.float64)
     for draw in itertools.product(range(3), repeat=2):
         shares = distance_shares(pictures[list(draw)], exemplars, 0.7)
         score = torch.stack([p[i].log() for i in draw])
         (gradient,) = torch.autograd.grad((score * shares).mean(), logits, retain_graph=True)
-        found += p[list(draw)].prod().detach() * gradient
+        mean += p[list(draw)].prod().detach() * gradient
 
     def k(a: Tensor, b: Tensor) -> Tensor:
         return (-torch.cdist(a, b).square() / (2 * 0.7**2)).exp()
 
     mmd = p @ k(pictures, pictures) @ p - 2 * (p @ k(pictures, exemplars).mean(1))
     (expected,) = torch.autograd.grad(-0.5 * mmd, logits)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(mean, expected)
 
 
 @pytest.mark.parametrize("backbone", ["bundled", "dinov2"])

@@ -1,4 +1,4 @@
-"""Backbones of the real classes, small and random, behind a preprocessing that agrees with their processors."""
+"""Small random backbones of the real classes; preprocessing that equals their processors'."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapters import to_pil
-from flowalign.rewards.features import TINY, Tower
+from flowalign.rewards.features import Backbone, BUNDLED_CLIP
 
 SMALL = {
     "hidden_size": 16,
@@ -42,7 +42,7 @@ def random_dinov2(folder: Path) -> str:
 
 
 def random_siglip(folder: Path) -> str:
-    """Two towers, and a processor that squeezes instead of cutting."""
+    """Two backbones, and a processor that squeezes instead of cutting."""
     torch.manual_seed(0)
     text = {**SMALL, "vocab_size": 20, "max_position_embeddings": 8}
     SiglipModel(
@@ -55,75 +55,75 @@ def random_siglip(folder: Path) -> str:
 
 
 @pytest.fixture(params=["clip", "dinov2", "siglip"])
-def tower(request, tmp_path) -> Tower:
-    paths = {"clip": lambda folder: TINY, "dinov2": random_dinov2, "siglip": random_siglip}
-    return Tower(paths[request.param](tmp_path / "backbone"), "key")
+def backbone(request, tmp_path) -> Backbone:
+    paths = {"clip": lambda folder: BUNDLED_CLIP, "dinov2": random_dinov2, "siglip": random_siglip}
+    return Backbone(paths[request.param](tmp_path / "backbone"), "key")
 
 
 def noise(*shape: int) -> torch.Tensor:
-    """Pictures as files hold them, in 256 steps, away from black and white: Pillow cuts off there between its two passes."""
+    """Images in 256 levels, away from black and white, where Pillow clamps between its passes."""
     blocks = torch.rand(shape[0], 3, 9, 9, generator=torch.Generator().manual_seed(0))
     return F.interpolate(0.25 + 0.5 * blocks, shape[1:], mode="bilinear").mul(255).round() / 255
 
 
 @pytest.mark.parametrize("size", [(50, 71), (41, 32), (20, 33), (64, 64)])
-def test_the_preprocessing_is_the_processors(tower, size):
-    """Up to the processor's rounding to 8 bits after each of two passes, over the deviation it divides by."""
+def test_the_preprocessing_is_the_processors(backbone, size):
+    """Equal up to rounding to 8 bits after each of two passes, divided by the deviation."""
     images = noise(2, *size)
-    expected = tower.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(tower.pixels(images), expected, atol=1.5 / 255 / 0.224, rtol=0)
+    expected = backbone.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(backbone.pixels(images), expected, atol=1.5 / 255 / 0.224, rtol=0)
 
 
-def test_features_are_unit_vectors_of_the_models_own_output(tower):
+def test_features_are_unit_vectors_of_the_models_own_output(backbone):
     images = noise(3, 64, 64)
-    features = tower(images)
-    assert features.shape == (3, tower.width)
+    features = backbone(images)
+    assert features.shape == (3, backbone.width)
     assert features.dtype == torch.float32
-    own = tower.encode(
-        pixel_values=tower.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+    own = backbone.encode(
+        pixel_values=backbone.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
     ).pooler_output
     torch.testing.assert_close(features, own / own.norm(dim=1, keepdim=True), atol=0.02, rtol=0)
-    torch.testing.assert_close(tower.embed(images[1:2]), features[1:2])
+    torch.testing.assert_close(backbone.embed(images[1:2]), features[1:2])
 
 
-def test_the_gradient_reaches_the_pixels_as_finite_differences_say(tower):
-    tower.model.double()
+def test_the_gradient_reaches_the_pixels_as_finite_differences_say(backbone):
+    backbone.model.double()
     images = noise(1, 40, 48).double().requires_grad_()
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(1, tower.width, generator=generator, dtype=torch.float64)
+    weights = torch.randn(1, backbone.width, generator=generator, dtype=torch.float64)
     direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
 
-    (tower(images) * weights).sum().backward()
+    (backbone(images) * weights).sum().backward()
     assert images.grad is not None
     with torch.no_grad():
-        up, down = ((tower(images + h * direction) * weights).sum() for h in (1e-6, -1e-6))
+        up, down = ((backbone(images + h * direction) * weights).sum() for h in (1e-6, -1e-6))
     assert ((images.grad * direction).sum() - (up - down) / 2e-6).abs() < 1e-5 * images.grad.norm()
 
 
 def test_dinov2_sees_larger_squares_where_asked(tmp_path):
-    tower = Tower(random_dinov2(tmp_path), "key", size=48)
-    assert tower.pixels(noise(1, 64, 80)).shape == (1, 3, 48, 48)
-    assert tower(noise(1, 64, 80)).shape == (1, 16)
+    backbone = Backbone(random_dinov2(tmp_path), "key", size=48)
+    assert backbone.pixels(noise(1, 64, 80)).shape == (1, 3, 48, 48)
+    assert backbone(noise(1, 64, 80)).shape == (1, 16)
 
 
 def test_a_backbone_that_cannot_be_used_is_named():
     with pytest.raises(UserError, match=r"rewards.vendi.path: there is no folder \./none"):
-        Tower("./none", "rewards.vendi.path")
+        Backbone("./none", "rewards.vendi.path")
     with pytest.raises(
-        UserError, match=r"rewards\.adversarial\.path: .* does not make one vector of a picture"
+        UserError, match=r"rewards\.adversarial\.path: .* does not turn an image into one vector"
     ):
-        Tower(TINY, "rewards.adversarial.path", size=518)
+        Backbone(BUNDLED_CLIP, "rewards.adversarial.path", size=518)
 
 
 def test_the_bundled_clip_sees_no_pictures_of_another_world(tmp_path):
-    tower = Tower(TINY, "rewards.vendi.path")
-    assert tower(noise(1, 128, 128)).shape == (1, tower.width)
+    backbone = Backbone(BUNDLED_CLIP, "rewards.vendi.path")
+    assert backbone(noise(1, 128, 128)).shape == (1, backbone.width)
     with pytest.raises(
         RunError,
-        match=r"rewards\.vendi\.path is the bundled CLIP.* 130 x 64.*path: openai/clip-vit-large-patch14",
+        match=r"rewards\.vendi\.path is the bundled CLIP.* 130 x 64.*path: openai/clip-vit-large",
     ):
-        tower(noise(1, 64, 130))
-    assert Tower(random_dinov2(tmp_path), "key")(noise(1, 64, 130)).shape == (1, 16)
+        backbone(noise(1, 64, 130))
+    assert Backbone(random_dinov2(tmp_path), "key")(noise(1, 64, 130)).shape == (1, 16)
 
 
 def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
@@ -138,8 +138,8 @@ def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         ).save_pretrained(tmp_path / name)
     with pytest.raises(
-        UserError, match=r"key: .* lacks pooler\.dense\.bias, which would be drawn at random"
+        UserError, match=r"key: .* has no weights for pooler\.dense\.bias, which would be random"
     ):
-        Tower(str(tmp_path / "lacks"), "key")
-    with pytest.raises(UserError, match=r"key: .* does not make one vector of a picture"):
-        Tower(str(tmp_path / "has none"), "key")
+        Backbone(str(tmp_path / "lacks"), "key")
+    with pytest.raises(UserError, match=r"key: .* does not turn an image into one vector"):
+        Backbone(str(tmp_path / "has none"), "key")

@@ -1,4 +1,4 @@
-"""GenEval's rules on detections written by hand, and detection and colours by small models of the real classes."""
+"""GenEval's rules on detections written by hand; detection and colours by small models."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,14 +29,14 @@ from transformers import (
 from flowalign.errors import RunError, UserError
 from flowalign.rewards import objects
 from flowalign.rewards.adapters import make_reward, to_pil
-from flowalign.rewards.features import TINY
+from flowalign.rewards.features import BUNDLED_CLIP
 from flowalign.rewards.geneval import (
+    confident,
     correct,
     GenEval,
     GenEvalGraded,
     graded,
-    kept,
-    read_wish,
+    read_spec,
     relations,
 )
 from flowalign.rewards.objects import (
@@ -57,7 +57,7 @@ from tests.tiny import random_clip
 CPU = torch.device("cpu")
 
 
-def an(
+def an(  # noqa: PLR0913  rows of the tables below name what they change
     name: str,
     x: float = 50,
     y: float = 50,
@@ -65,15 +65,15 @@ def an(
     color: str | None = None,
     size: float = 10,
 ) -> Detection:
-    """An object by the middle of its box."""
+    """A detection by the center of its box."""
     half = size / 2
     return Detection(name, score, (x - half, y - half, x + half, y + half), color=color)
 
 
 def verdict(entry: dict[str, Any], detections: list[Detection]) -> tuple[float, float]:
-    wish = read_wish("a prompt", entry)
-    found = kept(detections, wish.counting)
-    return correct(wish, found), graded(wish, found)
+    spec = read_spec("a prompt", entry)
+    by_class = confident(detections, spec.counting)
+    return correct(spec, by_class), graded(spec, by_class)
 
 
 # counting and exclude
@@ -125,15 +125,13 @@ NO_CAT = {**ONE_DOG, "exclude": [{"class": "cat", "count": 1}, {"class": "cup", 
         (NO_CAT, [an("dog"), an("cup"), an("cup")], (0, 1)),
     ],
 )
-def test_counts_are_at_least_the_wished_ones_and_below_the_excluded_and_graded_by_their_distance(
-    entry, detections, expected
-):
+def test_counts_are_at_least_those_included_and_below_those_excluded(entry, detections, expected):
     assert verdict(entry, detections) == pytest.approx(expected)
 
 
-def test_sixteen_of_a_class_are_looked_at_the_surest():
+def test_the_16_most_confident_objects_of_a_class_are_used():
     many = [an("cup", score=0.5 + i / 100) for i in range(20)]
-    assert [d.score for d in kept(many, counting=False)["cup"]] == pytest.approx(
+    assert [d.score for d in confident(many, counting=False)["cup"]] == pytest.approx(
         [0.69 - i / 100 for i in range(16)]
     )
     entry = {"include": [{"class": "cup", "count": 16}], "exclude": [{"class": "cup", "count": 17}]}
@@ -179,9 +177,7 @@ RED, BLUE = an("car", color="red"), an("car", color="blue")
         (RED_CAR_BLUE_CUP, [RED, *[an("cup", color="blue")] * 5], (1, 0)),
     ],
 )
-def test_colours_belong_to_their_own_objects_and_count_once_the_number_is_right(
-    entry, detections, expected
-):
+def test_colours_count_if_the_number_of_objects_is_right(entry, detections, expected):
     assert verdict(entry, detections) == pytest.approx(expected)
 
 
@@ -211,9 +207,7 @@ def test_colours_belong_to_their_own_objects_and_count_once_the_number_is_right(
         ((4.1, 0, 104.1, 10), (0, 0, 100, 10), set()),
     ],
 )
-def test_positions_hold_beyond_the_dead_zone_and_along_more_than_half_of_the_distance(
-    a: Box, b: Box, expected
-):
+def test_positions_hold_beyond_the_dead_zone(a: Box, b: Box, expected):
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert relations(a, b) == expected
     assert relations(b, a) == {opposite[relation] for relation in expected}
@@ -279,9 +273,7 @@ ROW = {
         (ROW, [an("dog", 20), an("cat", 60), an("cup", 60, 10)], (0, 3 / 5)),
     ],
 )
-def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(
-    entry, detections, expected
-):
+def test_a_position_must_hold_for_all_pairs_of_objects(entry, detections, expected):
     assert verdict(entry, detections) == pytest.approx(expected)
 
 
@@ -289,7 +281,7 @@ def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(
 
 
 @pytest.mark.parametrize(
-    ("entry", "found"),
+    ("entry", "problem"),
     [
         ({}, 'no "include"'),
         ({"text": "OPEN"}, 'no "include"'),
@@ -300,11 +292,11 @@ def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(
         ({"include": [{"class": "cup", "count": "2"}]}, "the count '2'"),
         (
             {"include": [{"class": "cup", "count": 1, "color": "crimson"}]},
-            "the color 'crimson', which is none of red",
+            "the color 'crimson', which is not one of red",
         ),
         (
             {"include": [{"class": "cup", "count": 1, "position": ["beside", 0]}]},
-            "the position ['beside', 0], not one of left of",
+            "the position ['beside', 0], which is not one of left of",
         ),
         (
             {"include": [{"class": "cup", "count": 1, "position": ["above", 0]}]},
@@ -312,7 +304,7 @@ def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(
         ),
         (
             {"include": [{"class": "cup", "count": 1, "position": ["above"]}]},
-            "the position ['above'], not one of",
+            "the position ['above'], which is not one of",
         ),
         (
             {"include": ONE_DOG["include"], "exclude": [{"class": "cup"}]},
@@ -320,25 +312,27 @@ def test_every_object_must_stand_so_to_every_one_of_a_group_that_is_as_wished(
         ),
     ],
 )
-def test_metadata_that_is_not_geneval_is_answered_with_what_a_prompt_file_must_hold(entry, found):
+def test_metadata_without_geneval_s_fields_is_an_error(entry, problem):
     with pytest.raises(RunError) as error:
-        read_wish("two cups", entry)
-    assert f"in the prompt file, 'two cups' has {found}" in str(error.value)
+        read_spec("two cups", entry)
+    assert f"in the prompt file, 'two cups' has {problem}" in str(error.value)
     assert '"include": [{"class": "cup", "count": 2}]' in str(error.value)
 
 
-def test_fields_that_are_null_are_not_wished():
+def test_fields_that_are_null_are_ignored():
     clause = {"class": "dog", "count": 1, "color": None, "position": None}
-    assert read_wish("a dog", {"include": [clause], "exclude": None}) == read_wish("a dog", ONE_DOG)
+    assert read_spec("a dog", {"include": [clause], "exclude": None}) == read_spec("a dog", ONE_DOG)
 
 
 COCO = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking
-meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie,
-suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis
-racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog,
-pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell
-phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
+giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
+baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
+fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza,
+donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote,
+keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+teddy bear, hair drier, toothbrush
 """
 VOC = {
     **{
@@ -351,7 +345,7 @@ VOC = {
 }
 
 
-def test_both_spellings_of_cocos_classes_become_genevals():
+def test_both_spellings_of_coco_classes_become_those_of_geneval():
     names = COCO.strip().replace("\n", " ").split(", ")
     longer = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
     expected = [longer.get(name, name) for name in names]
@@ -494,9 +488,9 @@ def noise(count: int, height: int = 80, width: int = 96) -> torch.Tensor:
     [("mask2former", "couch", 6), ("yolos", "computer mouse", 5), ("detr", "person", 4)],
 )
 def test_detectors_find_named_objects_in_pixels_of_the_picture(paths, kind, name, count):
-    for found in Detector(paths[kind], "key")(to_pil(noise(3)), CPU):
-        assert [d.name for d in found] == [name] * count
-        for d in found:
+    for detections in Detector(paths[kind], "key")(to_pil(noise(3)), CPU):
+        assert [d.name for d in detections] == [name] * count
+        for d in detections:
             x1, y1, x2, y2 = d.box
             assert -1 <= x1 < x2 <= 97
             assert -1 <= y1 < y2 <= 81
@@ -505,17 +499,17 @@ def test_detectors_find_named_objects_in_pixels_of_the_picture(paths, kind, name
 
 
 @pytest.mark.parametrize("kind", ["mask2former", "yolos", "detr"])
-def test_pictures_are_detected_by_themselves_however_many_at_a_time(paths, kind, monkeypatch):
+def test_detections_do_not_depend_on_the_images_per_pass(paths, kind, monkeypatch):
     detect, pictures = Detector(paths[kind], "key"), to_pil(noise(5))
     together = detect(pictures, CPU)
-    monkeypatch.setattr(objects, "PER_PASS", 2)
+    monkeypatch.setattr(objects, "IMAGES_PER_PASS", 2)
     for few, all_of_them in zip(detect(pictures, CPU), together, strict=True):
         for d, same in zip(few, all_of_them, strict=True):
             assert d.score == pytest.approx(same.score, abs=1e-4)
             assert d.box == pytest.approx(same.box, abs=1)
 
 
-def test_a_mask_has_the_pictures_size_and_its_box_is_around_it(paths):
+def test_a_mask_has_the_size_of_the_image_and_a_box_around_it(paths):
     for d in Detector(paths["mask2former"], "key")(to_pil(noise(1)), CPU)[0]:
         assert d.mask is not None
         assert (d.mask.shape, d.mask.dtype) == ((80, 96), torch.bool)
@@ -524,7 +518,7 @@ def test_a_mask_has_the_pictures_size_and_its_box_is_around_it(paths):
 
 
 def segments(*queries: tuple[int, tuple[int, int, int, int]]) -> list[Detection]:
-    """What Mask2Former's processor makes of queries with a class and a rectangle of an 8 x 8 grid, on a picture of 64 x 64."""
+    """Mask2Former's results for queries of a class and a rectangle on an 8 x 8 grid, at 64 x 64."""
     labels, masks = (
         torch.full((1, len(queries), 5), -10.0),
         torch.full((1, len(queries), 8, 8), -20.0),
@@ -541,17 +535,17 @@ def segments(*queries: tuple[int, tuple[int, int, int, int]]) -> list[Detection]
 
 
 def test_masks_that_overlap_stay_whole():
-    found = {d.name: d for d in segments((3, (2, 1, 6, 4)), (0, (0, 2, 8, 8)), (4, (0, 0, 8, 8)))}
-    assert set(found) == {"cup", "person"}
-    assert found["cup"].box == pytest.approx((16, 8, 48, 32), abs=1)
-    assert found["person"].box == pytest.approx((0, 16, 64, 64), abs=1)
-    for d in found.values():
+    by_name = {d.name: d for d in segments((3, (2, 1, 6, 4)), (0, (0, 2, 8, 8)), (4, (0, 0, 8, 8)))}
+    assert set(by_name) == {"cup", "person"}
+    assert by_name["cup"].box == pytest.approx((16, 8, 48, 32), abs=1)
+    assert by_name["person"].box == pytest.approx((0, 16, 64, 64), abs=1)
+    for d in by_name.values():
         assert d.mask is not None
         assert d.mask[18:30, 18:46].all()  # where both are
         assert d.score > 0.95
 
 
-def test_without_segments_nothing_is_found():
+def test_no_segments_are_no_detections():
     assert segments((4, (0, 0, 8, 8)), (4, (0, 0, 4, 4))) == []
     with_empty_mask = segments((3, (0, 0, 0, 0)), (0, (0, 0, 4, 4)))
     assert [d.name for d in with_empty_mask] == ["person"]
@@ -564,13 +558,13 @@ def test_boxes_are_read_with_their_names_and_scores():
     result = DetrImageProcessor().post_process_object_detection(
         outputs, threshold=0.3, target_sizes=[(80, 96)]
     )[0]
-    found = read_boxes(result, NAMES)
-    assert [d.name for d in found] == ["cup", "person"]
-    assert [d.box for d in found] == [
+    objects = read_boxes(result, NAMES)
+    assert [d.name for d in objects] == ["cup", "person"]
+    assert [d.box for d in objects] == [
         pytest.approx((24, 30, 72, 50)),
         pytest.approx((0, 0, 48, 40)),
     ]
-    assert all(d.score > 0.99 and d.mask is None for d in found)
+    assert all(d.score > 0.99 and d.mask is None for d in objects)
 
 
 # colours
@@ -636,7 +630,7 @@ def test_a_colour_is_the_direction_nearest_to_the_picture(paths):
     assert namer([], [], CPU) == []
 
 
-def test_a_clip_that_knows_four_colours_names_those_of_painted_shapes(monkeypatch):
+def test_a_clip_of_four_colours_names_those_of_painted_shapes(monkeypatch):
     monkeypatch.setattr(objects, "COLORS", tuple(scenes.COLOURS))
     monkeypatch.setattr(objects, "TEMPLATES", ("a {color} {name}",))
     rng = np.random.default_rng(0)
@@ -652,7 +646,7 @@ def test_a_clip_that_knows_four_colours_names_those_of_painted_shapes(monkeypatc
                 Detection("shape", 1, (x - 2 * half, y - 2 * half, x + 2 * half, y + 2 * half)),
             )
         )
-    named = ColorNamer(TINY, "key")(crops, [str(thing.shape) for thing in things], CPU)
+    named = ColorNamer(BUNDLED_CLIP, "key")(crops, [str(thing.shape) for thing in things], CPU)
     assert [thing.colour for thing in things] == named
 
 
@@ -671,13 +665,13 @@ def rewards(paths) -> tuple[GenEval, GenEvalGraded]:
 def passes(reward: GenEval) -> list[int]:
     """How many pictures each forward of the detector saw, from now on."""
     seen: list[int] = []
-    reward.examine.detect.model.register_forward_hook(
+    reward.scorer.detector.model.register_forward_hook(
         lambda model, inputs, outputs: seen.append(len(outputs[0]))
     )
     return seen
 
 
-def test_each_picture_is_judged_by_its_own_metadata(rewards):
+def test_each_image_is_scored_by_its_own_metadata(rewards):
     metadata = [
         SIX,
         FOUR,
@@ -689,18 +683,18 @@ def test_each_picture_is_judged_by_its_own_metadata(rewards):
     assert dense.tolist() == [1, 0.5, 0, 1]
 
 
-def test_colours_are_asked_of_the_surest_objects_only(rewards):
+def test_colours_are_named_for_the_most_confident_objects_only(rewards):
     reward = rewards[0]
-    wish = {"include": [{"class": "couch", "count": 2, "color": "red"}]}
+    spec = {"include": [{"class": "couch", "count": 2, "color": "red"}]}
     asked: list[int] = []
-    reward.examine.name_colors.model.vision_model.register_forward_hook(
+    reward.scorer.color_namer.model.vision_model.register_forward_hook(
         lambda model, inputs, out: asked.append(len(out[0]))
     )
-    reward(noise(2) * 0.9, ["red couches", "couches"], [wish, SIX])
+    reward(noise(2) * 0.9, ["red couches", "couches"], [spec, SIX])
     assert asked == [2]
     named = ColorNamer(reward.clip, "key")
     picture = to_pil(noise(1) * 0.9)[0]
-    surest = sorted(reward.examine.detect([picture], CPU)[0], key=lambda d: -d.score)[:2]
+    surest = sorted(reward.scorer.detector([picture], CPU)[0], key=lambda d: -d.score)[:2]
     colors = named([crop(picture, d) for d in surest], ["couch"] * 2, CPU)
     of_this_color = {"include": [{"class": "couch", "count": 1, "color": colors[0]}]}
     other = {
@@ -712,9 +706,9 @@ def test_colours_are_asked_of_the_surest_objects_only(rewards):
     assert scores.tolist() == [1, 0]
 
 
-def test_two_rewards_share_the_models_and_detect_a_batch_once(rewards):
+def test_two_rewards_share_their_models_and_detections(rewards):
     strict, dense = rewards
-    assert strict.examine is dense.examine
+    assert strict.scorer is dense.scorer
     seen = passes(strict)
     images = noise(3, 64, 64)
     strict(images, [""] * 3, [SIX] * 3)
@@ -727,14 +721,14 @@ def test_two_rewards_share_the_models_and_detect_a_batch_once(rewards):
     assert seen == [3, 3, 3]
 
 
-def test_a_failed_batch_is_not_remembered(rewards):
+def test_a_failed_batch_is_not_cached(rewards):
     images = noise(1, 72, 64)
     with pytest.raises(RunError):
         rewards[0](images, ["a cup"], [{}])
     assert rewards[0](images, ["couches"], [SIX]).tolist() == [1]
 
 
-def test_errors_of_the_prompt_file_reach_the_user_as_they_are(rewards):
+def test_errors_of_the_prompt_file_reach_the_user(rewards):
     reward = make_reward("geneval", rewards[0])
     with pytest.raises(
         RunError, match=r"rewards\.geneval: in the prompt file, 'a red circle' has no .include."
@@ -742,17 +736,17 @@ def test_errors_of_the_prompt_file_reach_the_user_as_they_are(rewards):
         reward(noise(2), ["couches", "a red circle"], [SIX, {}])
     with pytest.raises(
         RunError,
-        match="'mice' asks for 'computer mice', which is not detected; write computer mouse",
+        match=r"'mice' asks for 'computer mice', which the detector .* Write computer mouse",
     ):
         reward(noise(1), ["mice"], [{"include": [{"class": "computer mice", "count": 2}]}])
     with pytest.raises(
         RunError,
-        match="'xyz', which is not detected; write one of COCO's classes in GenEval's spelling",
+        match=r"'xyz', which the detector does not know\. Write one of COCO's classes",
     ):
         reward(noise(1), ["?"], [{**SIX, "exclude": [{"class": "xyz", "count": 2}]}])
 
 
-def test_a_configuration_makes_both(paths):
+def test_a_configuration_loads_both(paths):
     settings = {"detector": paths["yolos"], "clip": paths["clip"]}
     place = "flowalign.rewards.geneval"
     both = load_rewards(
@@ -764,7 +758,7 @@ def test_a_configuration_makes_both(paths):
 
 
 @pytest.mark.parametrize("key", ["detector", "clip"])
-def test_a_model_that_is_not_there_is_named_by_its_key(paths, key):
+def test_a_missing_model_is_named_by_its_key(paths, key):
     models = {"detector": paths["yolos"], "clip": paths["clip"]} | {key: "./nowhere"}
     with pytest.raises(UserError, match=rf"rewards\.geneval\.{key}: there is no folder ./nowhere"):
         GenEval(**models)

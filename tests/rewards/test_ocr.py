@@ -1,4 +1,4 @@
-"""Text in pictures: what is wanted, how near it is to what was read, and reading itself on rendered words."""
+"""Text in images: the wanted texts, the score of what was read, and reading rendered words."""
 
 import sys
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_the_wanted_texts_are_the_quoted_ones(prompt, texts):
     assert wanted_texts(prompt, {}) == texts
 
 
-def test_metadata_says_what_to_read_before_the_prompt_does():
+def test_metadata_has_priority_over_the_prompt():
     prompt = 'a sign "OPEN"'
     assert wanted_texts(prompt, {"text": "Closed now"}) == ["closednow"]
     assert wanted_texts(prompt, {"text": ["IN", "OUT"]}) == ["in", "out"]
@@ -109,8 +109,8 @@ def test_a_rendered_word_is_read(ocr, word, font, ink):
     assert ocr([picture(word, font, ink)], [f'a sign that says "{word}"'], [{}]).tolist() == [1]
 
 
-def test_sixty_rendered_words_are_read_and_another_word_scores_as_the_formula_says(ocr):
-    """A word with a letter changed in the prompt loses that letter's share, with one added too; with half of them, half."""
+def test_sixty_rendered_words_are_read_and_other_words_score_by_the_formula(ocr):
+    """A changed or added letter in the wanted word costs its share; half of them, half."""
     for word, font, ink in EVERY:
         read = plain(word)
         n = len(read)
@@ -136,7 +136,7 @@ def test_pictures_are_scored_by_their_own_prompts(ocr):
     assert scores.tolist() == pytest.approx([1, 0.75, 1])
 
 
-def test_of_several_texts_the_mean_counts(ocr):
+def test_several_texts_score_their_mean(ocr):
     both, one = picture("IN THE\nMUSEUM"), picture("MUSEUM")
     prompts = ['"IN THE" and "MUSEUM"'] * 2
     whole, half = ocr([both, one], prompts, [{}, {}]).tolist()
@@ -144,7 +144,7 @@ def test_of_several_texts_the_mean_counts(ocr):
     assert half == pytest.approx((1 + legibility("museum", "inthe")) / 2)
 
 
-def test_text_beyond_the_wanted_counts_only_in_the_strict_form(ocr):
+def test_other_text_counts_in_the_strict_form_only(ocr):
     image, prompts = picture("Fresh\nBread"), ['"Bread"']
     strict = OCR(strict=True)
     assert ocr([image], prompts, [{}]).tolist() == [1]
@@ -153,7 +153,7 @@ def test_text_beyond_the_wanted_counts_only_in_the_strict_form(ocr):
     assert strict([Image.new("RGB", (512, 512))], prompts, [{}]).tolist() == [0]
 
 
-def test_a_picture_that_should_say_nothing_is_not_scored(ocr):
+def test_an_image_without_wanted_text_is_not_scored(ocr):
     reward = make_reward("ocr", ocr)
     images = torch.stack([to_tensor(picture("OPEN"))] * 2)
     scores = reward(images, ["a red circle", '"OPEN"'], [{}, {}])
@@ -162,7 +162,7 @@ def test_a_picture_that_should_say_nothing_is_not_scored(ocr):
     assert reward(images, ["a circle", "a square"], [{}, {}]).isnan().all()
 
 
-def test_equal_pictures_score_equally_whatever_is_beside_them(ocr):
+def test_equal_images_score_equally_in_any_batch(ocr):
     word = picture("Coffee")
     alone = ocr([word], ['"Toffees"'], [{}])
     among = ocr([picture("SALE"), word, word], ['"SALE"', '"Toffees"', '"Toffees"'], [{}] * 3)
@@ -173,7 +173,7 @@ def test_tiny_pictures_can_be_read_too(ocr):
     assert ocr([Image.new("RGB", (16, 16))], ['"A"'], [{}]).tolist() == [0]
 
 
-def test_a_configuration_makes_it_and_without_the_library_says_what_to_install(monkeypatch):
+def test_a_configuration_loads_it_or_names_the_missing_library(monkeypatch):
     place = "flowalign.rewards.ocr:OCR"
     assert load_rewards({place: {"weight": 0.5, "strict": True}})[0].traits.images == "pil"
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)

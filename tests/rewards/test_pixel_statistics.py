@@ -78,12 +78,12 @@ def test_sharpness_is_known_for_flat_striped_and_checkered_pictures():
 def test_colorfulness_is_known_for_plain_colours():
     """One colour has means only: red rg = 255 and yb = 127.5, blue yb = -255."""
     mixed, single = 0.3 * math.hypot(255, 127.5), 0.3 * 255
-    found = score("colorfulness", plain(RED, GREEN, BLUE, YELLOW, (0.5, 0.5, 0.5)))
-    assert found == pytest.approx([mixed, mixed, single, single, 0], abs=1e-3)
+    scores = score("colorfulness", plain(RED, GREEN, BLUE, YELLOW, (0.5, 0.5, 0.5)))
+    assert scores == pytest.approx([mixed, mixed, single, single, 0], abs=1e-3)
 
 
 def test_colorfulness_is_known_for_two_colours():
-    """Red beside green: rg = ±255, so its deviation is 255 and its mean 0; yb = 127.5 everywhere."""
+    """Red and green: rg = ±255, so its deviation is 255 and its mean 0; yb = 127.5 everywhere."""
     assert score("colorfulness", halves(RED, GREEN)) == pytest.approx([255 + 0.3 * 127.5])
 
 

@@ -31,6 +31,8 @@ from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.base import Traits
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from urllib3.connectionpool import ConnectionPool
     from urllib3.response import BaseHTTPResponse
 
@@ -58,14 +60,14 @@ class RetryPolicy(Retry):
         response: "BaseHTTPResponse | None" = None,
         error: Exception | None = None,
         _pool: "ConnectionPool | None" = None,
-        _stacktrace: object = None,
+        _stacktrace: "TracebackType | None" = None,
     ) -> Retry:
         """Return the policy for the next attempt, or raise if there is none."""
         if isinstance(error, ReadTimeoutError):
             raise error
         if response is not None and BUSY in response.headers:
             return self
-        return super().increment(method, url, response, error, _pool, _stacktrace)  # pyright: ignore[reportArgumentType]
+        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 @dataclass
@@ -130,7 +132,11 @@ class Endpoint:
         address, limit = self.address(path), self.seconds
         try:
             with self.session.request(
-                method, address, json=body, timeout=limit, stream=True
+                method,
+                address,
+                json=body,  # pyright: ignore[reportArgumentType]  checked by the except below
+                timeout=limit,
+                stream=True,
             ) as reply:
                 text = self._read(reply)
         except requests.exceptions.InvalidJSONError as error:

@@ -6,7 +6,7 @@ PromptEcho needs the likelihood of a given text, so it runs locally only. c are 
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -43,17 +43,15 @@ class VisionLanguageModel:
     """
 
     def __init__(self, key: str, path: str, dtype: str) -> None:
-        # Any, because every model has a processor and a class of its own.
-        self.processor: Any = pretrained(AutoProcessor, key, path)
-        if not isinstance(self.processor, ProcessorMixin) or self.processor.chat_template is None:
+        self.processor = pretrained(AutoProcessor, key, path)
+        if not _is_chat_processor(self.processor):
             raise UserError(
                 f"{key}: {path} has no chat template. Use a model that was tuned on instructions."
             )
-        self.tokenizer: Any = self.processor.tokenizer
+        self.tokenizer = self.processor.tokenizer
+        # Some models have no padding token. What it is does not matter: padding is masked.
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model: Any = pretrained(
-            AutoModelForImageTextToText, key, path, dtype=getattr(torch, dtype)
-        )
+        self.model = pretrained(AutoModelForImageTextToText, key, path, dtype=getattr(torch, dtype))
         self.model.eval().requires_grad_(False).to(distributed.device())
         # In bfloat16, neighbouring logits near 20 are 0.125 apart, so the last layer is float32.
         head = self.model.get_output_embeddings()
@@ -151,6 +149,11 @@ def append_tokens(inputs: Tokens, texts: list[list[int]], pad: int) -> tuple[Tok
     return longer, appended
 
 
+def _is_chat_processor(processor: object) -> bool:
+    # For a text-only model, AutoProcessor returns a tokenizer.
+    return isinstance(processor, ProcessorMixin) and processor.chat_template is not None
+
+
 def _content(question: Question) -> list[dict[str, object]]:
     return [
         {"type": "text", "text": piece}
@@ -182,6 +185,7 @@ class LocalJudge(VLMJudge):
                 f"rewards.{self.name}.images_per_pass is {self.images_per_pass}. "
                 "Set it to 1 or more."
             )
+        # A model of 7 billion weights takes 17 GB, so rewards of one path share it.
         shared = OPENED.get((self.path, self.dtype))
         self.model = shared or VisionLanguageModel(
             f"rewards.{self.name}.path", self.path, self.dtype

@@ -5,7 +5,7 @@ those of their own answer only.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, KW_ONLY
 from typing import Any, ClassVar, TypeVar
 
@@ -63,7 +63,7 @@ class ServerJudge(Endpoint, VLMJudge):
     def _complete(
         self,
         questions: list[Question],
-        settings: dict[str, object],
+        settings: Mapping[str, object],
         read: Callable[[Choice], Answer],
     ) -> list[Answer]:
         """Ask the questions, and return what `read` finds in each answer.
