@@ -20,7 +20,7 @@ from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.adapter import load_adapter
 from flowalign.sampling.result import next_folder, SampleResult
 from flowalign.sampling.sources import default_prompts, enclosing_run, guidance_key, Source
-from flowalign.training.setup import assemble, make_scorer, read_inputs
+from flowalign.training.setup import assemble, read_inputs
 
 IMAGES_PER_PASS = 16
 """For a model without a run."""
@@ -125,7 +125,13 @@ def scorer_of(source: Source) -> RolloutScorer:
     """Return the evaluation rewards of the run; none without a run."""
     config = source.config
     if config:
-        return make_scorer(config, load_rewards(config.evaluation.rewards, "evaluation.rewards"))
+        return RolloutScorer(
+            load_rewards(config.evaluation.rewards, "evaluation.rewards"),
+            config.combine,
+            config.advantage,
+            config.train.images_per_pass,
+            distributed.device(),
+        )
     # Nothing is combined or compared without rewards, so the two rules are never called.
     combine, advantage = COMBINE["weighted_sum"](), ADVANTAGES["group"]
     return RolloutScorer([], combine, advantage, IMAGES_PER_PASS, distributed.device())
