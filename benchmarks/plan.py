@@ -32,7 +32,7 @@ from torch.utils.flop_counter import (
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.diagnostics.meta_model import CALLS
-from flowalign.diagnostics.plan import rehearse
+from flowalign.diagnostics.rehearsal import rehearse
 from flowalign.models import load_model
 from flowalign.training.gradient import compute_gradient, Meter, split
 from flowalign.training.setup import assemble, Assembly, read_inputs

@@ -43,7 +43,7 @@ Work = Counter[str]
 
 @dataclass
 class Cost:
-    """What a part of the work takes."""
+    """The cost of a part of the work."""
 
     work: Work = field(default_factory=Counter)
     peak: int = 0

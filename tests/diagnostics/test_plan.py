@@ -1,4 +1,4 @@
-"""What is planned is what is measured."""
+"""`flowalign plan`: what it says is what is measured."""
 
 import importlib
 import json
@@ -10,7 +10,8 @@ import pytest
 from flowalign.cli import main
 from flowalign.config.load import load_config
 from flowalign.diagnostics.meta_model import CALLS, MetaModel
-from flowalign.diagnostics.plan import GPUS, largest_pass, rehearse, reward_weights
+from flowalign.diagnostics.plan import GPUS, largest_pass, step_seconds
+from flowalign.diagnostics.rehearsal import rehearse, reward_weights
 from flowalign.errors import UserError
 from tests.tiny import random_sd35, ROOT, sd3_config, TINY
 
@@ -21,13 +22,9 @@ SD35_MEDIUM = {
     "num_attention_heads": 24,
     "attention_head_dim": 64,
     "joint_attention_dim": 4096,
-}
-SD35_MEDIUM |= {
     "caption_projection_dim": 1536,
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 384,
-}
-SD35_MEDIUM |= {
     "in_channels": 16,
     "out_channels": 16,
     "dual_attention_layers": list(range(13)),
@@ -37,7 +34,7 @@ SD35_MEDIUM |= {
 
 @cache
 def compared(case: str) -> dict:
-    """Ratios of plan and measurement, by the benchmark."""
+    """Return what the benchmark says of a case."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         return importlib.import_module("plan").compare(case)
@@ -61,16 +58,14 @@ def test_the_most_that_is_allocated_is_as_measured(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_operations_and_calls_of_a_step_are_as_counted(case):
-    found = compared(case)
-    assert found["ratios"]["flops"] == pytest.approx(1, abs=0.01)
-    assert found["plan"]["calls"] == found["measured"]["calls"]
+    comparison = compared(case)
+    assert comparison["ratios"]["flops"] == pytest.approx(1, abs=0.01)
+    assert comparison["plan"]["calls"] == comparison["measured"]["calls"]
 
 
-def small(*overrides: str):
-    return load_config(
-        TINY,
-        ["train.prompts_per_step=2", "train.images_per_prompt=3", "sampler.steps=4", *overrides],
-    )
+def small(*overrides: str, file: str = str(TINY)):
+    counts = ["train.prompts_per_step=2", "train.images_per_prompt=3"]
+    return load_config(file, [*counts, "sampler.steps=4", *overrides])
 
 
 @cache
@@ -89,6 +84,14 @@ def test_the_work_of_a_step_depends_neither_on_updates_nor_on_passes():
     halves = planned("train.images_per_pass=3", "train.updates_per_step=2").work
     assert (halves["float32"], halves["tf32"]) == (work["float32"], work["tf32"])
     assert all(halves[name] == 2 * work[name] for name in CALLS)
+
+
+@pytest.mark.parametrize(("name", "compares"), [("dpo", True), ("sft", False)])
+def test_training_on_given_pictures_is_planned_without_encoding_them(name, compares):
+    counts = ["train.images_per_prompt=1", "train.images_per_pass=2"]
+    work = rehearse(small(*counts, file=str(ROOT / f"configs/tiny/{name}.yaml"))).work
+    assert work["forwards with gradient"] == work["backwards"] > 0
+    assert (work["forwards without gradient"] > 0) == compares
 
 
 def test_the_largest_pass_fits_and_the_next_does_not():
@@ -131,13 +134,13 @@ def test_overrides_may_follow_an_option(capsys):
 @pytest.mark.parametrize(
     "arguments", [["plan", str(TINY), "--gpus", "h100"], ["reward", "list", "more"]]
 )
-def test_arguments_that_are_not_known_are_refused(arguments, capsys):
+def test_unknown_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_a_reward_s_network_is_counted_where_it_is_local_and_otherwise_said_not_to_be():
+def test_the_network_of_a_reward_is_counted_if_it_is_local():
     config = small(
         "train.images_per_pass=6", "rewards={pick_score: 1.0, clip_score: 1.0, scene_match: 1.0}"
     )
@@ -150,8 +153,10 @@ def test_a_reward_s_network_is_counted_where_it_is_local_and_otherwise_said_not_
 
 
 def test_a_faster_gpu_takes_less_time():
-    plan = planned("train.images_per_pass=6")
-    assert plan.seconds(GPUS["h100"]) < plan.seconds(GPUS["a100-80"]) < plan.seconds(GPUS["t4"])
+    work = planned("train.images_per_pass=6").work
+    seconds = [step_seconds(work, GPUS[name]) for name in ("h100", "a100-80", "t4")]
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) == 3
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_a_faster_gpu_takes_less_time():
         (["train.updates_per_step=7"], "cannot share evenly"),
     ],
 )
-def test_what_cannot_be_planned_is_answered_with_what_to_type(options, said, capsys):
+def test_what_cannot_be_planned_is_refused_with_the_fix(options, said, capsys):
     assert main(["plan", str(TINY), *options]) == 2
     assert said in capsys.readouterr().err
 

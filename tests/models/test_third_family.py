@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from flowalign.config.load import load_config
 from flowalign.config.resolved import resolve
 from flowalign.diagnostics.check import check
-from flowalign.diagnostics.plan import rehearse
+from flowalign.diagnostics.rehearsal import rehearse
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel

@@ -1,4 +1,4 @@
-"""What the checks put to a model: fixed inputs, a small batch, and an adapter that is not 0."""
+"""Inputs of the checks: a fixed probe, a small batch, and an adapter that is not 0."""
 
 from dataclasses import dataclass, replace
 

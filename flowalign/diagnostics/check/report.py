@@ -4,6 +4,7 @@ The run is set up as for training. Then a small batch and the model itself answe
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 
@@ -47,9 +48,8 @@ def check(config: Config, say: Callable[[str], None] = print) -> bool:
         for finding in findings(config):
             say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':14}{finding.text}")
             wrong += [finding.subject] * finding.wrong
-    by_process = distributed.gather_objects(wrong)
     # Each subject once, in the order of the checks.
-    subjects = dict.fromkeys(subject for subjects in by_process for subject in subjects)
+    subjects = dict.fromkeys(chain.from_iterable(distributed.gather_objects(wrong)))
     say(f"Wrong: {', '.join(subjects)}." if subjects else "Nothing wrong was found.")
     return not subjects
 

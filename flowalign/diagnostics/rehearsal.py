@@ -1,0 +1,280 @@
+"""A rehearsal of one update on a model without weights: what a run needs, before any is loaded.
+
+The code that trains (source, policy, objective) runs on a `MetaModel`, whose ledger counts what the
+real model would allocate and compute. The whole run follows from one update.
+"""
+
+import copy
+import inspect
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowalign.batch import Batch
+from flowalign.config.sections import Config
+from flowalign.data.latents import LatentCache
+from flowalign.data.preferences import Example
+from flowalign.data.prompts import Metadata, Prompt
+from flowalign.diagnostics.meta_model import Cost, fused_attention, META, MetaModel, Work
+from flowalign.flow import Latent, PerImage
+from flowalign.policy import Policy
+from flowalign.rewards import REWARDS
+from flowalign.rewards.base import Reward
+from flowalign.rewards.registry import reward_entry, RewardEntry
+from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.scoring import RolloutScorer
+from flowalign.rollouts.sources import source_of, SourceContext
+from flowalign.settings.by_name import imported
+from flowalign.training.gradient import split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The needs of a run, in bytes unless a field says otherwise."""
+
+    parameters: dict[str, int]
+    """Number of parameters of every network."""
+    trained: int
+    """Number of parameters of the adapter."""
+    weights: dict[str, int]
+    """Weights of every network."""
+    rewards: dict[str, int | None]
+    """Weights of the rewards; None if they are not known before loading."""
+    adapters: int
+    """The adapter and its copies."""
+    optimizer: int
+    """Gradients, and AdamW's two moments."""
+    held: int
+    """Latents and embeddings of a step's images."""
+    kept: int
+    """Saved by one pass for its backward pass."""
+    pass_peak: int
+    """The most that one pass allocates."""
+    peaks: dict[str, int]
+    """The most that is allocated in all, by phase."""
+    work: Work
+    """FLOPs by precision, and calls of the transformer, of a step."""
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at any time."""
+        return max(self.peaks.values())
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step."""
+        return self.work["half"] + self.work["tf32"] + self.work["float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateCosts:
+    """The costs of one update, part by part."""
+
+    batch: Cost
+    """Making the batch."""
+    terms: Cost
+    """Computing what the loss needs to know about whole groups."""
+    loss: Cost
+    """The loss of one pass."""
+    one_pass: Cost
+    """The loss of one pass, and its backward pass."""
+    passes: float
+    """How many passes like that the update has."""
+    held: int
+    """Bytes of latents and embeddings of a step."""
+
+    def work(self) -> Work:
+        """Return the work of the update."""
+        return self.batch.work + self.terms.work + scaled(self.one_pass.work, self.passes)
+
+
+def rehearse(config: Config) -> Plan:
+    """Return what a run needs. Raises UserError if the model's configuration cannot be read."""
+    model = MetaModel(config.model)
+    with fused_attention(), model.ledger:
+        policy = make_policy(config, model)
+        costs = rehearse_update(config, policy, model)
+    adapter = sum(p.nbytes for p in policy.parameters())
+    adapters, optimizer = adapter * (1 + len(policy.snapshots)), adapter * 3
+    rewards = reward_weights(config)
+    networks = model.weights["transformer"] + model.weights["vae"]
+    always = networks + sum(filter(None, rewards.values())) + adapters
+    encoders = sum(model.weights.get(name, 0) for name in model.family.text_encoders)
+    # The gradients of all passes in one row. AdamW's step takes as much later.
+    joined = 2 * adapter
+    update = max(costs.terms.peak - costs.terms.kept, costs.one_pass.peak, joined)
+    training = always + optimizer + costs.held
+    return Plan(
+        parameters=model.parameters,
+        trained=sum(p.numel() for p in policy.parameters()),
+        weights=model.weights,
+        rewards=rewards,
+        adapters=adapters,
+        optimizer=optimizer,
+        held=costs.held,
+        kept=costs.loss.kept,
+        pass_peak=costs.one_pass.peak,
+        peaks={
+            "while prompts are encoded": always + encoders + model.encoding.peak,
+            # What the batch keeps is in `held` already.
+            "while images are made": training + costs.batch.peak - costs.batch.kept,
+            "in an update": training + update,
+        },
+        work=scaled(costs.work(), config.train.updates_per_step),
+    )
+
+
+def make_policy(config: Config, model: MetaModel) -> Policy:
+    """Return the run's policy, with gradients in place as after the first update."""
+    copies = [*config.objective.snapshots, *(["ema"] if config.train.ema.decay else [])]
+    with META:
+        policy = Policy(model, config.sampler, copies, batch_plan(config).images_per_pass)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return policy
+
+
+def rehearse_update(config: Config, policy: Policy, model: MetaModel) -> UpdateCosts:
+    """Make one update's batch, and train on its first pass, while the ledger counts.
+
+    What has a local name stays allocated, as in training: a part's cost depends on it.
+    """
+    objective, ledger = config.objective, model.ledger
+    with ledger.part() as batch_cost:
+        batch, _ = source_of(objective.learns_from, blank_context(config, policy))(0)
+    with ledger.part() as terms_cost:
+        passes = split(policy, objective, batch, batch_plan(config).images_per_pass)
+    first = next(iter(passes))
+    draws = len(list(objective.draws(first.batch)))
+    with ledger.part() as pass_cost:
+        with ledger.part() as loss_cost:
+            loss = objective.loss(policy, first.batch, first.draw)
+        loss.total.backward()
+    # All updates of a step have their images from its start; the present one has its terms too.
+    waiting = (config.train.updates_per_step - 1) * held_bytes([batch], model)
+    return UpdateCosts(
+        batch=batch_cost,
+        terms=terms_cost,
+        loss=loss_cost,
+        one_pass=pass_cost,
+        passes=draws * len(passes.batch) / len(first.batch),
+        held=waiting + held_bytes([batch, passes.batch], model),
+    )
+
+
+def batch_plan(config: Config) -> BatchPlan:
+    """Return the batch arithmetic of the run on one process."""
+    train = config.train
+    return BatchPlan(
+        prompts_per_step=train.prompts_per_step,
+        images_per_prompt=train.images_per_prompt,
+        updates_per_step=train.updates_per_step,
+        max_images_per_pass=train.images_per_pass,
+    )
+
+
+class BlankLatents(LatentCache):
+    """Returns zeros for every picture, and reads and writes no file."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __call__(self, images: Sequence[bytes], names: Sequence[str] = ()) -> Latent:
+        """Return zeros (B, *latent)."""
+        return torch.zeros(len(images), *self.shape)
+
+
+class BlankContext(SourceContext):
+    """A context whose given pictures are blank."""
+
+    @cached_property
+    def latents(self) -> LatentCache:
+        """Latents of zeros."""
+        return BlankLatents(self.policy.model.latent_shape)
+
+
+def blank_context(config: Config, policy: Policy) -> SourceContext:
+    """Return what makes the batch of one update, with an empty prompt and free rewards."""
+    plan, train, blank = batch_plan(config), config.train, Prompt("")
+    plan = replace(plan, prompts_per_step=plan.prompts_per_update, updates_per_step=1)
+    entries = [reward_entry(name, value) for name, value in config.rewards.items()]
+    scorer = RolloutScorer(
+        [Reward(entry.name, different_scores, entry.weight) for entry in entries],
+        # A combination may keep statistics of the rewards, and the run must start without any.
+        copy.deepcopy(config.combine),
+        config.advantage,
+        plan.images_per_pass,
+        policy.model.device,
+    )
+    examples = [Example(prompt=blank, chosen=bytes, rejected=bytes)] if config.data.pairs else []
+    return BlankContext(
+        policy=policy,
+        scorer=scorer,
+        prompts=[blank],
+        examples=examples,
+        plan=plan,
+        seed=train.seed,
+        sampling_weights=config.objective.sampling_weights,
+        ranking=config.data.ranking,
+    )
+
+
+def different_scores(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
+    """Score every image differently, so that none is left out of training."""
+    return images.mean((1, 2, 3)) + torch.arange(len(images))
+
+
+def held_bytes(batches: list[Batch], model: MetaModel) -> int:
+    """Return the bytes of latents and embeddings at full size. Shared memory counts once."""
+    # A number stands for the embeddings of a prompt.
+    text = sum(row.nbytes for row in model.texts.values())
+    sizes: dict[int, int] = {}
+    for batch in batches:
+        for tensor in vars(batch).values():
+            if isinstance(tensor, Tensor):
+                sizes[_address(tensor)] = model.ledger.size(tensor)
+        for tensor in (*batch.cond.inputs.values(), *batch.cond.null.values()):
+            numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
+            sizes[_address(tensor)] = text * numbers
+    return sum(sizes.values())
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def reward_weights(config: Config) -> dict[str, int | None]:
+    """Return the bytes of the weights that each reward loads.
+
+    0 for functions, and None if they are not known before loading. Rewards on servers are left out.
+    """
+    weights: dict[str, int | None] = {}
+    for name, value in (config.rewards | config.evaluation.rewards).items():
+        entry = reward_entry(name, value)
+        if not entry.spec.startswith(("http://", "https://")):
+            weights[entry.name] = local_weights(entry, f"rewards.{name}")
+    return weights
+
+
+def local_weights(entry: RewardEntry, key: str) -> int | None:
+    """Return the bytes of the weights in the local folders that a reward's settings name."""
+    reward = imported(REWARDS.get(entry.spec, entry.spec), key, REWARDS)
+    parameters = inspect.signature(reward).parameters.values()
+    settings = {parameter.name: parameter.default for parameter in parameters} | entry.settings
+    values = [value for value in settings.values() if isinstance(value, str)]
+    folders = [Path(value) for value in values if os.path.isdir(value)]
+    files = {file for folder in folders for file in folder.glob("*.safetensors")}
+    if not files and inspect.isclass(reward):
+        return None
+    return sum(file.stat().st_size for file in files)
+
+
+def scaled(work: Work, factor: float) -> Work:
+    """Return a multiple of some work."""
+    return Counter({name: round(count * factor) for name, count in work.items()})
