@@ -20,6 +20,7 @@ from flowalign.settings.types import Count, CountOrZero, Positive, Settings, Sha
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowalign.advantages import RewardTable
     from flowalign.models.config import ModelConfig
     from flowalign.objectives.base import Objective
     from flowalign.policy import Sampler
@@ -133,7 +134,7 @@ class PlainSections:
     output: str
 
 
-Advantage = Callable[["Tensor", "Tensor"], "Tensor"]
+Advantage = Callable[["RewardTable", "Tensor"], "Tensor"]
 """Takes rewards and groups, and returns advantages."""
 
 
