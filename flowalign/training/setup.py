@@ -4,31 +4,32 @@ Files and rewards are read and tried before any weight of the model is loaded, s
 are answered in seconds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from flowalign import distributed
-from flowalign.batch import EVALUATION_STEP, Pairs, Prompts, Rollout
+from flowalign.batch import EVALUATION_STEP, Pairs, Prompts
 from flowalign.config.sections import Config
 from flowalign.data.preferences import Example, read_examples
 from flowalign.data.prompts import Prompt, read_prompts
-from flowalign.errors import RunError, UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models.base import FlowModel
-from flowalign.models.config import ModelConfig
 from flowalign.policy import Policy
 from flowalign.progress import say
-from flowalign.rewards import inspection
 from flowalign.rewards.base import Reward
-from flowalign.rewards.registry import load_rewards, reward_entry
+from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import make_examples, make_pairs, Source, source_of, SourceContext
 from flowalign.runs.checkpoint import TrainState
+from flowalign.training.reward_checks import (
+    check_evaluation_rewards,
+    check_rewards,
+    load_evaluation_rewards,
+    score_noise,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,103 +193,3 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW over the trained adapter."""
     return torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=weight_decay)
-
-
-def check_rewards(config: Config, plan: BatchPlan, rewards: Sequence[Reward]) -> None:
-    """Check that the objective can use the training rewards. Raises UserError otherwise."""
-    learns_from = config.objective.learns_from
-    learning = [reward.name for reward in rewards if reward.learner]
-    if learning and learns_from not in (Rollout, Pairs):
-        raise UserError(
-            f"rewards.{learning[0]} learns from whole steps, but the objective "
-            f"{config.objective_name} takes each image's gradient. Remove the reward, or "
-            "choose an objective that learns from scores."
-        )
-    comparing = [reward.name for reward in rewards if reward.of_groups]
-    cuts_groups = plan.images_per_pass % plan.images_per_prompt != 0
-    if comparing and learns_from is Prompts and cuts_groups:
-        raise UserError(
-            f"Passes have {plan.images_per_pass} images, but rewards.{comparing[0]} compares a "
-            "prompt's images, and the objective takes its gradient pass by pass. Set "
-            "train.images_per_pass to a multiple of train.images_per_prompt, "
-            f"{plan.images_per_prompt}, that divides the images of an update, "
-            f"{plan.images_per_update}."
-        )
-
-
-def load_evaluation_rewards(config: Config, rewards: Sequence[Reward]) -> list[Reward]:
-    """Return the evaluation's rewards. Those that training also uses are loaded only once."""
-    entries = config.evaluation.rewards
-    loaded = {
-        name: reward
-        for name, reward in zip(config.rewards, rewards, strict=True)
-        if name in entries and _differ_in_weight_only(name, entries[name], config.rewards[name])
-    }
-    others = {name: value for name, value in entries.items() if name not in loaded}
-    loaded |= dict(zip(others, load_rewards(others, "evaluation.rewards"), strict=True))
-    return [loaded[name] for name in entries]
-
-
-def _differ_in_weight_only(name: str, one: Any, other: Any) -> bool:
-    first, second = reward_entry(name, one), reward_entry(name, other)
-    return replace(first, weight=1.0) == replace(second, weight=1.0)
-
-
-def check_evaluation_rewards(config: Config, rewards: Sequence[Reward]) -> None:
-    """Check that the rewards can compare before and after. Raises UserError otherwise."""
-    for reward in rewards:
-        if reward.learner:
-            raise UserError(
-                f"{reward.name} changes while it learns, so its scores before and after cannot be "
-                "compared. Name other rewards in evaluation.rewards."
-            )
-        if reward.traits.level == "pairwise":
-            raise UserError(
-                f"{reward.name} is pairwise: its mean over a prompt's images is always ½, before "
-                "and after. Name rewards of single images in evaluation.rewards."
-            )
-        if reward.of_groups and config.evaluation.images_per_prompt == 1:
-            raise UserError(
-                f"evaluation.images_per_prompt is 1, but {reward.name} compares a prompt's images. "
-                "Write 2 or more, or name other rewards in evaluation.rewards."
-            )
-
-
-def score_noise(
-    rewards: Sequence[Reward],
-    prompts: list[Prompt],
-    model: ModelConfig,
-    needs_gradient: bool = False,
-    known: Sequence[Reward] = (),
-) -> None:
-    """Score pictures of noise with each reward, so that mistakes show before the model loads.
-
-    Args:
-        rewards: The rewards to try.
-        prompts: The prompts that they will be used on.
-        model: The section of the model, whose size the pictures have.
-        needs_gradient: Whether the objective takes the rewards' gradient.
-        known: Rewards that were tried before. Scoring may cost money, so these score only once
-            more, for what they need to know of these prompts.
-
-    Raises:
-        UserError: A reward raised an error or returned something other than scores.
-    """
-    samples = inspection.noise_samples(
-        prompts[:2] * 2, model.height, model.width, distributed.device()
-    )
-    for reward in rewards:
-        findings = []
-        try:
-            if reward in known:
-                inspection.score(reward, samples)
-            else:
-                findings = inspection.inspect_scores(reward, samples)[1]
-            if needs_gradient:
-                findings.append(inspection.inspect_gradient(reward, samples, needed=True))
-        except RunError as error:
-            raise UserError(str(error)) from error
-        for finding in findings:
-            # Noise may well score the same everywhere, so equal scores are not worth a message.
-            if finding.wrong and finding.subject != "spread" and distributed.is_main():
-                say(f"rewards.{reward.name}, {finding.subject}: {finding.text}.")

@@ -16,7 +16,7 @@ from flowalign.rewards import REWARDS
 from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.inspection import bundled_samples, samples_from
 from flowalign.rewards.registry import load_reward, load_rewards
-from flowalign.training.setup import score_noise
+from flowalign.training.reward_checks import score_noise
 from tests.tiny import ROOT, sd3_config
 
 NO_PROBLEM = "No problem found."

@@ -25,7 +25,7 @@ from flowalign.rollouts.ranking import rank
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import missing_scores, NotFinite, RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts
-from flowalign.training.setup import check_rewards
+from flowalign.training.reward_checks import check_rewards
 from tests.rollouts.test_sources import context, flat
 from tests.tiny import SMALL, TINY
 
