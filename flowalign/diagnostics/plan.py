@@ -8,7 +8,7 @@ from flowalign.config.sections import Config
 from flowalign.diagnostics.meta_model import CALLS, Work
 from flowalign.diagnostics.rehearsal import batch_plan, Plan, rehearse
 from flowalign.errors import did_you_mean, UserError
-from flowalign.files import size
+from flowalign.files import format_bytes
 
 EFFICIENCY = 0.4
 """Share of a GPU's peak that the networks are assumed to reach. It is not measured."""
@@ -102,13 +102,13 @@ def memory_rows(plan: Plan) -> Iterator[str]:
     """Yield the memory of networks, adapters, and what stays allocated during a step."""
     yield row("", "parameters", "memory")
     for name, count in plan.parameters.items():
-        yield row(name, millions(count), size(plan.weights[name]))
-    yield row("adapter, with its copies", millions(plan.trained), size(plan.adapters))
-    yield row("gradients and moments", "", size(plan.optimizer))
-    yield row("latents and embeddings", "", size(plan.held))
+        yield row(name, millions(count), format_bytes(plan.weights[name]))
+    yield row("adapter, with its copies", millions(plan.trained), format_bytes(plan.adapters))
+    yield row("gradients and moments", "", format_bytes(plan.optimizer))
+    yield row("latents and embeddings", "", format_bytes(plan.held))
     for name, count in plan.rewards.items():
         if count != 0:
-            yield row(f"reward {name}", "", "not counted" if count is None else size(count))
+            yield row(f"reward {name}", "", "not counted" if count is None else format_bytes(count))
 
 
 def peak_rows(config: Config, plan: Plan) -> Iterator[str]:
@@ -120,9 +120,11 @@ def peak_rows(config: Config, plan: Plan) -> Iterator[str]:
     heads = ("false", "true (now)") if active else ("false (now)", "true")
     yield "\n" + row("model.gradient_checkpointing", *heads)
     images = batch_plan(config).images_per_pass
-    yield row(f"kept by {images} image(s)", size(stored.kept), size(recomputed.kept))
+    yield row(
+        f"kept by {images} image(s)", format_bytes(stored.kept), format_bytes(recomputed.kept)
+    )
     for phase, peak in stored.peaks.items():
-        yield row(f"peak {phase}", size(peak), size(recomputed.peaks[phase]))
+        yield row(f"peak {phase}", format_bytes(peak), format_bytes(recomputed.peaks[phase]))
 
 
 def row(name: str, first: str, second: str = "") -> str:

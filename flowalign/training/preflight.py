@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flowalign.batch import Batch, Keys, Prompts
 from flowalign.dynamics import Dynamics, is_stochastic, ode
 from flowalign.errors import UserError
-from flowalign.files import size
+from flowalign.files import format_bytes
 from flowalign.policy import Policy
 from flowalign.rewards.inspection import Finding
 from flowalign.rollouts.collect import make_prompts
@@ -65,8 +65,8 @@ def check_disk(assembly: Assembly) -> Finding:
     path = Path(output).absolute()
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
-    text = f"a checkpoint has {size(checkpoint)}; {output} needs {size(needed)}"
-    text += f", and {size(free)} are free"
+    text = f"a checkpoint has {format_bytes(checkpoint)}; {output} needs {format_bytes(needed)}"
+    text += f", and {format_bytes(free)} are free"
     if free >= needed:
         return Finding("disk", text)
     return Finding("disk", f"{text}. Make room or choose output=FOLDER elsewhere.", wrong=True)
