@@ -5,6 +5,7 @@ misspelt key in a YAML file is answered before PyTorch's models are imported.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -260,6 +261,36 @@ def sample_to_folder(
     return folder
 
 
+def inspect_reward(spec: str, images: str | Path | None = None) -> bool:
+    """Score pictures with a reward and print range, determinism, speed and gradient.
+
+    Args:
+        spec: A built-in name, `my_rewards.py:redness`, or a YAML map with settings.
+        images: A folder of pictures; bundled samples by default.
+
+    Returns:
+        True if no problem was found.
+    """
+    # Standard output is for the findings alone.
+    with screen.shown(screen.make_console(stderr=True)), progress.task(f"loading {spec}"):
+        from flowalign.rewards.inspection import bundled_samples, print_inspection, samples_from
+        from flowalign.rewards.registry import load_reward
+
+        samples = samples_from(str(images)) if images else bundled_samples()
+        reward = load_reward(spec)
+    return print_inspection(reward, samples)
+
+
+def config_schema() -> dict[str, Any]:
+    """Return a JSON schema of all sections, with which an editor completes the keys of a YAML."""
+    # Standard output is for the schema alone.
+    with screen.shown(screen.make_console(stderr=True)):
+        with progress.task("reading the settings of all objectives and model families"):
+            from flowalign.config.schema import json_schema
+
+            return json_schema()
+
+
 def load_model(source: "str | Path | ModelConfig", device: str | None = None) -> "FlowModel":
     """Load a model: from a folder, from the Hugging Face hub, or as a configuration says.
 
@@ -299,6 +330,8 @@ def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Ite
 
 def _import_sampling() -> None:
     """Import everything heavy while the display shows that something happens."""
+    if "flowalign.sampling.generate" in sys.modules:
+        return
     with progress.task("importing PyTorch and diffusers"):
         import flowalign.sampling.generate  # noqa: F401 - imported for what it costs
 

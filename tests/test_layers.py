@@ -17,7 +17,7 @@ ORDER = [
     *("objectives", "rollouts", "search"),
     *("evaluation", "config", "reporting", "labelling", "runs"),
     *("training", "diagnostics", "sampling"),
-    *("api", "cli"),
+    *("api", "commands", "cli"),
     *("train", "sample"),
 ]
 """Folders and top-level modules, lowest first. Nothing imports what stands to its right."""

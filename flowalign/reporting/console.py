@@ -6,6 +6,7 @@ printed as plain lines, at most one every few seconds, without colours or carria
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,11 +50,16 @@ def shown(console: Console | None = None) -> Iterator[Console]:
             yield console
 
 
-def make_console() -> Console:
-    """Make a console that writes to the present standard output, on the first process only."""
+def make_console(stderr: bool = False) -> Console:
+    """Make a console that writes to standard output, on the first process only.
+
+    With `stderr` it writes to standard error instead, and only if that is a terminal: in a pipe,
+    standard error is for error messages alone.
+    """
     # torchrun and accelerate set RANK. Asking torch would cost seconds before the first line.
     # Prompts and paths contain brackets and numbers, which rich would take for markup and colour.
-    return Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
+    quiet = os.environ.get("RANK", "0") != "0" or (stderr and not sys.stderr.isatty())
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False)
 
 
 def print_facts(console: Console, title: str, facts: Mapping[str, str]) -> None:

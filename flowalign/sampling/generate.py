@@ -83,12 +83,12 @@ def describe_source(
     guidance = getattr(sampler, guidance_key(source.model))
     prompts = prompts or default_prompts(source)
     images = f"{plural(len(prompts), 'prompt')} x {plural(settings.images, 'image')}"
-    facts = {
+    return {
         "model": model_fact(source.model),
+        **({"adapter": str(source.adapter)} if source.adapter else {}),
         "sampling": f"{images}, {plural(sampler.steps, 'step')}, guidance {guidance:g}",
         "device": device_fact(distributed.count(), distributed.device()),
     }
-    return {**facts, "adapter": str(source.adapter)} if source.adapter else facts
 
 
 def sampler_of(source: Source, settings: SampleSettings) -> Sampler:

@@ -109,6 +109,12 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     assert not make_console().quiet
 
 
+def test_progress_on_standard_error_is_for_terminals_alone(capsys):
+    with shown(make_console(stderr=True)), progress.task("loading", total=2) as work:
+        work.advance(note="half")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_table_of_differences_fits_80_columns_and_says_what_it_rests_on():
     console = plain_console()
     name = "a_reward_with_a_name_that_is_far_longer_than_a_column_of_the_table"

@@ -1,0 +1,44 @@
+"""The form of a command: its name, its help, and the function that carries it out."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Action = Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its help, and the function that carries it out."""
+
+    name: str
+    """Word on the command line."""
+    summary: str
+    """One line for the list of commands."""
+    examples: str
+    """Command lines that work in a clone of the repository."""
+    action: Action
+    """Function of the parsed options. Returns the exit status."""
+
+    def add_to(self, commands: Commands) -> argparse.ArgumentParser:
+        """Add a parser for the command."""
+        parser = commands.add_parser(
+            self.name,
+            help=self.summary,
+            description=f"{self.summary[:1].upper()}{self.summary[1:]}.",
+            epilog=f"examples:\n{self.examples}",
+            # Examples keep their line breaks.
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(action=self.action)
+        return parser
+
+
+def positive(text: str) -> int:
+    """Convert a count on the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number

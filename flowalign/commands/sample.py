@@ -1,0 +1,74 @@
+"""The command that makes pictures: sample."""
+
+import argparse
+
+from flowalign import api
+from flowalign.commands.command import Command, Commands, positive
+
+
+def add_sample(commands: Commands) -> None:
+    """Add the command `sample`."""
+    command = Command(
+        name="sample",
+        summary="make pictures with a run, a checkpoint, an adapter or a model",
+        examples='  flowalign sample outputs/crd "a red circle left of a blue square" --images 4\n'
+        "  flowalign sample outputs/crd/checkpoints/step-000100 prompts.txt\n"
+        '  flowalign sample my_adapter "a red circle" --model assets/tiny-sd3\n'
+        '  flowalign sample assets/tiny-sd3 "a red circle" --steps 10 --output pictures',
+        action=_sample,
+    )
+    parser = command.add_to(commands)
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_MODEL_OR_ADAPTER",
+        help="a run folder, a checkpoint, an adapter, a model folder, or a model on the hub",
+    )
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="prompts, or one .txt or .jsonl file (default: evaluation prompts of the run)",
+    )
+    parser.add_argument(
+        "--images", type=positive, default=1, metavar="N", help="pictures per prompt (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    _add_sampler_arguments(parser)
+
+
+def _add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="sampler steps (default: those of the run's evaluation, or 28)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help="guidance scale (default: that of the run's evaluation, or of the model family)",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="base model of an adapter (default: read from its card)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="where to save; files are never replaced "
+        "(default: samples, samples-2, ... in the run folder, or in outputs)",
+    )
+
+
+def _sample(options: argparse.Namespace) -> int:
+    api.sample_to_folder(
+        options.source,
+        options.prompts or None,
+        options.output,
+        images=options.images,
+        seed=options.seed,
+        steps=options.steps,
+        guidance=options.guidance,
+        model=options.model,
+    )
+    return 0
