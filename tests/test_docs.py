@@ -4,14 +4,20 @@ import importlib
 import json
 import re
 import statistics
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from flowalign.advantages import ADVANTAGES
+from flowalign.config.resolved import MAY_CHANGE
+from flowalign.dynamics import DYNAMICS
 from flowalign.models.base import FlowModel
 from flowalign.objectives import OBJECTIVES
+from flowalign.rewards import REWARDS
+from flowalign.rewards.combine import COMBINE
 from tests.test_layers import ORDER
 
 ROOT = Path(__file__).parents[1]
@@ -156,3 +162,29 @@ def test_the_page_on_models_names_every_member_that_a_family_must_provide():
     page = (DOCS / "your-own-model.md").read_text(encoding="utf-8")
     table = page.split("## What a family provides")[1].split("Some members")[0]
     assert all(f"`{member}" in table for member in FlowModel.__abstractmethods__)
+
+
+def test_the_page_on_rewards_lists_every_built_in_one():
+    text = (DOCS / "rewards.md").read_text(encoding="utf-8")
+    assert all(f"`{reward}`" in text for reward in REWARDS)
+    assert all(f"{{name: {rule}" in text for rule in COMBINE)
+
+
+def test_the_page_on_objectives_lists_advantages_and_samplers():
+    text = (DOCS / "objectives" / "index.md").read_text(encoding="utf-8")
+    assert all(f"| `{entry}` |" in text for entry in [*ADVANTAGES, *DYNAMICS])
+
+
+def test_the_page_on_resuming_lists_the_keys_that_may_change():
+    text = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    listed = text.split("These keys may change in between:")[1].split("Any other")[0]
+    assert re.findall(r"`([\w.]+)`", listed) == list(MAY_CHANGE)
+
+
+def test_the_oldest_versions_on_the_page_are_those_of_the_package():
+    text = (DOCS / "quick-start.md").read_text(encoding="utf-8").split("## Versions")[1]
+    rows = dict(re.findall(r"^\| (\w+)[^|]* \| ([\d.]+) \|", text, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(entry.split(">=") for entry in project["dependencies"] if ">=" in entry)
+    python = project["requires-python"].removeprefix(">=")
+    assert rows == {"Python": python} | {name: bounds[name] for name in rows if name in bounds}
