@@ -74,6 +74,14 @@ A mapping of names to weights, or to `{weight: 1.0, ...}` with the reward's own 
 [rewards](rewards.md). Under a name of your choice, `{reward: NAME, ...}` says which reward it is.
 """
 
+ADVANTAGE_NOTE = """`epsilon` is added to the deviation. Advantages are cut to [-`clip`, `clip`]. `std` says whether
+the deviation is that of the prompt's images or of all images of the step.
+"""
+
+STOP_NOTE = """A rule of `stop` has one or more of `above`, `below`, `falling` and `rising`: see
+[over-optimisation](reliability.md#over-optimisation).
+"""
+
 OUTPUT = """## output
 
 The run folder. Default: `outputs/` and the name of the YAML file without its ending.
@@ -116,13 +124,17 @@ def configuration_page() -> str:
         *(family_settings(name) for name in MODELS),
         section("sampler", Sampler, skip=("dynamics",)),
         alternatives("sampler.dynamics", DYNAMICS),
+        "`eta` scales the noise of a step. The last step has none.\n",
         OBJECTIVE + "\n".join(objectives) + "\n",
         alternatives("advantage", ADVANTAGES),
+        ADVANTAGE_NOTE,
         REWARDS_SECTION,
         reward_settings(),
         alternatives("combine", COMBINE),
         section("data", Data),
+        "[Preference data](preference-data.md) describes the formats of `pairs`.\n",
         section("train", Train),
+        STOP_NOTE,
         section("evaluation", Evaluation),
         OUTPUT,
     ]
@@ -193,7 +205,7 @@ def with_settings_table(page: str) -> str:
 
 def table_cell(row: Setting) -> str:
     """The meaning; for a choice, the choices too."""
-    choices = f"One of {row.kind}." if row.kind.startswith("`") else ""
+    choices = f"O{row.kind[1:]}." if row.kind.startswith("one of") else ""
     return " ".join(filter(None, [row.meaning, choices])).replace("|", "\\|")
 
 
@@ -247,7 +259,7 @@ def kind_words(kind: Any) -> str:
         base, *metadata = inner
         return f"{kind_words(base)}{range_words(metadata)}"
     if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in inner)
+        return "one of " + ", ".join(f"`{choice}`" for choice in inner)
     if origin is Union or type(kind).__name__ == "UnionType":
         return " or ".join(kind_words(part) for part in inner)
     if origin is list:
@@ -292,8 +304,8 @@ def yaml_words(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, ending with a full stop."""
-    text = " ".join(text.split())
+    """The text without line breaks, ending with a full stop. Angle brackets are not tags."""
+    text = " ".join(text.split()).replace("<", "&lt;")
     return text if not text or text.endswith((".", "?", "!")) else f"{text}."
 
 
