@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
     from flowalign.reporting.summary import Summary
-    from flowalign.sampling import SampleResult
+    from flowalign.sampling.result import SampleResult
 
 
 class SampleOptions(TypedDict, total=False):

@@ -1,12 +1,15 @@
 """The command line: help with examples that parse, exit statuses, and one message per error."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 from flowalign import __version__, api
 from flowalign.cli import main, make_parser
 from flowalign.errors import RunError, UserError
+from tests.tiny import ROOT
 
 COMMANDS = [
     ["train"],
@@ -103,6 +106,13 @@ def test_a_second_ctrl_c_ends_with_status_1_and_names_the_checkpoint(monkeypatch
     monkeypatch.setattr(api, "train", raising(KeyboardInterrupt()))
     assert main(["train", "a.yaml"]) == 1
     assert capsys.readouterr().err == "Stopped at once. The last checkpoint is complete.\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    command = f"{shlex.quote(sys.executable)} -m flowalign.cli reward list | true; "
+    command += "exit ${PIPESTATUS[0]}"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def raising(error):
