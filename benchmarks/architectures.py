@@ -88,6 +88,7 @@ class RandomFluxDevPipeline(FluxPipeline):
             transformer = FluxTransformer2DModel(**FLUX_DEV)
         with _building(dtype["vae"]):
             vae = AutoencoderKL(**AUTOENCODER, scaling_factor=0.3611, shift_factor=0.1159)
+        # Flux-dev shifts its times by the number of image tokens.
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         # See above.
         texts: Any = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -116,6 +117,7 @@ class RandomSD35Medium(SD3):
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return random embeddings of the published shapes."""
+        # 77 tokens of the two CLIPs, then those of T5.
         embeds = torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096)
         return {"embeds": embeds, "pooled": torch.randn(len(texts), 2048)}
 

@@ -43,6 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     context = make_context()
     recomputed = kept_by_depth(context)
+    # Nothing else in the policy checkpoints, so this is the plain computation.
     with patch("flowalign.policy.checkpoint", call_without_recomputation):
         plain = kept_by_depth(context)
     print(f"{IMAGES} images, {STEPS} sampler steps; MB kept for the backward pass")
@@ -110,6 +111,7 @@ def saved_bytes(policy: Policy, loss: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         total = loss()
+    # The graph must live until here: a freed address could be given out again and count once.
     del total
     return sum(storages.values())
 

@@ -43,6 +43,7 @@ SMALL = [
 def main() -> None:
     """Kill and resume runs, and print how many end with the expected adapter."""
     options = parse_options()
+    # Sums over several threads may be taken in another order, and the hashes would differ.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.chdir(ROOT)
@@ -77,6 +78,7 @@ def interrupted_run(
     number: int, folder: Path, options: argparse.Namespace
 ) -> dict[str, int | bool | str]:
     """Start a run, kill and resume it, and compare its result."""
+    # Seeded by its number, so that one run can be repeated by itself.
     random, name = Random(f"{options.seed}/{number}"), NAMES[number % len(NAMES)]
     reference, run = folder / f"{name}-whole", folder / f"run-{number}"
     duration = reference_duration(name, reference, options.processes)
@@ -120,6 +122,7 @@ def start(name: str, folder: Path, processes: int) -> int:
     # A fork already has everything imported, which would otherwise take most of the run's time.
     if leader := os.fork():
         return leader
+    # The same group as torchrun gets above, so that `killpg` reaches both.
     os.setsid()
     sys.stdout = sys.stderr = Path(os.devnull).open("w")
     os._exit(flowalign(command))
@@ -134,6 +137,7 @@ def kill(leader: int, run: Path, when: float, writing: bool) -> bool:
         if os.waitpid(leader, os.WNOHANG)[0]:
             return False
         time.sleep(0.0005)
+    # SIGKILL cannot be handled: the run gets no chance to finish what it is writing.
     os.killpg(leader, signal.SIGKILL)
     os.waitpid(leader, 0)
     return True

@@ -91,6 +91,7 @@ def main() -> None:
     results: Results = {}
     for name, seed in product(options.names, range(options.seeds)):
         results.setdefault(name, []).append(measure(name, seed, options))
+        # After every run: a benchmark of hours can be read while it goes, and interrupted.
         report(best_first(read_results(options.output) | results), options.output)
     print((options.output / "table.md").read_text())
 
@@ -147,6 +148,7 @@ def train(name: str, seed: int, folder: Path, options: argparse.Namespace) -> No
         "output": folder,
     }
     overrides = [*(f"{key}={value}" for key, value in settings.items()), *options.set]
+    # A process of its own also frees all memory of the run before.
     subprocess.run([sys.executable, "train.py", str(file), *overrides], cwd=ROOT, check=True)
 
 
@@ -157,6 +159,7 @@ def is_done(summary: Path) -> bool:
 
 def evaluations(folder: Path, summary: dict) -> list[Point]:
     """Return the evaluations of a run: before, during and after training."""
+    # Evaluations before, during and after training use the same prompts and noise.
     points = [{"images": 0, "seconds": 0.0, **summary["before"]}]
     for line in read_metrics(folder):
         if "eval/scene_match" in line:
@@ -179,6 +182,7 @@ def compare_policies(folder: Path) -> Comparison:
     before, after = policy.at("reference"), policy.at("policy")
     rollout = collect(before, batch, images_per_pass, "evaluation")
     moved = []
+    # Both policies see the same noisy images, those of the reference.
     for draw in ForwardTimes(count=4)(rollout):
         xt, _ = add_noise(rollout.x0, draw.t, draw.noise)
         v, v_ref = (view.velocity(xt, draw.t, batch.cond) for view in (after, before))
@@ -284,6 +288,7 @@ def plot(results: Results, path: Path) -> None:
         axes.set_title(name, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+    # The grid may have more panels than there are objectives.
     for axes in panels[len(results) :]:
         axes.set_visible(False)
     figure.supxlabel("images generated", fontsize=9)

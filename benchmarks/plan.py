@@ -209,6 +209,7 @@ def memory_of_one_pass(run: Assembly) -> tuple[int, int]:
     first = next(iter(split(policy, objective, update, train.images_per_pass)))
     piece, draw = first.batch, first.draw
 
+    # Called twice, since the first call is for what it saves and the second for its peak.
     def loss() -> Tensor:
         return objective.loss(policy, piece, draw).total
 
@@ -307,6 +308,7 @@ def compare(name: str) -> Comparison:
     file, overrides = CASES[name]
     config = load_config(ROOT / "configs" / "tiny" / f"{file}.yaml", [*SMALL, *overrides])
     plan, figures = planned(config), measured(config)
+    # A figure may be 0 on both sides, such as the bytes that a pass without gradient keeps.
     ratios = {key: getattr(plan, key) / max(1, getattr(figures, key)) for key in COLUMNS}
     return {
         "plan": asdict(plan),

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
 import uvicorn
@@ -26,7 +25,7 @@ from torch import Tensor
 from flowalign.batch import Keys, Prompts
 from flowalign.config.load import load_config
 from flowalign.config.sections import Config
-from flowalign.data.prompts import read_prompts
+from flowalign.data.prompts import Metadata, read_prompts
 from flowalign.rewards.adapters import make_reward
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards
@@ -49,7 +48,7 @@ BUNDLED = (
 )
 
 
-def slow(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+def slow(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
     """Score by brightness, after a wait."""
     time.sleep(SECONDS)
     return images.mean((1, 2, 3))
@@ -65,6 +64,7 @@ def serve(reward: Reward) -> Iterator[str]:
     while not server.started:
         time.sleep(0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    # uvicorn stops at its next tick, so the thread is waited for.
     server.should_exit = True
     thread.join()
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    # The file makes 12 images of each prompt.
     overrides = [f"train.prompts_per_step={options.images // 12}"]
     config = load_config(ROOT / "configs" / "tiny" / "flow_grpo.yaml", overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +101,7 @@ def main() -> None:
         options.output.write_text(json.dumps(record, indent=2))
 
 
-def measure(run: Run, repetitions: int) -> dict[str, Any]:
+def measure(run: Run, repetitions: int) -> dict[str, float | dict[str, float]]:
     """Time a step, every bundled reward, and a rollout scored over HTTP."""
     config = run.config
     view, images_per_pass = run.state.policy.at("policy"), config.train.images_per_pass

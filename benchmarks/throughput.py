@@ -64,6 +64,7 @@ class Calls:
         def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
             tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
             kind = torch.is_grad_enabled(), tuple(x.shape for x in tensors)
+            # One example is kept for each kind: all of them would take the memory of the step.
             self.examples.setdefault(kind, (args, kwargs))
             self.counts[kind] += 1
 
@@ -142,6 +143,7 @@ class Bench:
         for repetition in range(repetitions):
             # The machine's speed may drift: in both orders, no part is always measured last.
             for name in list(parts)[:: -1 if repetition % 2 else 1]:
+                # Gradients of a part before would be added to, which takes time of its own.
                 self.run.state.optimizer.zero_grad()
                 seconds[name].append(timed(parts[name], clock, self.run.policy.model.device))
         return seconds
@@ -230,7 +232,6 @@ def make_config(options: argparse.Namespace) -> Config:
         "prompts_per_step": options.prompts,
         "images_per_prompt": options.images_per_prompt,
         "images_per_pass": images // options.passes,
-        "max_bad_steps": 10**6,
     }
     sampler = {
         "steps": options.steps,

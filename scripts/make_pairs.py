@@ -26,6 +26,7 @@ COUNTS = {"train": 800, "evaluation": 200}
 def main() -> None:
     """Write train.parquet and evaluation.parquet."""
     for split, count in COUNTS.items():
+        # The split is part of the seed, so that no picture is in both files.
         rng = np.random.default_rng([SEED, count])
         prompts = read_prompts(ASSETS / "prompts" / f"{split}.jsonl")
         captions = [scenes.parse(prompt.text) for prompt in prompts]
@@ -41,6 +42,7 @@ def make_row(caption: scenes.Caption, rng: np.random.Generator) -> dict[str, obj
     # The order of the draws makes the committed files: the caption first, then the two scenes.
     wrong_caption = scenes.misquote(caption, rng)
     chosen, rejected = draw_png(caption, rng), draw_png(wrong_caption, rng)
+    # In random order, as people see them: a model must not learn that the first is better.
     first = bool(rng.integers(2))
     pictures = (chosen, rejected) if first else (rejected, chosen)
     return {

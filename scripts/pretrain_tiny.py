@@ -114,6 +114,7 @@ class Loop:
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
             self.optimizer.step()
             schedule.step()
+            # After the update and before saving, so that a saved average has this step in it.
             self.after_step()
             losses.append(loss.detach())
             if step % 100 == 0 or step == self.steps:
@@ -197,6 +198,7 @@ def train_vae(scale: float) -> None:
         z = posterior.sample()
         z = z + LATENT_NOISE * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
         error = vae.decode(z).sample - x
+        # A weak KL: latents must be compact, but need not be normally distributed.
         return error.abs().mean() + error.square().mean() + 2e-5 * posterior.kl().mean()
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=1e-3)
@@ -254,6 +256,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     # call to the next. Every word is one token in any case.
     bpe.train_from_iterator(words, trainer)
     state = json.loads(bpe.to_str())["model"]
+    # The end token last: parts of transformers find it as the highest id of a prompt.
     special = ["<|startoftext|>", "<|endoftext|>"]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *state["vocab"]]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *special]))}
@@ -318,6 +321,7 @@ def train_flow(loop: Loop, velocity: Velocity) -> None:
     generator = torch.Generator().manual_seed(SEED)
 
     def save_average() -> None:
+        # The pipeline shares these parameters, so the averages are put into them for the save.
         ema.store(parameters)
         ema.copy_to(parameters)
         save()

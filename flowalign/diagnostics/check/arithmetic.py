@@ -7,7 +7,7 @@ from flowalign.rewards.inspection import Finding
 from flowalign.training.setup import Inputs
 
 ROWS = {Pairs: "pairs", Examples: "pictures"}
-"""What the rows of a batch are; images, unless named here."""
+"""Names of the rows of a batch. Rows of other batches are images."""
 
 
 def describe_step(inputs: Inputs) -> Finding:
