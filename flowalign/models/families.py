@@ -1,5 +1,8 @@
 """Find the family of a model: by a name, an alias, a path to a class, or the model's own files."""
 
+from collections.abc import Mapping
+from dataclasses import fields
+
 from flowalign.errors import UserError
 from flowalign.models import ALIASES, MODELS, PIPELINES
 from flowalign.models.base import FlowModel
@@ -7,7 +10,7 @@ from flowalign.models.config import ModelConfig
 from flowalign.models.hub import explain_loading, read_index
 from flowalign.models.pipeline import PipelineModel
 from flowalign.settings.by_name import imported
-from flowalign.settings.types import build, mapping
+from flowalign.settings.types import build, mapping, unknown_key
 
 
 def canonical_name(name: str) -> str:
@@ -38,8 +41,11 @@ def read_model_config(section: object) -> ModelConfig:
     Without a name, the family is read from the model's `model_index.json`.
     """
     settings = mapping(section, "model")
-    name, path, revision = (settings.get(key) for key in ("name", "path", "revision"))
-    if name is None:
+    path, revision = settings.get("path"), settings.get("revision")
+    name = settings.get("name")
+    if "name" not in settings:
+        # Before the hub is asked: a misspelt key must not wait for the network.
+        check_keys(settings)
         if not isinstance(path, str):
             # The shared settings answer a missing path or a misspelt key in the usual words.
             return build(ModelConfig, settings, "model")
@@ -48,6 +54,16 @@ def read_model_config(section: object) -> ModelConfig:
         raise UserError(f"model.name is {name!r}. Write a name, such as {' or '.join(MODELS)}.")
     config = {**settings, "name": canonical_name(name)}
     return build(family_of(name).Config, config, "model")
+
+
+def check_keys(settings: Mapping[str, object]) -> None:
+    """Refuse a key that no built-in family has."""
+    known = [f.name for f in fields(ModelConfig)]
+    for family in MODELS:
+        known += [f.name for f in fields(family_of(family).Config) if f.name not in known]
+    for key in settings:
+        if key not in known:
+            raise UserError(unknown_key("model", key, known))
 
 
 def name_of(path: str, revision: str | None = None, key: str = "model.path") -> str:

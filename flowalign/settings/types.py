@@ -175,7 +175,11 @@ def explain_unknown_key(cls: type, location: Sequence[str], other_keys: Sequence
     known = [f.name for f in dataclasses.fields(owner) if f.init]
     if owner is cls:
         known = [*other_keys, *known]
-    section = ".".join(sections)
+    return unknown_key(".".join(sections), name, known)
+
+
+def unknown_key(section: str, name: str, known: Sequence[str]) -> str:
+    """Return the message for a key that a section does not have."""
     return (
         f"Key {section}.{name} is not known.{did_you_mean(name, known)} "
         f"{section} has {', '.join(known) or 'no settings'}."

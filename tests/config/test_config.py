@@ -211,7 +211,7 @@ def test_an_override_without_key_or_value_is_answered_with_an_example(small, tex
     ("text", "message"),
     [("a: [1\n", "is not YAML"), ("- a\n", "expected sections"), ("", "expected sections")],
 )
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text, message):
     assert message in refusal(written(tmp_path, text))
 
 

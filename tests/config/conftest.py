@@ -1,0 +1,15 @@
+"""No test of a configuration may load weights."""
+
+import pytest
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_weights():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionPipeline, "from_pretrained", classmethod(_accepted))
+        yield
+
+
+def _accepted(*_: object, **__: object) -> None:
+    raise AssertionError("accepted")
