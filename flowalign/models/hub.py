@@ -33,7 +33,9 @@ EXPLANATIONS = [
 
 def is_local(path: str) -> bool:
     """True if a path can only mean a folder: a repository on the hub is owner/name."""
-    return path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).parent.is_dir()
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        return True
+    return os.path.isdir(os.path.dirname(path))
 
 
 def explain_loading(key: str, path: str, error: BaseException) -> str:
@@ -45,7 +47,7 @@ def explain_loading(key: str, path: str, error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     chain = "\n".join(causes)
     # Class names and phrases, because digits such as 404 also occur in paths and request numbers.
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         for phrases, explanation in EXPLANATIONS:
             if any(phrase in chain for phrase in phrases):
                 return f"{key}: {explanation.format(path=path)}"
@@ -61,7 +63,7 @@ def pretrained(cls: Any, key: str, path: str, **settings: object) -> Any:
     from transformers.utils import logging  # slow to import, and `cls` has imported it already
 
     path = os.path.expanduser(path)
-    if is_local(path) and not Path(path).exists():
+    if is_local(path) and not os.path.exists(path):
         raise UserError(f"{key}: there is no folder {path}.")
     logging.disable_progress_bar()
     try:
@@ -78,7 +80,7 @@ def read_index(
     Raises UserError if there is none. Only this one file is downloaded.
     """
     folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
+    if os.path.isdir(folder):
         index = folder / "model_index.json"
         if not index.is_file():
             raise UserError(

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,9 +53,10 @@ def _absent_components(
     pipeline_name: str, path: str, name: str, optional: Sequence[str]
 ) -> list[str]:
     """Check that a folder holds the pipeline, and return the components that it lacks."""
-    if not Path(path).is_dir() and not is_local(path):
+    # os.path and not Path: a name too long for the file system is a folder that does not exist.
+    if not os.path.isdir(path) and not is_local(path):
         return []
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"model.path: there is no folder {path}.{similar_file(path)}")
     index: Mapping[str, object] = read_index(path)
     kind = index.get("_class_name")

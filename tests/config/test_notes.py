@@ -99,7 +99,7 @@ CONTRADICTIONS: dict[str, Rule] = {
     "images of the same prompt are compared": lambda c, o: (
         generates(c, o) and o.learns_from is not Prompts and c.train.images_per_prompt < 2
     ),
-    "the objective learns from stochastic steps, but sampler.dynamics has none": lambda c, o: (
+    "learns from stochastic steps, but sampler.dynamics has none": lambda c, o: (
         o.needs_stochastic_steps and without_noise(c, o)
     ),
     "so all images of a prompt would be equal": lambda c, o: (
