@@ -1,7 +1,7 @@
 """Combine several rewards into one.
 
-A score of NaN means that a reward did not score the images of a prompt. The other rewards decide
-there, and an image that no reward scored stays NaN.
+A score of NaN means that a reward did not score the images of a prompt. The other rewards then
+decide alone, and an image that no reward scored stays NaN.
 """
 
 import math

@@ -8,8 +8,9 @@ feature_distance, with unit features x of n images and y of m exemplars and
 k(a, b) = exp(-‖a - b‖² / 2σ²):
     MMD² = 1/(n(n-1)) Σ_{i≠j} k(xi, xj) - 2/(nm) Σ_{i,j} k(xi, yj) + const
     share_i = 1/m Σ_j k(xi, yj) - 1/(n-1) Σ_{j≠i} k(xi, xj)
-The share is high near the exemplars and where the set is not already, so that repeating the nearest
-exemplar does not pay. (The unbiased estimate of arXiv 0805.2368, and its witness function.)
+The share is high near the exemplars and low near the other images of the set, so that repeating
+the nearest exemplar does not pay.
+(The unbiased estimate of arXiv 0805.2368, and its witness function.)
 Its gradients are exact, by backpropagation and by policy gradient before a baseline:
     ∇ 1/n Σ_i share_i = -½ ∇ MMD², the second image of a pair held fixed
     E[1/n Σ_i share_i ∇log p(xi)] = -½ ∇ MMD²

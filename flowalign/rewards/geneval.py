@@ -243,7 +243,7 @@ class GenEvalScorer:
         detected = [confident(detections, spec.counting) for detections, spec in raw]
         self._name_colors(pictures, specs, detected, device)
         pairs = zip(specs, detected, strict=True)
-        return [Verdict(correct(spec, found), graded(spec, found)) for spec, found in pairs]
+        return [Verdict(correct(spec, objects), graded(spec, objects)) for spec, objects in pairs]
 
     def _name_colors(
         self,

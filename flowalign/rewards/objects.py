@@ -48,7 +48,7 @@ IMAGES_PER_PASS = 8
 
 Box = tuple[float, float, float, float]
 Result = dict[str, Any]
-"""What a processor of transformers returns for one image; its entries depend on the model."""
+"""A processor's result for one image; its entries depend on the model."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,14 +133,14 @@ def pick_a_pic(folder: Path, as_images: bool = False, **changes: Any) -> dataset
 @pytest.mark.parametrize("as_images", [False, True])
 @pytest.mark.parametrize("kind", ["parquet", "folder of parquet", "saved"])
 def test_pick_a_pic_columns_become_pairs_without_ties(folder, kind, as_images):
-    table, place = pick_a_pic(folder, as_images), folder / "data"
+    table, location = pick_a_pic(folder, as_images), folder / "data"
     if kind == "saved":
-        table.save_to_disk(place)
+        table.save_to_disk(location)
     else:
-        place.mkdir()
-        table.to_parquet(place / "train.parquet")
-        place = place / "train.parquet" if kind == "parquet" else place
-    assert colors(read_examples(str(place), "data.pairs", paired=True)) == [
+        location.mkdir()
+        table.to_parquet(location / "train.parquet")
+        location = location / "train.parquet" if kind == "parquet" else location
+    assert colors(read_examples(str(location), "data.pairs", paired=True)) == [
         ("one", "red", "blue"),
         ("two", "green", "blue"),
     ]
@@ -221,15 +221,15 @@ def test_data_that_holds_only_ties_is_an_error(folder):
 
 @pytest.mark.parametrize("name", ["notes.txt", "empty folder", "splits"])
 def test_another_format_is_an_error_that_lists_the_formats(folder, name):
-    place = folder / name
+    location = folder / name
     if name == "notes.txt":
-        place.write_text("hello")
+        location.write_text("hello")
     elif name == "empty folder":
-        place.mkdir()
+        location.mkdir()
     else:
-        datasets.DatasetDict({"train": pick_a_pic(folder)}).save_to_disk(place)
-    message = refusal(place)
-    assert f"data.pairs: {place} cannot be opened as a dataset" in message
+        datasets.DatasetDict({"train": pick_a_pic(folder)}).save_to_disk(location)
+    message = refusal(location)
+    assert f"data.pairs: {location} cannot be opened as a dataset" in message
     assert "Use a .jsonl file, a folder with metadata.jsonl, parquet files" in message
 
 

@@ -47,14 +47,14 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_it_prefers_nothing_before_it_has_learned(reds):
+def test_it_has_no_preference_before_it_has_learned(reds):
     reward = adversarial(reds)
     assert isinstance(reward, LearnedReward)
     assert score(reward, torch.cat([shades(RED), shades(BLUE)])).tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("backbone", ["bundled", "dinov2"])
-def test_it_learns_to_tell_what_is_made_from_the_references(reds, tmp_path, backbone):
+def test_it_learns_to_separate_generated_images_from_references(reds, tmp_path, backbone):
     settings = {"path": random_dinov2(tmp_path / "dinov2")} if backbone == "dinov2" else {}
     reward = adversarial(reds, **settings)
     first = reward.update(shades(BLUE))
@@ -67,12 +67,12 @@ def test_it_learns_to_tell_what_is_made_from_the_references(reds, tmp_path, back
     assert (score(reward, shades(BLUE, 3)) < -1).all()
 
 
-def test_it_follows_what_is_made_and_remembers_what_was(reds):
+def test_it_learns_from_new_images_and_keeps_past_ones(reds):
     reward = adversarial(reds)
     for colour in [BLUE] * 10 + [GREEN] * 20:
         reward.update(shades(colour))
-    for made in (BLUE, GREEN):
-        assert score(reward, shades(made)).max() < 0 < score(reward, shades(RED)).min()
+    for color in (BLUE, GREEN):
+        assert score(reward, shades(color)).max() < 0 < score(reward, shades(RED)).min()
 
 
 def test_the_loss_is_half_of_references_a_quarter_of_new_and_a_quarter_of_past_pictures(reds):
@@ -181,7 +181,7 @@ def test_it_learns_inside_a_gradient_free_block(reds):
     assert score(reward, shades(BLUE)).max() < 0
 
 
-def test_a_state_of_another_backbone_is_refused(reds, tmp_path):
+def test_a_state_of_another_backbone_is_an_error(reds, tmp_path):
     other = adversarial(reds, path=random_dinov2(tmp_path / "dinov2"))
     with pytest.raises(UserError, match="the checkpoint was written with another backbone"):
         adversarial(reds).load_state(other.state())
@@ -192,6 +192,6 @@ def test_a_state_of_another_backbone_is_refused(reds, tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"learning_rate": 0}, {"descents": 0}, {"buffer": 0}, {"size": -1}]
 )
-def test_settings_that_cannot_work_are_refused(reds, settings):
+def test_settings_that_cannot_work_are_an_error(reds, settings):
     with pytest.raises(UserError, match=rf"rewards\.adversarial\.{next(iter(settings))} is"):
         adversarial(reds, **settings)

@@ -86,8 +86,8 @@ class Original(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """One picture and one prompt without padding."""
-        seen = self.vision(pixels).last_hidden_state
-        read = self.text(tokens, encoder_hidden_states=seen, is_decoder=False).last_hidden_state
+        features = self.vision(pixels).last_hidden_state
+        read = self.text(tokens, encoder_hidden_states=features, is_decoder=False).last_hidden_state
         return (self.mlp(read[0, 0])[0] - 0.16717362830052426) / 1.0333394966054072
 
     def published(self) -> dict[str, Tensor]:
@@ -97,12 +97,14 @@ class Original(nn.Module):
             f"blip.text_encoder.{name}": tensor for name, tensor in self.text.state_dict().items()
         }
         state = self.vision.state_dict()
-        converted |= {f"blip.visual_encoder.{there}": state[here] for here, there in VISION.items()}
+        converted |= {
+            f"blip.visual_encoder.{published}": state[ours] for ours, published in VISION.items()
+        }
         for n in range(2):
-            for here, there in LAYER.items():
+            for ours, published in LAYER.items():
                 for end in ("weight", "bias"):
-                    converted[f"blip.visual_encoder.blocks.{n}.{there}.{end}"] = state[
-                        f"encoder.layers.{n}.{here}.{end}"
+                    converted[f"blip.visual_encoder.blocks.{n}.{published}.{end}"] = state[
+                        f"encoder.layers.{n}.{ours}.{end}"
                     ]
         unused = {
             "blip.vision_proj.weight": torch.zeros(4, 128),

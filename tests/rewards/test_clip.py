@@ -144,8 +144,8 @@ def test_clip_score_is_the_cosine_of_two_features(make, folder):
 
 def test_a_prefix_stands_before_every_prompt(make):
     images = pictures(3, 32, 32)
-    said = make("clip_score")(images, [f"a red {prompt}" for prompt in PROMPTS], [{}] * 3)
-    assert torch.equal(make("clip_score", prefix="a red ")(images, PROMPTS, [{}] * 3), said)
+    expected = make("clip_score")(images, [f"a red {prompt}" for prompt in PROMPTS], [{}] * 3)
+    assert torch.equal(make("clip_score", prefix="a red ")(images, PROMPTS, [{}] * 3), expected)
 
 
 def test_pick_score_is_the_diagonal_of_the_models_logits_over_26(make, folder):
@@ -179,9 +179,9 @@ def open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
             if before:
                 converted[f"{prefix}ln_pre.{end}"] = state[f"{tower}.{before}.{end}"]
             for n in range(2):
-                here, there = f"{tower}.encoder.layers.{n}", f"{prefix}transformer.resblocks.{n}"
-                converted[f"{there}.attn.in_proj_{end}"] = torch.cat(
-                    [state[f"{here}.self_attn.{x}_proj.{end}"] for x in "qkv"]
+                ours, theirs = f"{tower}.encoder.layers.{n}", f"{prefix}transformer.resblocks.{n}"
+                converted[f"{theirs}.attn.in_proj_{end}"] = torch.cat(
+                    [state[f"{ours}.self_attn.{x}_proj.{end}"] for x in "qkv"]
                 )
                 parts = {
                     "attn.out_proj": "self_attn.out_proj",
@@ -189,7 +189,7 @@ def open_clip_names(model: CLIPModel) -> dict[str, Tensor]:
                     "ln_2": "layer_norm2",
                 }
                 for new, old in (parts | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}).items():
-                    converted[f"{there}.{new}.{end}"] = state[f"{here}.{old}.{end}"]
+                    converted[f"{theirs}.{new}.{end}"] = state[f"{ours}.{old}.{end}"]
     converted["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
     converted["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
     converted["token_embedding.weight"] = state["text_model.embeddings.token_embedding.weight"]
@@ -261,16 +261,16 @@ def test_a_picture_equals_itself_and_is_not_scored_without_a_reference(make, fol
 
 
 def test_a_reference_is_read_once(make, metadata):
-    reward, seen = make("clip_image"), []
+    reward, calls = make("clip_image"), []
     reward.backbone.model.vision_model.register_forward_hook(
-        lambda module, inputs, output: seen.append(1)
+        lambda module, inputs, output: calls.append(1)
     )
     for _ in range(3):
         reward(pictures(3, 32, 32), PROMPTS, metadata)
-    assert len(seen) == 3 + 1
+    assert len(calls) == 3 + 1
 
 
-def test_a_prompt_without_a_reference_picture_is_answered(make):
+def test_a_prompt_without_a_reference_image_is_an_error(make):
     reward = make_reward("clip_image", make("clip_image"))
     with pytest.raises(
         RunError, match=r"rewards\.clip_image: the prompt 'a blue square' has no field 'ref_image'"

@@ -57,8 +57,8 @@ def test_every_combination_by_hand(combine, expected):
 
 
 def z_score(new: Tensor, all_so_far: Tensor) -> Tensor:
-    seen = all_so_far[~all_so_far.isnan()]
-    return (new - seen.mean()) / seen.std(correction=0)
+    scored = all_so_far[~all_so_far.isnan()]
+    return (new - scored.mean()) / scored.std(correction=0)
 
 
 def test_normalised_is_the_sum_of_z_scores_over_all_scores_so_far():

@@ -43,7 +43,7 @@ RED, DARK_RED, BLUE, GREEN = (0.9, 0.1, 0.1), (0.8, 0.1, 0.1), (0.1, 0.1, 0.9), 
     [([0, 0, 0, 0], 1), ([0, 1, 2, 3], 4), ([0, 0, 1, 1], 2), ([0], 1), ([2, 2, 1, 1, 0, 0], 3)],
     ids=["identical", "orthogonal", "two equal groups", "one", "three equal groups"],
 )
-def test_the_vendi_score_counts_what_is_different(rows, expected):
+def test_the_vendi_score_counts_different_images(rows, expected):
     assert vendi_score(EYE[rows]).item() == pytest.approx(expected, abs=1e-5)
     assert vendi_shares(EYE[rows]).tolist() == pytest.approx(
         [math.log(expected)] * len(rows), abs=1e-5
@@ -102,14 +102,14 @@ def test_the_squared_mmd_is_known_and_zero_in_the_mean_where_both_are_drawn_alik
     assert sum(drawn) / len(drawn) == pytest.approx(0, abs=1e-6)
 
 
-def test_backpropagation_through_distance_shares_climbs_minus_half_the_squared_mmd():
+def test_backpropagation_through_distance_shares_ascends_minus_half_the_squared_mmd():
     features, exemplars = unit(4, 3).requires_grad_(), unit(5, 3, seed=1)
     (gradient,) = torch.autograd.grad(distance_shares(features, exemplars, 0.7).mean(), features)
     (expected,) = torch.autograd.grad(-0.5 * squared_mmd(features, exemplars, 0.7), features)
     torch.testing.assert_close(gradient, expected)
 
 
-def test_the_policy_gradient_of_distance_shares_climbs_minus_half_the_squared_mmd():
+def test_the_policy_gradient_of_distance_shares_ascends_minus_half_the_squared_mmd():
     """A policy over three images that draws two: the mean of all nine draws is the gradient."""
     pictures, exemplars = unit(3, 4), unit(2, 4, seed=1)
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
@@ -151,6 +151,6 @@ def test_pictures_that_are_alike_have_the_smaller_shares():
     assert scores.argmax() == 2
 
 
-def test_a_bandwidth_that_cannot_work_is_refused(tmp_path):
+def test_a_bandwidth_that_cannot_work_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"rewards\.feature_distance\.bandwidth is 0"):
         FeatureDistance(str(tmp_path), bandwidth=0)

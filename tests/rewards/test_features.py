@@ -100,7 +100,7 @@ def test_the_gradient_reaches_the_pixels_as_finite_differences_say(backbone):
     assert ((images.grad * direction).sum() - (up - down) / 2e-6).abs() < 1e-5 * images.grad.norm()
 
 
-def test_dinov2_sees_larger_squares_where_asked(tmp_path):
+def test_dinov2_sees_squares_of_the_size_in_the_settings(tmp_path):
     backbone = Backbone(random_dinov2(tmp_path), "key", size=48)
     assert backbone.pixels(noise(1, 64, 80)).shape == (1, 3, 48, 48)
     assert backbone(noise(1, 64, 80)).shape == (1, 16)
@@ -126,7 +126,7 @@ def test_the_bundled_clip_sees_no_pictures_of_another_world(tmp_path):
     assert Backbone(random_dinov2(tmp_path), "key")(noise(1, 64, 130)).shape == (1, 16)
 
 
-def test_a_backbone_without_a_trained_pooled_output_is_refused(tmp_path):
+def test_a_backbone_without_a_trained_pooled_output_is_an_error(tmp_path):
     sizes = {**SMALL, "image_size": 32, "patch_size": 8}
     models = {
         "lacks": ViTModel(ViTConfig(**sizes), add_pooling_layer=False),

@@ -664,11 +664,11 @@ def rewards(paths) -> tuple[GenEval, GenEvalGraded]:
 
 def passes(reward: GenEval) -> list[int]:
     """How many pictures each forward of the detector saw, from now on."""
-    seen: list[int] = []
+    batch_sizes: list[int] = []
     reward.scorer.detector.model.register_forward_hook(
-        lambda model, inputs, outputs: seen.append(len(outputs[0]))
+        lambda model, inputs, outputs: batch_sizes.append(len(outputs[0]))
     )
-    return seen
+    return batch_sizes
 
 
 def test_each_image_is_scored_by_its_own_metadata(rewards):
@@ -686,12 +686,12 @@ def test_each_image_is_scored_by_its_own_metadata(rewards):
 def test_colours_are_named_for_the_most_confident_objects_only(rewards):
     reward = rewards[0]
     spec = {"include": [{"class": "couch", "count": 2, "color": "red"}]}
-    asked: list[int] = []
+    counts: list[int] = []
     reward.scorer.color_namer.model.vision_model.register_forward_hook(
-        lambda model, inputs, out: asked.append(len(out[0]))
+        lambda model, inputs, out: counts.append(len(out[0]))
     )
     reward(noise(2) * 0.9, ["red couches", "couches"], [spec, SIX])
-    assert asked == [2]
+    assert counts == [2]
     named = ColorNamer(reward.clip, "key")
     picture = to_pil(noise(1) * 0.9)[0]
     surest = sorted(reward.scorer.detector([picture], CPU)[0], key=lambda d: -d.score)[:2]
@@ -709,16 +709,16 @@ def test_colours_are_named_for_the_most_confident_objects_only(rewards):
 def test_two_rewards_share_their_models_and_detections(rewards):
     strict, dense = rewards
     assert strict.scorer is dense.scorer
-    seen = passes(strict)
+    batch_sizes = passes(strict)
     images = noise(3, 64, 64)
     strict(images, [""] * 3, [SIX] * 3)
     dense(images, [""] * 3, [SIX] * 3)
     strict(images, [""] * 3, [SIX] * 3)
-    assert seen == [3]
+    assert batch_sizes == [3]
     dense(images, [""] * 3, [FOUR] * 3)
-    assert seen == [3, 3]
+    assert batch_sizes == [3, 3]
     dense(images.flip(0), [""] * 3, [FOUR] * 3)
-    assert seen == [3, 3, 3]
+    assert batch_sizes == [3, 3, 3]
 
 
 def test_a_failed_batch_is_not_cached(rewards):
@@ -748,9 +748,9 @@ def test_errors_of_the_prompt_file_reach_the_user(rewards):
 
 def test_a_configuration_loads_both(paths):
     settings = {"detector": paths["yolos"], "clip": paths["clip"]}
-    place = "flowalign.rewards.geneval"
+    module = "flowalign.rewards.geneval"
     both = load_rewards(
-        {f"{place}:GenEval": {"weight": 0.5, **settings}, f"{place}:GenEvalGraded": settings}
+        {f"{module}:GenEval": {"weight": 0.5, **settings}, f"{module}:GenEvalGraded": settings}
     )
     mice = {"tag": "counting", "include": [{"class": "computer mouse", "count": 4}]}
     assert [reward(noise(1), ["four mice"], [mice]).tolist() for reward in both] == [[1], [0.75]]

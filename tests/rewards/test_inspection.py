@@ -133,9 +133,9 @@ def of_one_prompt(images, prompts, metadata):
 
 
 @pytest.fixture
-def mine(tmp_path) -> str:
-    (tmp_path / "mine.py").write_text(OWN_REWARDS)
-    return f"{tmp_path}/mine.py:"
+def own(tmp_path) -> str:
+    (tmp_path / "own.py").write_text(OWN_REWARDS)
+    return f"{tmp_path}/own.py:"
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def mine(tmp_path) -> str:
         ),
     ],
 )
-def test_a_problem_of_a_reward_is_named(name, finding, problems, mine, capsys):
-    assert main(["reward", "test", mine + name]) == 1
+def test_a_problem_of_a_reward_is_named(name, finding, problems, own, capsys):
+    assert main(["reward", "test", own + name]) == 1
     output = capsys.readouterr().out
     assert finding in output
     assert f"Problems found: {problems}" in output.splitlines()[-1]
@@ -187,8 +187,8 @@ def test_a_problem_of_a_reward_is_named(name, finding, problems, mine, capsys):
         ("wrong_shape", "rewards.wrong_shape returned shape (8, 3)"),
     ],
 )
-def test_a_reward_without_scores_ends_with_one_message(name, message, mine, capsys):
-    assert main(["reward", "test", mine + name]) == 1
+def test_a_reward_without_scores_ends_with_one_message(name, message, own, capsys):
+    assert main(["reward", "test", own + name]) == 1
     assert capsys.readouterr().err.startswith(message)
 
 
@@ -203,19 +203,19 @@ def test_a_reward_without_scores_ends_with_one_message(name, message, mine, caps
         ("of_one_prompt", "gradient:    reaches 8 of 8 images"),
     ],
 )
-def test_a_property_is_not_a_problem(name, finding, mine, capsys):
-    assert main(["reward", "test", mine + name]) == 0
+def test_a_property_is_not_a_problem(name, finding, own, capsys):
+    assert main(["reward", "test", own + name]) == 0
     assert finding in capsys.readouterr().out
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    place = tmp_path / "pictures"
-    place.mkdir()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for level, name in ((50, "a_red_circle.png"), (150, "blue square.jpg"), (250, "three.webp")):
-        Image.new("RGB", (40, 30), (level, level, level)).save(place / name)
-    (place / "notes.txt").write_text("not a picture")
-    return place
+        Image.new("RGB", (40, 30), (level, level, level)).save(folder / name)
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
 
 
 def describe(folder: Path, *entries: dict) -> None:
@@ -231,13 +231,13 @@ def test_file_names_are_prompts_without_metadata(folder, capsys):
     )
 
 
-def test_metadata_gives_prompts_and_fields(folder, mine, capsys):
+def test_metadata_gives_prompts_and_fields(folder, own, capsys):
     describe(
         folder,
         {"file_name": "three.webp", "prompt": "a white wall", "wanted": 3.5},
         {"file_name": "a_red_circle.png", "prompt": "night", "wanted": -1},
     )
-    assert main(["reward", "test", f"{mine}by_a_field", "--images", str(folder)]) == 0
+    assert main(["reward", "test", f"{own}by_a_field", "--images", str(folder)]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:3]]
     assert lines == [["3.5000", "a white wall"], ["-1.0000", "night"]]
     assert [prompt.metadata for prompt in samples_from(str(folder)).prompts] == [
@@ -246,7 +246,7 @@ def test_metadata_gives_prompts_and_fields(folder, mine, capsys):
     ]
 
 
-def test_a_reward_of_groups_sees_one_prompt_at_a_time(folder, mine, capsys):
+def test_a_reward_of_groups_sees_one_prompt_at_a_time(folder, own, capsys):
     names = ["a_red_circle.png", "blue square.jpg", "three.webp"]
     describe(
         folder,
@@ -255,7 +255,7 @@ def test_a_reward_of_groups_sees_one_prompt_at_a_time(folder, mine, capsys):
             for name, prompt in zip(names, ("x", "y", "x"), strict=True)
         ),
     )
-    assert main(["reward", "test", f"{mine}of_one_prompt", "--images", str(folder)]) == 0
+    assert main(["reward", "test", f"{own}of_one_prompt", "--images", str(folder)]) == 0
     scores = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:4]]
     assert scores == pytest.approx([2 * 50 / 255, 150 / 255, 2 * 250 / 255], abs=0.01)
 
@@ -332,7 +332,7 @@ def test_metadata_that_does_not_fit_the_folder_is_an_error(entries, message, fol
         (["{brightness: 1, jpeg_size: 1}"], "names 2 rewards. Write one"),
         (["{brightness: "], "'{brightness: ' is not YAML"),
         (["{jpeg_size: {qualty: 3}}"], "Did you mean 'quality'"),
-        (["nowhere.py:mine"], "there is no file nowhere.py"),
+        (["nowhere.py:own"], "there is no file nowhere.py"),
         (["http://127.0.0.1:9"], "http://127.0.0.1:9/health did not answer"),
     ],
 )
@@ -365,8 +365,8 @@ def inspect(reward, **settings) -> None:
         ("constant", ""),
     ],
 )
-def test_an_unreliable_reward_is_named_before_a_run(name, line, mine, capsys):
-    inspect(load_reward(mine + name))
+def test_an_unreliable_reward_is_named_before_a_run(name, line, own, capsys):
+    inspect(load_reward(own + name))
     output = capsys.readouterr().out
     assert line in output if line else not output
 
@@ -403,10 +403,10 @@ def test_an_infinite_score_ends_a_run_before_it_begins():
         ),
     ],
 )
-def test_a_missing_gradient_is_an_error_where_it_is_needed(name, message, mine):
-    inspect(load_reward(mine + name))
+def test_a_missing_gradient_is_an_error_where_it_is_needed(name, message, own):
+    inspect(load_reward(own + name))
     with pytest.raises(UserError, match=message):
-        inspect(load_reward(mine + name), needs_gradient=True)
+        inspect(load_reward(own + name), needs_gradient=True)
 
 
 def test_the_bundled_clip_refuses_large_images_before_the_model_loads():

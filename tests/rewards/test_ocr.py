@@ -174,8 +174,8 @@ def test_tiny_pictures_can_be_read_too(ocr):
 
 
 def test_a_configuration_loads_it_or_names_the_missing_library(monkeypatch):
-    place = "flowalign.rewards.ocr:OCR"
-    assert load_rewards({place: {"weight": 0.5, "strict": True}})[0].traits.images == "pil"
+    spec = "flowalign.rewards.ocr:OCR"
+    assert load_rewards({spec: {"weight": 0.5, "strict": True}})[0].traits.images == "pil"
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'flowalign\[ocr\]'"):
-        load_rewards({place: 1.0})
+        load_rewards({spec: 1.0})

@@ -1,6 +1,7 @@
 """Vision-language models of transformers as judges, and PromptEcho (arXiv 2604.12652).
 
-PromptEcho needs the likelihood of a given text, so it runs locally only. c are the prompt's tokens:
+PromptEcho needs the likelihood of a given text, so it runs locally only. With the tokens c of the
+prompt:
     r = 1/|c| Σ_i log p(c_i | image, query, c_<i)
 """
 

@@ -51,7 +51,7 @@ def remote(url: str, **settings: Any) -> Reward:
 
 
 def score(reward: Reward, images: Tensor = IMAGES) -> Tensor:
-    return reward(images, PROMPTS[: len(images)], [{"place": i} for i in range(len(images))])
+    return reward(images, PROMPTS[: len(images)], [{"index": i} for i in range(len(images))])
 
 
 @pytest.mark.parametrize("name", ["brightness", "clip_score", "scene_match_graded"])
@@ -67,8 +67,8 @@ def test_remote_scores_equal_local_ones_bit_for_bit(name):
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_scores_are_in_the_order_of_the_images(concurrency):
     def places(images, prompts, metadata):
-        assert prompts == [PROMPTS[entry["place"]] for entry in metadata]
-        return [entry["place"] for entry in metadata]
+        assert prompts == [PROMPTS[entry["index"]] for entry in metadata]
+        return [entry["index"] for entry in metadata]
 
     with served(make_reward("places", places)) as url:
         assert score(remote(url, batch=2, concurrency=concurrency)).tolist() == list(range(7))

@@ -305,11 +305,11 @@ def test_settings_that_cannot_work_are_an_error(settings, message):
 
 
 def test_a_run_can_use_a_judge_on_a_server_with_tensors():
-    place = "flowalign.rewards.vlm.server:ServerVqaScore"
+    spec = "flowalign.rewards.vlm.server:ServerVqaScore"
     with pytest.raises(UserError, match=r"\.url is missing"):
-        load_rewards({place: {"model": "judge"}})
+        load_rewards({spec: {"model": "judge"}})
     with serving(lambda body, count: YES if count == 0 else (500, "gone")) as server:
-        [reward] = load_rewards({place: server.settings(retries=0)})
+        [reward] = load_rewards({spec: server.settings(retries=0)})
         assert reward(torch.rand(1, 3, 8, 8), ["a circle"], [{}]).shape == (1,)
         with pytest.raises(RunError, match="answered 500: gone"):
             reward(torch.rand(1, 3, 8, 8), ["a circle"], [{}])
