@@ -138,6 +138,8 @@ def locate_settings(value: object, folders: Sequence[Path] = ()) -> object:
     """
     if isinstance(value, dict):
         return {name: locate_settings(entry, folders) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [locate_settings(entry, folders) for entry in value]
     if isinstance(value, str) and ("/" in value or Path(value).suffix):
         return locate(locate_spec(value, folders), folders)
     return value
