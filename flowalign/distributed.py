@@ -122,4 +122,4 @@ def raise_if_any_failed(error: RunError | None) -> None:
         error: The failure of this rank, or None.
     """
     if any_rank(error is not None):
-        raise error or RunError("another process failed. Its message says why.")
+        raise error or RunError("Another process failed. Its message says why.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Evaluator:
     def members(self) -> list[tuple[int, int]]:
         """(prompt, image) of every image of this rank: all images of every n-th prompt."""
         share = range(distributed.rank(), len(self.prompts), distributed.count())
-        return [(prompt, image) for prompt in share for image in range(self.images_per_prompt)]
+        return list(product(share, range(self.images_per_prompt)))
 
     def _sample_pass(self, policy: Policy, members: list[tuple[int, int]]) -> Rollout:
         prompts = [self.prompts[prompt] for prompt, _ in members]

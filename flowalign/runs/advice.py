@@ -25,7 +25,7 @@ def advise_on_out_of_memory(config: Config) -> Iterator[None]:
         if not config.model.gradient_checkpointing:
             advice += ", or set model.gradient_checkpointing: true"
         raise OutOfMemory(
-            f"the device ran out of memory. {advice}. `flowalign plan` estimates what a run needs."
+            f"The device ran out of memory. {advice}. `flowalign plan` estimates what a run needs."
         ) from error
 
 
@@ -50,7 +50,7 @@ def keep_finished_steps(run: Path, save: Callable[[], None]) -> Iterator[None]:
         raise RunError(f"{error}\n{describe_finished_steps(run)}") from error
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"a file could not be written or read: {error}. Free some space in {run} and check "
+            f"A file could not be written or read: {error}. Free some space in {run} and check "
             f"that it is writable.\n{describe_finished_steps(run)}"
         ) from error
 
