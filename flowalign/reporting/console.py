@@ -197,7 +197,7 @@ class PlainTask:
         first = bool(note) and not self.note
         self.done, self.note, self.is_printed = self.done + count, note, False
         late = time.monotonic() - self.display.last_line >= self.display.seconds
-        if self.total != 1 and (first or late):
+        if first or (late and self.total != 1):
             self.print_line()
 
     def print_line(self) -> None:

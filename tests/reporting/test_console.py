@@ -70,6 +70,13 @@ def test_a_task_of_one_item_prints_nothing():
     assert console.file.getvalue() == ""
 
 
+def test_a_training_of_one_step_still_prints_its_result():
+    console = plain_console()
+    with shown(console), progress.task("training", total=1) as work:
+        work.advance(note="reward 0.43")
+    assert console.file.getvalue() == "training: 1 of 1  reward 0.43\n"
+
+
 def test_a_task_of_unknown_length_prints_its_description_once():
     console = plain_console()
     with shown(console), progress.task("loading the model"):
