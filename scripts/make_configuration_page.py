@@ -9,12 +9,13 @@ run it after a change of a setting.
 
 import dataclasses
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints, Literal, Union
+from typing import Annotated, get_args, get_origin, get_type_hints, Literal, Union
 
 from pydantic.fields import FieldInfo
 
@@ -43,6 +44,8 @@ SIMPLE_TYPES = {
     str: "text",
     type(None): "none",
 }
+LIMITS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
+"""How the limits of a number are written, by their names in annotations."""
 TABLE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end of settings -->\n)", re.DOTALL)
 
 HEAD = """# Configuration
@@ -74,9 +77,10 @@ A mapping of names to weights, or to `{weight: 1.0, ...}` with the reward's own 
 [rewards](rewards.md). Under a name of your choice, `{reward: NAME, ...}` says which reward it is.
 """
 
-ADVANTAGE_NOTE = """`epsilon` is added to the deviation. Advantages are cut to [-`clip`, `clip`]. `std` says whether
+ADVANTAGE_NOTE = """
+`epsilon` is added to the deviation. Advantages are cut to [-`clip`, `clip`]. `std` says whether
 the deviation is that of the prompt's images or of all images of the step.
-"""
+""".lstrip()
 
 STOP_NOTE = """A rule of `stop` has one or more of `above`, `below`, `falling` and `rising`: see
 [over-optimisation](reliability.md#over-optimisation).
@@ -148,7 +152,7 @@ def section(name: str, cls: type, skip: tuple[str, ...] = ()) -> str:
 
 
 def family_settings(name: str) -> str:
-    """What a model family adds to the section `model`, or an empty text."""
+    """Settings that a model family adds to the section `model`, or an empty text."""
     family = family_of(name)
     shared = {row.name for row in settings(ModelConfig)}
     rows = [entry(row) for row in settings(family.Config) if row.name not in shared]
@@ -157,7 +161,7 @@ def family_settings(name: str) -> str:
     return f"Models of the family `{name}` also have:\n\n" + "\n".join(rows) + "\n"
 
 
-def alternatives(key: str, table: Mapping[str, Any]) -> str:
+def alternatives(key: str, table: Mapping[str, object]) -> str:
     """A heading, and for every built-in name what it is and its settings."""
     lines = []
     for name, value in table.items():
@@ -177,9 +181,12 @@ def reward_settings() -> str:
     return "### Settings of built-in rewards\n\n" + "\n".join(lines) + "\n"
 
 
-def all_settings(value: Any) -> list[Setting]:
+def all_settings(value: object) -> list[Setting]:
     """The settings of a dataclass, or the arguments of a function that have defaults."""
-    return list(settings(value) if inspect.isclass(value) else arguments(value))
+    if inspect.isclass(value):
+        return list(settings(value))
+    assert callable(value)
+    return list(arguments(value))
 
 
 def entry(row: Setting) -> str:
@@ -214,7 +221,7 @@ def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
     yield from _settings(cls, prefix, {})
 
 
-def _settings(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[Setting]:
+def _settings(cls: type, prefix: str, values: dict[str, object]) -> Iterator[Setting]:
     hints, meanings = get_type_hints(cls, include_extras=True), field_docs(cls)
     for f in dataclasses.fields(cls):
         if not f.init:
@@ -232,14 +239,14 @@ def _settings(cls: type, prefix: str, values: dict[str, Any]) -> Iterator[Settin
             )
 
 
-def default_of(f: dataclasses.Field[Any]) -> Any:
+def default_of(f: "dataclasses.Field[object]") -> object:
     """The default of a field, or `dataclasses.MISSING` for a required one."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default
 
 
-def arguments(function: Callable[..., Any]) -> Iterator[Setting]:
+def arguments(function: Callable[..., object]) -> Iterator[Setting]:
     """The arguments of a function that have defaults, as settings."""
     hints = get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
@@ -252,7 +259,7 @@ def arguments(function: Callable[..., Any]) -> Iterator[Setting]:
             )
 
 
-def kind_words(kind: Any) -> str:
+def kind_words(kind: object) -> str:
     """A type in plain words: `integer, 1 or more`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
@@ -271,24 +278,23 @@ def kind_words(kind: Any) -> str:
     return SIMPLE_TYPES.get(kind, "text")
 
 
-def range_words(metadata: list[Any]) -> str:
+def range_words(metadata: list[object]) -> str:
     """The limits of a number, with a leading space or comma."""
+    # pydantic's Field() wraps the limits, and annotated_types writes them alone.
+    parts = itertools.chain.from_iterable(
+        entry.metadata if isinstance(entry, FieldInfo) else [entry] for entry in metadata
+    )
     limits: dict[str, float] = {}
-    for entry in metadata:
-        for part in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
-            for name in ("gt", "ge", "lt", "le"):
-                if hasattr(part, name):
-                    limits[name] = getattr(part, name)
+    for part in parts:
+        limits |= {name: getattr(part, name) for name in LIMITS if hasattr(part, name)}
     # An upper limit of a million is there to catch typing errors; readers do not need it.
     limits = {name: limit for name, limit in limits.items() if abs(limit) < UNBOUNDED}
-    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
     if set(limits) == {"ge", "le"}:
         return f" from {limits['ge']} to {limits['le']}"
-    parts = [words[name].format(limit) for name, limit in limits.items()]
-    return "".join(f", {part}" for part in parts)
+    return "".join(f", {LIMITS[name].format(limit)}" for name, limit in limits.items())
 
 
-def yaml_words(value: Any) -> str:
+def yaml_words(value: object) -> str:
     """A default as it would be written in YAML."""
     if value is None:
         return "none"
