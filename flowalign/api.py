@@ -285,7 +285,7 @@ def config_schema() -> dict[str, Any]:
     """Return a JSON schema of all sections, with which an editor completes the keys of a YAML."""
     # Standard output is for the schema alone.
     with screen.shown(screen.make_console(stderr=True)):
-        with progress.task("reading the settings of all objectives and model families"):
+        with progress.task("reading the settings of every section"):
             from flowalign.config.schema import json_schema
 
             return json_schema()

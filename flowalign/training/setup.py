@@ -17,7 +17,7 @@ from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
-from flowalign.progress import say
+from flowalign.progress import say, task
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
@@ -91,12 +91,14 @@ def read_inputs(config: Config) -> Inputs:
     prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(examples)
     path = config.evaluation.prompts
     evaluation_prompts = _read_prompts(path, "evaluation.prompts") or prompts
-    rewards = load_rewards(config.rewards)
-    check_rewards(config, plan, rewards)
-    evaluation_rewards = load_evaluation_rewards(config, rewards)
-    check_evaluation_rewards(config, evaluation_rewards)
-    score_noise(rewards, prompts, config.model, needs_gradient=learns_from is Prompts)
-    score_noise(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
+    # Many rewards load their weights at the first call, which the noise makes here.
+    with task("loading rewards"):
+        rewards = load_rewards(config.rewards)
+        check_rewards(config, plan, rewards)
+        evaluation_rewards = load_evaluation_rewards(config, rewards)
+        check_evaluation_rewards(config, evaluation_rewards)
+        score_noise(rewards, prompts, config.model, needs_gradient=learns_from is Prompts)
+        score_noise(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
     return Inputs(
         config=config,
         plan=plan,
