@@ -43,7 +43,7 @@ docs: .venv/docs
 	$(PIP) install --upgrade pip
 	@echo "Step 2 of 3: install torch and torchvision from $(or $(TORCH_INDEX),PyPI)" \
 		"(the largest download, several minutes on a slow line)"
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.11' torchvision
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	@# The two packages must be built for each other; a pair that is not fails here, and not later.
 	$(BIN)/python -c "import torch, torchvision; print('torch', torch.__version__, 'with torchvision', torchvision.__version__)"
 	@echo "Step 3 of 3: install flowalign, its other packages and the test tools"

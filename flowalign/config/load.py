@@ -23,7 +23,7 @@ from flowalign.config.sections import (
 )
 from flowalign.errors import did_you_mean, UserError
 from flowalign.rewards.registry import checked_rewards
-from flowalign.settings.merging import interpolate, merge, overridden, Section
+from flowalign.settings.merging import check_written, interpolate, merge, overridden, Section
 from flowalign.settings.types import build
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
 
@@ -99,15 +99,6 @@ def check_names(values: Section) -> None:
     for key in REQUIRED:
         if key not in values:
             raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
-
-
-def check_written(values: object, key: str = "") -> None:
-    """Refuse the text `???`, OmegaConf's mark for a value that must still be written."""
-    if values == "???":
-        raise UserError(f"{key} is ???, which stands for a missing value. Write {key}=VALUE.")
-    if isinstance(values, dict):
-        for name, value in values.items():
-            check_written(value, f"{key}.{name}" if key else str(name))
 
 
 def check_output(output: object) -> str:

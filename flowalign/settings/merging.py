@@ -130,7 +130,18 @@ def parse_override(text: str, parse: Parse) -> Section:
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     assert isinstance(parsed, dict)
+    # OmegaConf would keep the value below it, so that the override had no effect.
+    check_written(parsed)
     return parsed
+
+
+def check_written(values: object, key: str = "") -> None:
+    """Refuse the text `???`, OmegaConf's mark for a value that must still be written."""
+    if values == MISSING:
+        raise UserError(f"{key} is ???, which stands for a missing value. Write {key}=VALUE.")
+    if isinstance(values, dict):
+        for name, value in values.items():
+            check_written(value, f"{key}.{name}" if key else str(name))
 
 
 def interpolate(values: Section) -> Section:

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flowalign.bundled import CONFIGS
 from flowalign.config.load import load_config
+from flowalign.config.resolved import resolve
 from flowalign.dynamics import cps, flow_sde, ode
 from flowalign.errors import UserError
 from flowalign.objectives import OBJECTIVES
@@ -280,6 +282,53 @@ def test_an_unknown_name_is_answered_with_the_known_ones(small, override, expect
 )
 def test_a_value_of_the_wrong_type_is_refused_by_its_key(small, override, key):
     assert refusal(small, override).startswith(f"{small}: {key}")
+
+
+# references
+
+
+def test_a_reference_is_filled_in_after_overrides(small, monkeypatch):
+    monkeypatch.setenv("SEED", "5")
+    overrides = [
+        "output=outputs/${objective.name}-${train.steps}",
+        "train.steps=9",
+        "train.save_every=${train.steps}",
+        "train.seed=${oc.decode:${oc.env:SEED}}",
+    ]
+    config = load_config(small, overrides)
+    assert config.output == "outputs/flow_grpo-9"
+    assert (config.train.save_every, config.train.seed) == (9, 5)
+
+
+def test_a_reference_of_a_parent_takes_the_child_s_value(tmp_path, small):
+    written(tmp_path, "extends: small.yaml\ntrain: {save_every: '${train.steps}'}\n", "mid.yaml")
+    child = written(tmp_path, "extends: mid.yaml\ntrain: {steps: 12}\n", "child.yaml")
+    assert load_config(child).train.save_every == 12
+
+
+def test_a_text_with_a_plain_reference_survives_being_resolved(tmp_path, small):
+    config = load_config(small, ["output=outputs/a\\${b}"])
+    assert config.output == "outputs/a${b}"
+    again = written(tmp_path, yaml.safe_dump(resolve(config)), "again.yaml")
+    assert load_config(again).output == "outputs/a${b}"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.seed=${a.b}", "train.seed is '${a.b}', but there is no key a.b. Refer to"),
+        ("model.path=${oc.env:NOT_SET}", "the environment variable NOT_SET is not set. Set it"),
+        ("train.seed=${train.seed}", "train.seed is '${train.seed}', which"),
+        ("train.seed=${", "train.seed cannot be used: "),
+        ("model.path='???'", "model.path is ???, which stands for a missing value. Write model"),
+    ],
+)
+def test_a_reference_that_cannot_be_filled_in_is_answered_by_file_and_key(
+    small, override, expected
+):
+    message = refusal(small, override)
+    assert message.startswith(f"{small}: {override.partition('=')[0]}")
+    assert expected in message
 
 
 def test_one_image_a_prompt_is_refused(small):
