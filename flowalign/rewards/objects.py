@@ -51,7 +51,7 @@ Result = dict[str, Any]
 """A processor's result for one image; its entries depend on the model."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Detection:
     """A detected object."""
 
@@ -108,7 +108,10 @@ def read_segments(result: Result, names: dict[int, str]) -> list[Detection]:
     masks = result["segmentation"].bool().cpu() if segments else ()
     boxes = [_around(mask.nonzero()) for mask in masks]
     rows = zip(segments, masks, boxes, strict=True)
-    return [Detection(names[row["label_id"]], row["score"], box, mask) for row, mask, box in rows]
+    return [
+        Detection(name=names[row["label_id"]], score=row["score"], box=box, mask=mask)
+        for row, mask, box in rows
+    ]
 
 
 def _around(pixels: Tensor) -> Box:
@@ -121,7 +124,8 @@ def read_boxes(result: Result, names: dict[int, str]) -> list[Detection]:
     columns = [result[key].tolist() for key in ("labels", "scores", "boxes")]
     rows = zip(*columns, strict=True)
     return [
-        Detection(names[label], score, (x1, y1, x2, y2)) for label, score, (x1, y1, x2, y2) in rows
+        Detection(name=names[label], score=score, box=(x1, y1, x2, y2))
+        for label, score, (x1, y1, x2, y2) in rows
     ]
 
 

@@ -67,7 +67,8 @@ def an(  # noqa: PLR0913  rows of the tables below name what they change
 ) -> Detection:
     """A detection by the center of its box."""
     half = size / 2
-    return Detection(name, score, (x - half, y - half, x + half, y + half), color=color)
+    box = (x - half, y - half, x + half, y + half)
+    return Detection(name=name, score=score, box=box, color=color)
 
 
 def verdict(entry: dict[str, Any], detections: list[Detection]) -> tuple[float, float]:
@@ -570,18 +571,23 @@ def test_boxes_are_read_with_their_names_and_scores():
 # colours
 
 
+def cup(box: Box, mask: torch.Tensor | None = None) -> Detection:
+    """A detection where only the box and the mask matter."""
+    return Detection(name="cup", score=1, box=box, mask=mask)
+
+
 def test_a_crop_is_the_box_and_grey_outside_the_mask():
     picture = to_pil(noise(1, 20, 30))[0]
     mask = torch.zeros(20, 30, dtype=torch.bool)
     mask[4:10, 5:8] = mask[8:10, 5:15] = True
     pixels, cut = (
         np.asarray(picture)[4:10, 5:15],
-        np.asarray(crop(picture, Detection("cup", 1, (5, 4, 15, 10), mask))),
+        np.asarray(crop(picture, cup((5, 4, 15, 10), mask))),
     )
     inside = mask[4:10, 5:15].numpy()
     assert (cut[inside] == pixels[inside]).all()
     assert (cut[~inside] == 0x99).all()
-    assert (np.asarray(crop(picture, Detection("cup", 1, (5, 4, 15, 10)))) == pixels).all()
+    assert (np.asarray(crop(picture, cup((5, 4, 15, 10)))) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -594,9 +600,7 @@ def test_a_crop_is_the_box_and_grey_outside_the_mask():
 )
 def test_a_crop_is_whole_pixels_of_the_picture_at_least_one(box, expected):
     picture = to_pil(noise(1, 20, 30))[0]
-    assert (
-        np.asarray(crop(picture, Detection("cup", 1, box))) == np.asarray(picture.crop(expected))
-    ).all()
+    assert (np.asarray(crop(picture, cup(box))) == np.asarray(picture.crop(expected))).all()
 
 
 def test_directions_of_colours_are_means_of_three_sentences(paths):
@@ -643,7 +647,7 @@ def test_a_clip_of_four_colours_names_those_of_painted_shapes(monkeypatch):
         crops.append(
             crop(
                 picture,
-                Detection("shape", 1, (x - 2 * half, y - 2 * half, x + 2 * half, y + 2 * half)),
+                cup((x - 2 * half, y - 2 * half, x + 2 * half, y + 2 * half)),
             )
         )
     named = ColorNamer(BUNDLED_CLIP, "key")(crops, [str(thing.shape) for thing in things], CPU)
