@@ -1,7 +1,12 @@
-"""From rewards to advantages: pure functions of the rewards and of which prompt each image belongs to."""
+"""From rewards to advantages: pure functions of the rewards and of each image's group.
 
+A reward of NaN stands for an image that was not scored. Such an image gets the advantage 0 and takes
+no part in any mean.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,23 +17,55 @@ from flowalign.settings.types import NonNegative, Positive
 
 @dataclass(frozen=True)
 class RewardTable:
-    """What the images of a step were given."""
+    """The rewards of a step's images."""
 
     combined: PerImage  # (N,)
     by_name: dict[str, PerImage]  # (N,) each
     weights: dict[str, float]
 
+    @classmethod
+    def of_scores(
+        cls,
+        combined: PerImage,
+        scores: dict[str, PerImage],
+        weights: dict[str, float],
+        group: Tensor,
+    ) -> Self:
+        """Return a table in which images that cannot be compared with their group are NaN."""
+        incomplete = incomplete_rows(scores, group)
+        by_name = {
+            name: values.masked_fill(incomplete, torch.nan) for name, values in scores.items()
+        }
+        return cls(combined.masked_fill(incomplete, torch.nan), by_name, weights)
+
+    @property
+    def scored(self) -> Tensor:
+        """True for each image with a reward, (N,)."""
+        return ~self.combined.isnan()
+
+
+def incomplete_rows(scores: dict[str, PerImage], group: Tensor) -> Tensor:
+    """Return True (N,) for each image that lacks a score which another image of its group has.
+
+    Such images cannot be compared with each other. A reward that no image of a group has is left
+    to the other rewards.
+    """
+    same_group = group[:, None] == group[None]
+    incomplete = torch.zeros(len(group), dtype=torch.bool)
+    for values in scores.values():
+        incomplete |= values.isnan() & (same_group & ~values.isnan()[None]).any(1)
+    return incomplete
+
 
 def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImage]:
-    """Mean and population deviation of each image's group, per image. `group` holds integers.
+    """Return the mean and the population deviation of each image's group, (N,) each.
 
-    Rewards of NaN, not scored, take no part; a group without any has NaN.
+    `group` holds integers. Rewards of NaN are left out; a group without others has NaN.
     """
     labels, index = group.unique(return_inverse=True)
     scored = ~reward.isnan()
-    exact = reward.double().where(
-        scored, 0
-    )  # in float64, so that equal rewards deviate by exactly 0
+    # In float64, so that equal rewards deviate by exactly 0.
+    exact = reward.double().where(scored, 0)
     empty = exact.new_zeros(len(labels))
     count = empty.index_add(0, index, scored.double())
     mean = (empty.index_add(0, index, exact) / count)[index]
@@ -37,7 +74,10 @@ def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImag
 
 
 def normalised(reward: PerImage, group: Tensor, std: str, epsilon: float, clip: float) -> PerImage:
-    """How far above the mean of its group an image stands, over the deviation of the group or of all rewards; 0 if not scored."""
+    """Return (reward - mean of the group) / deviation, cut to [-clip, clip]; 0 if not scored.
+
+    The deviation is that of the group, or with `std` "global" that of all rewards.
+    """
     mean, deviation = group_statistics(reward, group)
     if std == "global":
         deviation = deviation_of(reward)
@@ -45,7 +85,7 @@ def normalised(reward: PerImage, group: Tensor, std: str, epsilon: float, clip: 
 
 
 def deviation_of(reward: PerImage) -> Tensor:
-    """Population deviation of what was scored."""
+    """Return the population deviation of all rewards that are not NaN."""
     scored = reward[~reward.isnan()]
     return scored.std(correction=0) if len(scored) else reward.new_tensor(torch.nan)
 
@@ -57,9 +97,9 @@ def group_advantage(
     epsilon: NonNegative = 1e-4,
     clip: Positive = 5.0,
 ) -> PerImage:
-    """Flow-GRPO's (arXiv 2505.05470): the combined reward, normalised. A group of equal rewards gets zeros.
+    """Return Flow-GRPO's advantages (arXiv 2505.05470): the combined reward, normalised.
 
-    Advantages are cut to [-clip, clip].
+    A group of equal rewards gets zeros. Advantages are cut to [-clip, clip].
     """
     return normalised(rewards.combined, group, std, epsilon, clip)
 
@@ -67,22 +107,19 @@ def group_advantage(
 def gdpo(
     rewards: RewardTable, group: Tensor, epsilon: NonNegative = 1e-4, clip: Positive = 5.0
 ) -> PerImage:
-    """GDPO (arXiv 2601.05242): every reward normalised by itself within its group, weighted, and the sum normalised over all.
+    """Return GDPO's advantages (arXiv 2601.05242): each reward is normalised within its group.
 
-    So a reward with a wide scale does not drown the others.
+    The weighted sum is then normalised over all images, so that a reward with a wide scale does not
+    dominate the others.
     """
     total = torch.zeros_like(rewards.combined)
     for name, reward in rewards.by_name.items():
         mean, deviation = group_statistics(reward, group)
-        total = total + (
-            rewards.weights[name] * (reward - mean) / (deviation + epsilon)
-        ).nan_to_num(nan=0)
-    total = total.where(~rewards.combined.isnan(), torch.nan)
-    return (
-        ((total - total[~total.isnan()].mean()) / (deviation_of(total) + epsilon))
-        .clamp(-clip, clip)
-        .nan_to_num(nan=0)
-    )
+        weighted = rewards.weights[name] * (reward - mean) / (deviation + epsilon)
+        total = total + weighted.nan_to_num(nan=0)
+    total = total.where(rewards.scored, torch.nan)
+    centred = total - total[~total.isnan()].mean()
+    return (centred / (deviation_of(total) + epsilon)).clamp(-clip, clip).nan_to_num(nan=0)
 
 
 def win_rate(
@@ -92,16 +129,18 @@ def win_rate(
     epsilon: NonNegative = 1e-4,
     clip: Positive = 5.0,
 ) -> PerImage:
-    """Pref-GRPO (arXiv 2508.20751): the share of its group that an image beats, ties a half, normalised.
+    """Return Pref-GRPO's advantages (arXiv 2508.20751): the share of the group that an image beats.
 
-    Only the order of the combined rewards counts, so tiny differences are not blown up by their own deviation.
+    Ties count half, and the share is normalised. Only the order of the combined rewards counts, so
+    tiny differences are not enlarged by their own deviation.
     """
     reward = rewards.combined
     scored = ~reward.isnan()
-    together = ((group[:, None] == group[None]) & scored[:, None] & scored[None]).double()
+    comparable = ((group[:, None] == group[None]) & scored[:, None] & scored[None]).double()
     wins = (reward[:, None] > reward[None]).double() + 0.5 * (reward[:, None] == reward[None])
-    beaten = (together * wins).sum(1) - 0.5  # not against itself
-    share = beaten / (together.sum(1) - 1).clamp(min=1)
+    # An image ties with itself, which is taken off again.
+    beaten = (comparable * wins).sum(1) - 0.5
+    share = beaten / (comparable.sum(1) - 1).clamp(min=1)
     return normalised(share.to(reward.dtype).where(scored, torch.nan), group, std, epsilon, clip)
 
 
@@ -112,27 +151,34 @@ def log_tamed(
     epsilon: NonNegative = 1e-4,
     clip: Positive = 5.0,
 ) -> PerImage:
-    """PaCo-GRPO (arXiv 2512.04784): rewards that vary more than the others, over their mean, enter as log(1 + reward).
+    """Return PaCo-GRPO's advantages (arXiv 2512.04784), for rewards of 0 or more.
 
-    For rewards of 0 or more. ValueError otherwise.
+    Rewards whose deviation over mean is above average enter as log(1 + reward). Raises ValueError
+    for a negative reward.
     """
     if any((reward < 0).any() for reward in rewards.by_name.values()):
         raise ValueError(
-            "advantage log_tamed takes rewards of 0 or more; use another advantage, such as gdpo."
+            "The advantage log_tamed needs rewards of 0 or more. Use another advantage, such as "
+            "gdpo."
         )
-    found = {name: reward for name, reward in rewards.by_name.items() if not reward.isnan().all()}
+    scored = {name: reward for name, reward in rewards.by_name.items() if not reward.isnan().all()}
     spread = {
         name: (deviation_of(reward) / (reward.nanmean() + 1e-6)).item()
-        for name, reward in found.items()
+        for name, reward in scored.items()
     }
     threshold = sum(spread.values()) / max(1, len(spread))
     total = torch.zeros_like(rewards.combined)
-    for name, reward in found.items():
+    for name, reward in scored.items():
         tamed = reward.log1p() if spread[name] > threshold else reward
         total = total + (rewards.weights[name] * tamed).nan_to_num(nan=0)
-    return normalised(total.where(~rewards.combined.isnan(), torch.nan), group, std, epsilon, clip)
+    return normalised(total.where(rewards.scored, torch.nan), group, std, epsilon, clip)
 
 
-ADVANTAGES = {"group": group_advantage, "gdpo": gdpo, "win_rate": win_rate, "log_tamed": log_tamed}
+ADVANTAGES: dict[str, Callable[..., PerImage]] = {
+    "group": group_advantage,
+    "gdpo": gdpo,
+    "win_rate": win_rate,
+    "log_tamed": log_tamed,
+}
 PER_REWARD = (gdpo, log_tamed)
-"""These weigh the rewards one by one, and take nothing from how `combine` would make them into one."""
+"""Advantages that weigh the rewards one by one, and ignore how `combine` joins them."""

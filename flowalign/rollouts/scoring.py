@@ -1,10 +1,17 @@
-"""Score rollouts by rewards and compare the images of each prompt."""
+"""Score rollouts by rewards, and compare the images of each prompt.
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+Scores become a table of rewards, and the table becomes advantages: `score`, `combine` and
+`advantages` are functions of values. `RolloutScorer` holds the rewards and settings of a run and
+calls them in this order.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from flowalign import distributed
 from flowalign.advantages import group_statistics, RewardTable
@@ -16,10 +23,14 @@ from flowalign.rewards.combine import Combine
 
 Metrics = dict[str, float]
 """What to log, by name."""
+Scores = dict[str, PerImage]
+"""The scores of each reward by its name; NaN for an image that was not scored."""
+AdvantageFunction = Callable[[RewardTable, Tensor], PerImage]
+"""From the rewards of a step and the group of each image to advantages."""
 
 
 class NotFinite(RunError):
-    """A reward was infinite, so nothing can be learned from this rollout."""
+    """A reward was infinite, or no image was scored, so that a rollout cannot be trained on."""
 
     def __init__(self, message: str, rollout: Rollout):
         super().__init__(message)
@@ -28,183 +39,203 @@ class NotFinite(RunError):
 
 @dataclass(frozen=True)
 class RolloutScorer:
-    """Scores rollouts and compares the images of each prompt, over all processes."""
+    """The rewards of a run, and how their scores are made into advantages."""
 
     rewards: list[Reward]
     combine: Combine
-    advantage: Callable[[RewardTable, torch.Tensor], PerImage]
+    advantage: AdvantageFunction
     images_per_pass: int
     device: torch.device
     drop_equal_groups: bool = False
-    """Whether images of a prompt whose advantages are all equal are left out of training."""
+    """True to leave out images of a prompt whose advantages are all equal."""
 
     @property
     def weights(self) -> dict[str, float]:
+        """The weight of each reward by its name."""
         return {reward.name: reward.weight for reward in self.rewards}
-
-    def score(self, made: Iterable[Rollout]) -> tuple[Rollout | None, dict[str, PerImage]]:
-        """All the images and every reward of them, on the CPU: pass by pass, while the next is being made.
-
-        Rewards of groups are asked when all is made. RunError on all processes when a reward fails on one.
-        """
-        try:
-            whole, scored = self._made_and_scored(made)
-            by_group = self._by_group(whole) if whole else {}
-        except RunError as error:
-            distributed.raise_if_any_failed(error)
-            raise
-        distributed.raise_if_any_failed(None)
-        empty = torch.zeros(0)
-        scores = {
-            reward.name: by_group.get(reward.name, empty)
-            if reward.of_groups
-            else concatenate([empty, *(scores[reward.name] for scores in scored)])
-            for reward in self.rewards
-        }
-        return whole, scores
-
-    def _made_and_scored(
-        self, made: Iterable[Rollout]
-    ) -> tuple[Rollout | None, list[dict[str, PerImage]]]:
-        """The images, and the scores of every pass; no more is made or asked once a reward has failed."""
-        pieces, waiting = [], []
-        aside = scoring_thread(self.device)
-        try:
-            for piece in made:
-                pieces.append(piece)
-                waiting += [
-                    aside.submit(self._pointwise, part)
-                    for part in piece.pieces(self.images_per_pass)
-                ]
-                if any(task.done() and task.exception() for task in waiting):
-                    break
-            scored = [task.result() for task in waiting]
-        finally:
-            aside.shutdown(wait=False, cancel_futures=True)
-        return Rollout.concatenate(pieces) if pieces else None, scored
-
-    def _pointwise(self, piece: Rollout) -> dict[str, PerImage]:
-        images = piece.images.to(self.device).float() / 255
-        return {
-            r.name: r(images, piece.prompts, piece.metadata)
-            for r in self.rewards
-            if not r.of_groups
-        }
-
-    def _by_group(self, rollout: Rollout) -> dict[str, PerImage]:
-        asked = [reward for reward in self.rewards if reward.of_groups]
-        scores = {reward.name: torch.zeros(len(rollout)) for reward in asked}
-        for label in rollout.group.unique().tolist() if asked else []:
-            members = (rollout.group == label).nonzero().flatten().tolist()
-            part = rollout[members]
-            images = part.images.to(self.device).float() / 255
-            for reward in asked:
-                scores[reward.name][members] = reward(images, part.prompts, part.metadata)
-        return scores
-
-    def __call__(self, made: Iterable[Rollout]) -> tuple[Rollout, dict[str, float]]:
-        """The whole rollout with rewards and advantages, and what to log of them. Images without a score teach nothing.
-
-        NotFinite, on all processes, when a reward is infinite or no image was scored.
-        """
-        rollout, scored = self.score(made)
-        assert rollout is not None
-        names = [reward.name for reward in self.rewards]
-        everyone = distributed.gather(torch.stack([*scored.values(), rollout.group.float()], 1))
-        scores = dict(zip(names, everyone.T, strict=False))
-        group = everyone[:, -1].long()
-        if infinite := [name for name, score in scores.items() if score.isinf().any()]:
-            raise NotFinite(f"rewards.{infinite[0]} was infinite", rollout)
-        if all(score.isnan().all() for score in scores.values()):
-            raise NotFinite(
-                f"no image was given a score by {' or '.join(f'rewards.{name}' for name in names)}",
-                rollout,
-            )
-        self.combine.observe(scores)
-        reward = self.combine(scores, self.weights)
-        incomplete = missing_scores(scores, group)
-        reward[incomplete] = torch.nan
-        compared = {
-            name: score.masked_fill(incomplete, torch.nan) for name, score in scores.items()
-        }
-        try:
-            advantage = self.advantage(RewardTable(reward, compared, self.weights), group)
-        except ValueError as error:
-            raise RunError(str(error)) from error
-        _, deviation = group_statistics(reward, group)
-        metrics = {f"reward/{name}": score.nanmean().item() for name, score in scores.items()}
-        metrics |= {
-            "reward/combined": reward.nanmean().item(),
-            "reward/spread_in_group": deviation.nanmean().item(),
-        }
-        metrics |= {"reward/groups_without_spread": (deviation == 0).float().mean().item()}
-        metrics |= {
-            "reward/not_scored": reward.isnan().float().mean().item(),
-            **self.combine.metrics(),
-        }
-        start = distributed.rank() * len(rollout)
-        mine = slice(start, start + len(rollout))
-        _, differing = group_statistics(advantage.masked_fill(reward.isnan(), torch.nan), group)
-        taught = ~reward[mine].isnan() & ((differing[mine] > 0) | (not self.drop_equal_groups))
-        judged = {
-            "reward": reward[mine].to(self.device),
-            "advantage": advantage[mine].to(self.device),
-        }
-        return replace(rollout, weight=taught.float(), **judged), metrics | self._teach(rollout)
-
-    def _teach(self, rollout: Rollout) -> dict[str, float]:
-        """Rewards that learn, learn from these images; what to log of it."""
-        figures: dict[str, float] = {}
-        for name, learner in self.learners.items():
-            learned = learner.update(rollout.images.to(self.device).float() / 255)
-            figures |= {f"{name}/{figure}": value for figure, value in learned.items()}
-        return figures
 
     @property
     def learners(self) -> dict[str, LearnedReward]:
+        """The rewards that learn as training goes, by name."""
         return {reward.name: reward.learner for reward in self.rewards if reward.learner}
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What was learned from step to step, as a checkpoint keeps it."""
-        parts = {
-            "combine": self.combine.state(),
-            **{f"rewards/{name}": found.state() for name, found in self.learners.items()},
-        }
-        return {
-            f"{part}/{name}": value
-            for part, state in parts.items()
-            for name, value in state.items()
-        }
+    def score(self, passes: Iterable[Rollout]) -> tuple[Rollout | None, Scores]:
+        """Return this process's images, and their scores; see `score`."""
+        return score(self.rewards, passes, self.images_per_pass, self.device)
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on exactly from what `state` returned."""
-        parts = {
-            "combine": self.combine.load_state,
-            **{f"rewards/{name}": r.load_state for name, r in self.learners.items()},
-        }
-        for part, load in parts.items():
-            load(
-                {
-                    name.removeprefix(f"{part}/"): value
-                    for name, value in state.items()
-                    if name.startswith(f"{part}/")
-                }
-            )
+    def __call__(self, passes: Iterable[Rollout]) -> tuple[Rollout, Metrics]:
+        """Return one rollout with rewards and advantages, and its metrics.
+
+        Images without a score get weight 0. All processes call it together. Raises NotFinite if a
+        reward is infinite or no image was scored.
+        """
+        rollout, own_scores = self.score(passes)
+        assert rollout is not None
+        scores, group = gather_scores(rollout, own_scores)
+        check_finite(scores, rollout)
+        table = combine(self.combine, scores, self.weights, group)
+        values = advantages(self.advantage, table, group)
+        metrics = reward_metrics(scores, table, group) | self.combine.metrics()
+        weight = trainable(table, values, group, self.drop_equal_groups)
+        # All processes hold equally many images, in the order of their ranks.
+        start = distributed.rank() * len(rollout)
+        own = slice(start, start + len(rollout))
+        scored = replace(
+            rollout,
+            reward=table.combined[own].to(self.device),
+            advantage=values[own].to(self.device),
+            weight=weight[own],
+        )
+        return scored, metrics | update_learned_rewards(self.learners, rollout, self.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learned from step to step, for a checkpoint."""
+        parts = {"combine": self.combine.state()}
+        parts |= {f"rewards/{name}": learner.state() for name, learner in self.learners.items()}
+        tensors: dict[str, Tensor] = {}
+        for part, state in parts.items():
+            tensors |= {f"{part}/{name}": value for name, value in state.items()}
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        self.combine.load_state(_part(state, "combine/"))
+        for name, learner in self.learners.items():
+            learner.load_state(_part(state, f"rewards/{name}/"))
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
+
+
+def score(
+    rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
+) -> tuple[Rollout | None, Scores]:
+    """Return the images of all passes, and their scores on the CPU.
+
+    A pass is scored while the next is sampled; rewards of groups are called at the end. Returns
+    None without a pass. If a reward fails on one process, RunError is raised on all.
+    """
+    of_groups = [reward for reward in rewards if reward.of_groups]
+    of_images = [reward for reward in rewards if not reward.of_groups]
+    try:
+        rollout, parts = _score_passes(of_images, passes, images_per_pass, device)
+        by_group = _score_groups(of_groups, rollout, device) if rollout else {}
+    except RunError as error:
+        distributed.raise_if_any_failed(error)
+        raise
+    distributed.raise_if_any_failed(None)
+    empty = torch.zeros(0)
+    scores = {r.name: concatenate([empty, *(part[r.name] for part in parts)]) for r in of_images}
+    scores |= {reward.name: by_group.get(reward.name, empty) for reward in of_groups}
+    return rollout, {reward.name: scores[reward.name] for reward in rewards}
+
+
+def _score_passes(
+    rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
+) -> tuple[Rollout | None, list[Scores]]:
+    """Return the images, and the scores of each part; stop sampling once a reward has failed."""
+    rollouts: list[Rollout] = []
+    tasks: list[Future[Scores]] = []
+    score_part = partial(_score_images, rewards, device)
+    thread = scoring_thread(device)
+    try:
+        for rollout in passes:
+            rollouts.append(rollout)
+            tasks += [thread.submit(score_part, part) for part in rollout.pieces(images_per_pass)]
+            if any(task.done() and task.exception() for task in tasks):
+                break
+        scores = [task.result() for task in tasks]
+    finally:
+        # After Ctrl-C nothing waits for a reward that may take minutes.
+        thread.shutdown(wait=False, cancel_futures=True)
+    return Rollout.concatenate(rollouts) if rollouts else None, scores
+
+
+def _score_images(rewards: Sequence[Reward], device: torch.device, part: Rollout) -> Scores:
+    images = part.images.to(device).float() / 255
+    return {reward.name: reward(images, part.prompts, part.metadata) for reward in rewards}
+
+
+def _score_groups(rewards: Sequence[Reward], rollout: Rollout, device: torch.device) -> Scores:
+    scores = {reward.name: torch.zeros(len(rollout)) for reward in rewards}
+    for label in rollout.group.unique().tolist() if rewards else []:
+        rows = (rollout.group == label).nonzero().flatten().tolist()
+        for name, values in _score_images(rewards, device, rollout[rows]).items():
+            scores[name][rows] = values
+    return scores
 
 
 def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
-    """Works on the same GPU as this thread; a new thread would begin on the first."""
+    """Return a thread that works on the same GPU as this one."""
     if device.type != "cuda":
         return ThreadPoolExecutor(1)
-    return ThreadPoolExecutor(
-        1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
-    )
+    # The current GPU belongs to a thread, and a new thread begins with the first one.
+    current = torch.cuda.current_device()
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(current,))
 
 
-def missing_scores(scores: dict[str, PerImage], group: torch.Tensor) -> torch.Tensor:
-    """(N,) whether an image lacks a score that another image of its prompt has: it cannot be compared with that one."""
-    together = group[:, None] == group[None]
-    found = torch.zeros(len(group), dtype=torch.bool)
-    for score in scores.values():
-        found |= score.isnan() & (together & ~score.isnan()[None]).any(1)
-    return found
+def gather_scores(rollout: Rollout, scores: Scores) -> tuple[Scores, Tensor]:
+    """Return the scores and the groups of all processes' images, in the order of ranks."""
+    columns = [*scores.values(), rollout.group.float()]
+    table = distributed.gather(torch.stack(columns, 1))
+    return dict(zip(scores, table.T, strict=False)), table[:, -1].long()
+
+
+def check_finite(scores: Scores, rollout: Rollout) -> None:
+    """Raise NotFinite if a reward is infinite or no image was scored."""
+    infinite = [name for name, values in scores.items() if values.isinf().any()]
+    if infinite:
+        raise NotFinite(f"rewards.{infinite[0]} was infinite", rollout)
+    if all(values.isnan().all() for values in scores.values()):
+        names = " or ".join(f"rewards.{name}" for name in scores)
+        raise NotFinite(f"no image was given a score by {names}", rollout)
+
+
+def combine(
+    method: Combine, scores: Scores, weights: dict[str, float], group: Tensor
+) -> RewardTable:
+    """Return the rewards of a step, after `method` has learned from them."""
+    method.observe(scores)
+    return RewardTable.of_scores(method(scores, weights), scores, weights, group)
+
+
+def advantages(function: AdvantageFunction, table: RewardTable, group: Tensor) -> PerImage:
+    """Return the advantages (N,). Raises RunError if the rewards do not suit the function."""
+    try:
+        return function(table, group)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def trainable(
+    table: RewardTable, values: PerImage, group: Tensor, drop_equal_groups: bool
+) -> PerImage:
+    """Return the weight (N,) of each image: 0 without a score, or if its group is dropped."""
+    scored = table.scored
+    _, deviation = group_statistics(values.masked_fill(~scored, torch.nan), group)
+    return (scored & ((deviation > 0) | (not drop_equal_groups))).float()
+
+
+def reward_metrics(scores: Scores, table: RewardTable, group: Tensor) -> Metrics:
+    """Return what to log about the rewards of a step."""
+    _, deviation = group_statistics(table.combined, group)
+    return {
+        **{f"reward/{name}": values.nanmean().item() for name, values in scores.items()},
+        "reward/combined": table.combined.nanmean().item(),
+        "reward/spread_in_group": deviation.nanmean().item(),
+        "reward/groups_without_spread": (deviation == 0).float().mean().item(),
+        "reward/not_scored": (~table.scored).float().mean().item(),
+    }
+
+
+def update_learned_rewards(
+    learners: dict[str, LearnedReward], rollout: Rollout, device: torch.device
+) -> Metrics:
+    """Let the rewards that learn, learn from these images. Returns what to log of it."""
+    metrics: Metrics = {}
+    # Only now, so that all images of a step are scored by the same reward.
+    for name, learner in learners.items():
+        learned = learner.update(rollout.images.to(device).float() / 255)
+        metrics |= {f"{name}/{figure}": value for figure, value in learned.items()}
+    return metrics

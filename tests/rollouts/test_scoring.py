@@ -1,4 +1,4 @@
-"""Who is compared with whom: images without a score, rewards of groups, and when the rewards are asked."""
+"""Scores: images without one, rewards of groups, and when rewards are called."""
 
 import math
 import time
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from flowalign.advantages import ADVANTAGES, group_advantage, win_rate
+from flowalign.advantages import ADVANTAGES, group_advantage, incomplete_rows, win_rate
 from flowalign.batch import Cond, Keys, Rollout
 from flowalign.config.load import load_config
 from flowalign.errors import RunError, UserError
@@ -23,7 +23,7 @@ from flowalign.rewards.base import Reward, Traits
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rollouts.ranking import rank
 from flowalign.rollouts.ranking_settings import Ranking
-from flowalign.rollouts.scoring import missing_scores, NotFinite, RolloutScorer
+from flowalign.rollouts.scoring import NotFinite, RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts
 from flowalign.training.reward_checks import check_rewards
 from tests.rollouts.test_sources import context, flat
@@ -141,7 +141,7 @@ def test_a_step_of_which_nothing_is_scored_is_refused():
 def test_an_image_lacks_what_another_of_its_prompt_has():
     group = torch.tensor([0, 0, 0, 1, 1])
     scores = {"a": torch.tensor([1, NONE, 2, NONE, NONE]), "b": torch.tensor([1, 2, 3, 4, NONE])}
-    assert missing_scores(scores, group).tolist() == [False, True, False, False, True]
+    assert incomplete_rows(scores, group).tolist() == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize(
