@@ -1,7 +1,7 @@
 """From rewards to advantages: pure functions of the rewards and of each image's group.
 
-A reward of NaN stands for an image that was not scored. Such an image gets the advantage 0 and takes
-no part in any mean.
+A reward of NaN stands for an image that was not scored. Such an image gets the advantage 0 and
+takes no part in any mean.
 """
 
 from collections.abc import Callable

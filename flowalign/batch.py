@@ -211,9 +211,8 @@ class Batch:
         """Return one batch of all rows; fields of the whole batch are those of the first part."""
         if len(parts) == 1:
             return parts[0]
-        rows = {
-            name: _concatenate([getattr(part, name) for part in parts]) for name in cls.row_fields()
-        }
+        names = cls.row_fields()
+        rows = {name: _concatenate([getattr(part, name) for part in parts]) for name in names}
         return replace(parts[0], **rows)
 
     def trainable_rows(self) -> Self:
@@ -399,6 +398,6 @@ class Rollout(Batch):
         return tuple(self.path.shape[2:])
 
     def step_noise(self, k: int) -> Latent:
-        """Return the noise that the sampler added in stochastic step k, before scaling by its std."""
+        """Return the noise of the sampler's stochastic step k, before scaling by its std."""
         # `Policy.generate` draws its start as draw 0 and the noise of step k as draw k + 1.
         return self.noise("rollout", k + 1, self.latent_shape).to(self.device)

@@ -172,7 +172,7 @@ def random_start(starts: int, moves: int, key: int) -> int:
 
 
 def progressive_start(starts: int, moves: int, key: int) -> int:
-    """Return the start after so many moves, around the end."""
+    """Return the start after a number of moves, around the end."""
     return moves % starts
 
 

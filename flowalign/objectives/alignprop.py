@@ -56,6 +56,8 @@ class AlignProp(RewardGradientObjective):
         """Return the first step with gradient, the same for all images of a training step."""
         if self.depth:
             return max(0, steps - self.depth)
+        # Drawn from the keys: all passes and processes of a step must take the same step.
         random = Random(f"first step/{prompts.keys.of_step}")
         position = random.gauss(self.start, self.spread) * steps
+        # At least one step without and one with gradient, wherever the normal draw falls.
         return min(max(round(position), 1), steps - 1)

@@ -34,7 +34,7 @@ WEIGHTINGS = {
 
 @dataclass
 class AWM(AnchoredObjective):
-    """AWM. Any sampler will do."""
+    """AWM. It works with every sampler."""
 
     weighting: Literal["uniform", "t", "t_squared", "huber", "ghuber"] = "ghuber"
     """The weighting w of errors over time."""
@@ -52,6 +52,7 @@ class AWM(AnchoredObjective):
         cond = self.cond(rollout)
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
         v = policy.velocity(xt, draw.t, cond)
+        # Sampling did not pass through xt, so ℓ_old cannot be stored there.
         v_old = policy.at("old").velocity(xt, draw.t, cond)
 
         log_prob = self.log_prob(mean_square(v - target), draw.t)

@@ -1,10 +1,10 @@
-"""What an objective is: a dataclass of settings that holds one formula.
+"""The base of objectives: a dataclass of settings that holds one formula.
 
 An objective knows nothing of how images were made, of passes, of processes or of logging.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -40,8 +40,8 @@ class Max:
     values: Tensor  # (B,), or one number for all rows
 
 
-Statistics = dict[str, Mean | Max]
-"""What to log, by the metric's name."""
+Statistics = Mapping[str, Mean | Max]
+"""Values to log, by the metric's name."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Loss:
     total: Tensor
     stats: Statistics
 
+    # Penalties are losses too, so that a formula is written as their sum.
     def __add__(self, other: "Loss") -> Self:
-        return type(self)(self.total + other.total, self.stats | other.stats)
+        return type(self)(self.total + other.total, {**self.stats, **other.stats})
 
 
 class Objective(Settings, Generic[B, D]):
@@ -152,10 +153,12 @@ class PathObjective(Objective[Paths, int]):
     """An objective on the stochastic steps of a path. Its draws are the steps' indices."""
 
     steps: PathSteps = field(default_factory=PathSteps)
+    """Steps at which the loss is taken."""
     needs_stochastic_steps: ClassVar[bool] = True
 
     def check(self, sampler: Sampler) -> None:
         """Raise UserError if the sampler has no stochastic steps."""
+        # A window moves, but it always has steps or never has any.
         if not sampler.stochastic_steps(0, 0):
             raise UserError(
                 "The objective learns from stochastic steps, but sampler.dynamics has none. "
@@ -169,9 +172,11 @@ class PathObjective(Objective[Paths, int]):
 
 @dataclass
 class ForwardObjective(Objective[Forward, Draw]):
-    """An objective on images alone, taken to times of the forward process. Any sampler will do."""
+    """An objective on images alone, taken to times of the forward process."""
 
+    # It needs no log-probability, so the images may come from every sampler.
     times: ForwardTimes = field(default_factory=ForwardTimes)
+    """Times at which the loss is taken."""
 
     def draws(self, batch: Forward) -> Iterable[Draw]:
         """Return times and noise for each row."""

@@ -37,7 +37,7 @@ from flowalign.settings.types import NonNegative, Positive, WrongSetting
 
 @dataclass
 class CRD(AnchoredObjective):
-    """CRD. Any sampler will do; it compares the images of a prompt."""
+    """CRD. It works with every sampler and compares the images of a prompt."""
 
     beta: Positive = 1.0
     """The temperature β of the distilled reward."""
@@ -58,6 +58,7 @@ class CRD(AnchoredObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.times.must_be_shared()
+        # Otherwise bad images would be anchored most.
         if self.kl.weight and self.kl_least > self.kl.weight:
             raise WrongSetting(
                 f"kl_least is {self.kl_least}, but kl.weight is {self.kl.weight}. "
@@ -88,6 +89,7 @@ class CRD(AnchoredObjective):
             "error_old", lambda: self.error(policy.at("old").velocity(xt, draw.t, cond), target)
         )
         rho = error_old - error
+        # Centres take no gradient: they stand in the place of log Z, a constant of the prompt.
         centres = rollout.term("centres", lambda: self.centres(rho.detach(), rollout))
         residuals = [self.beta * rho - reward - centre for centre in centres.unbind(1)]
         loss = self.limit / self.beta * torch.stack(residuals).square().mean()
@@ -115,6 +117,7 @@ class CRD(AnchoredObjective):
         reward = self.reward(rollout)
         residual = self.beta * rho - reward
         columns = []
+        # With equal weights both signs give one centre; sign 0 makes all logits equal.
         for sign in (1, -1) if self.temperature else (0,):
             p = group_softmax(sign * reward / (self.temperature or 1), rollout.group)
             columns.append(group_mean(p * residual, rollout.group))

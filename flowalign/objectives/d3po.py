@@ -37,11 +37,13 @@ class D3PO(PathObjective[Pairs]):
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
         """Return the loss at step k of each pair."""
+        # Both paths go through the network in one call, which rounds them alike.
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
         step = policy.step(paths[:, k], k, cond)
         step_ref = policy.at("reference").step(paths[:, k], k, cond)
 
         log_ratio = step.log_prob(paths[:, k + 1]) - step_ref.log_prob(paths[:, k + 1])
+        # Clipping the ratio is clipping its logarithm, which does not overflow.
         clipped = log_ratio.clamp(math.log(1 - self.clip_range), math.log(1 + self.clip_range))
         chosen, rejected = clipped.chunk(2)
         s = self.beta * (chosen - rejected)

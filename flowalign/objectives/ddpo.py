@@ -67,6 +67,7 @@ class DDPO(PathObjective[Rollout]):
         estimate = ESTIMATORS[self.estimator]
         loss = estimate(log_prob, old_log_prob, rollout.advantage, self.clip_range).mean()
 
+        # score_function never forms the ratio, but its statistics are logged all the same.
         log_ratio = (log_prob - old_log_prob).detach()
         clipped = (log_ratio.exp() - 1).abs() > self.log_ratio_clip
         stats = {

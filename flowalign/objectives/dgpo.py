@@ -28,7 +28,7 @@ from flowalign.settings.types import Positive
 
 @dataclass
 class DGPO(AnchoredObjective):
-    """DGPO. Any sampler will do; it compares the images of a prompt."""
+    """DGPO. It works with every sampler and compares the images of a prompt."""
 
     beta: Positive = 100.0
     """The steepness β of the preference."""
@@ -67,6 +67,7 @@ class DGPO(AnchoredObjective):
             lambda: self.preference(error.detach(), mean_square(v_ref - target), rollout),
         )
         weight = preference.sigmoid()
+        # Images that are clipped keep their value in the loss, as in PPO, but give no gradient.
         loss = (weight * advantage * torch.where(gone, error.detach(), error)).mean()
 
         stats = {

@@ -77,6 +77,7 @@ class DPO(PairObjective):
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
         """Return the loss at one time for each pair."""
+        # Both calls draw the same time and noise, which are functions of the keys.
         error = self.errors(policy, pairs, draw)
         error_ref = self.errors(policy.at("reference"), pairs, draw)
 

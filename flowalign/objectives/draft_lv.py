@@ -47,4 +47,5 @@ class DRaFTLV(RewardGradientObjective):
             noise = prompts.noise("copy", copy, tuple(x0.shape[1:])).to(x0.device)
             xt, _target = add_noise(x0, t, noise)
             losses.append(reward_loss(policy, prompts, policy.denoise(xt, t, prompts.cond)))
+        # The copies differ by noise alone, so the rewards of one of them are logged.
         return Loss(torch.stack([loss.total for loss in losses]).mean(), losses[0].stats)

@@ -21,6 +21,7 @@ class PathSteps(Settings):
 
     def __call__(self, batch: Rollout | Pairs) -> range:
         """Return the indices of the steps to train on, at least one."""
+        # Steps run from noise to data, so the first are the noisiest.
         return batch.steps[: max(1, round(self.fraction * len(batch.steps)))]
 
 
@@ -66,6 +67,7 @@ class ForwardTimes(Settings):
     def __call__(self, batch: Rollout | Pairs | Examples) -> Iterator[Draw]:
         """Yield the draws for a batch; they depend on its keys alone."""
         for index in range(self.count):
+            # A time from each of equal strata: a mean over few times varies less that way.
             u = (index + batch.uniform("time", index, self.shared)) / self.count
             if self.distribution == "logit_normal":
                 # In float64: close to 0 and 1 the inverse of the normal distribution is steep.

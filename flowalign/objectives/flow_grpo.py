@@ -91,6 +91,7 @@ class FlowGRPO(PathObjective[Rollout]):
         log_ratio = RATIOS[self.ratio](step, rollout, k)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        # The weight scales the policy gradient alone; the KL has its own.
         weight = STEP_WEIGHTS[self.step_weight](policy, k)
         loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() * weight
 

@@ -1,7 +1,8 @@
 """Diffusion-KTO: likes and dislikes of single images, on the flow-matching loss (arXiv 2404.04465).
 
 With g = ‖v_ref - (noise - x0)‖² - ‖v - (noise - x0)‖², y = 1 for a liked and -1 for a disliked
-image, and the reference point z = max(0, mean of g over all images of the update), without gradient,
+image, and the reference point z = max(0, mean of g over all images of the update), which takes no
+gradient,
     loss = λ_y (1 - σ(y β (g - z)))
 Velocities are those without guidance, however images are sampled.
 
@@ -49,6 +50,7 @@ class KTO(PairObjective):
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
         """Return the loss at one time for each pair."""
+        # One reference point for both images of every pair.
         z = pairs.terms["mean_g"].clamp(min=0).repeat(2)
         error_ref = torch.cat(pairs.terms["errors_ref"].unbind(1))
         g = error_ref - self.errors(policy, pairs, draw)

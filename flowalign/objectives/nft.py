@@ -22,7 +22,7 @@ from flowalign.settings.types import Positive
 
 @dataclass
 class NFT(AnchoredObjective):
-    """DiffusionNFT. Any sampler will do; the lagging copy `old` samples."""
+    """DiffusionNFT. It works with every sampler; the lagging copy `old` samples."""
 
     beta: Positive = 1.0
     """The distance β of the implicit good and bad policies from the old one."""
@@ -41,6 +41,7 @@ class NFT(AnchoredObjective):
         v = policy.velocity(xt, draw.t, cond)
         v_old = policy.at("old").velocity(xt, draw.t, cond)
 
+        # v- moves against v: learning v- from bad images pushes v away from them.
         good = self.error(v_old + self.beta * (v - v_old), target, draw.t)
         bad = self.error(v_old - self.beta * (v - v_old), target, draw.t)
         r = optimality(rollout.advantage, self.limit)

@@ -45,6 +45,7 @@ class PRDP(PathObjective[Pairs]):
 
     def group_terms(self, policy: Policy, pairs: Pairs, k: int) -> dict[str, Term]:
         """Return the sums over steps, plain and clipped, and log π_ref of step k."""
+        # Kept for `loss`, so that the reference runs only once for each step.
         log_prob_ref = self.log_prob(policy.at("reference"), pairs, k)
         plain, clipped, _ = self.differences(policy, pairs, k, log_prob_ref)
         return {

@@ -20,7 +20,7 @@ from flowalign.settings.types import Count, Guidance
 
 @dataclass
 class RAFT(ImitationObjective):
-    """RAFT. Any sampler will do. If all images of a prompt are equally good, all are imitated."""
+    """RAFT. If all images of a prompt are equally good, all of them are imitated."""
 
     keep: Count = 1
     """How many of a prompt's images are imitated."""
@@ -52,5 +52,6 @@ class RAFT(ImitationObjective):
         reward, group = rollout.reward, rollout.group
         same_group = (group[None] == group[:, None]).to(rollout.device)
         better = (reward[None] > reward[:, None]) & same_group
+        # Images that tie for the last place all count, or their order in the batch would decide.
         best = (better.sum(1) < self.keep).to(reward.dtype)
         return best / group_mean(best, group)

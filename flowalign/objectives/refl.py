@@ -46,5 +46,6 @@ class ReFL(RewardGradientObjective):
 
     def late_step(self, steps: int, prompts: Prompts) -> int:
         """Return k, the same for all images of a training step."""
+        # Drawn from the keys: all passes and processes of a step must take the same step.
         first, last = math.floor(self.low * steps), min(steps - 1, math.floor(self.high * steps))
         return Random(f"late step/{prompts.keys.of_step}").randint(min(first, last), last)

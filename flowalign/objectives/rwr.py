@@ -22,13 +22,14 @@ from flowalign.settings.types import Positive
 
 @dataclass
 class RWR(ImitationObjective):
-    """RWR. Any sampler will do; it compares the images of a prompt."""
+    """RWR. It works with every sampler and compares the images of a prompt."""
 
     temperature: Positive = 0.2
     """The temperature τ, in units of the reward."""
 
     def group_terms(self, policy: Policy, rollout: Rollout, draw: Draw) -> dict[str, Term]:
         """Return the weights."""
+        # No forward is needed, but passes that cut a group cannot normalise its weights.
         return {"weight": self.weight(rollout)}
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:

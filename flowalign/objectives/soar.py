@@ -44,6 +44,7 @@ class SOAR(ExampleObjective):
         error = mean_square(policy.velocity(xt, t, cond) - target)
 
         s = self.next_time(t)
+        # Without gradient: the step only leads to a state that sampling would come to.
         v = policy.at("policy").velocity(xt, t, cond.guided(self.guidance))
         x = xt + over_latent(s - t, xt) * v
         corrections = []

@@ -29,6 +29,7 @@ def group_softmax(logits: PerImage, group: Tensor) -> PerImage:
     """Return the softmax over each group times its size: weights of mean 1."""
     labels, index = group.to(logits.device).unique(return_inverse=True)
     exact = logits.double()
+    # The largest logit is subtracted, as always in a softmax, or `exp` would overflow.
     largest = exact.new_full((len(labels),), -math.inf).scatter_reduce_(0, index, exact, "amax")
     weight = (exact - largest[index]).exp()
     return (weight / group_mean(weight, group)).to(logits.dtype)
@@ -44,6 +45,7 @@ def adaptive_error(x0_hat: Latent, x0: Latent) -> PerImage:
 
     This is the adaptive weight of DiffusionNFT (arXiv 2509.16117).
     """
+    # Detached, or shrinking the error would raise its own weight. The floor avoids 0 / 0.
     size = (x0_hat - x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return mean_square(x0_hat - x0) / size
 
@@ -67,6 +69,7 @@ class VelocityKL(Settings):
 
     def penalty(self, policy: Policy, v: Latent, xt: Latent, t: PerImage, cond: Cond) -> Loss:
         """Return the penalty of velocities v at xt, to add to a loss; 0 at weight 0."""
+        # The reference costs a forward, which nobody should pay for a penalty of 0.
         if not self.weight:
             return Loss(v.new_zeros(()), {})
         return self.penalty_from(v, self.velocity(policy, xt, t, cond))
@@ -125,6 +128,7 @@ class PairObjective(ForwardObjective[Pairs]):
 
     def errors(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
         """Return ‖v - (noise - x0)‖² of the chosen, then of the rejected images (2 B,)."""
+        # Both images go through the network in one call, which rounds them alike.
         t, noise = draw.t.repeat(2), torch.cat([draw.noise, draw.noise])
         xt, target = add_noise(torch.cat(pairs.x0), t, noise)
         return mean_square(policy.velocity(xt, t, pairs.cond.unguided().twice()) - target)
@@ -152,6 +156,7 @@ class RewardGradientObjective(Objective[Prompts, None]):
 
 def reward_loss(policy: Policy, prompts: Prompts, x0: Latent, enough: float = math.inf) -> Loss:
     """Return -reward of decoded latents, with gradient; rewards above `enough` add nothing."""
+    # Recomputed in the backward pass, or all activations of the decoder would be kept.
     images = policy.decode_checkpointed(x0)
     reward, by_name = prompts.reward(images, prompts.prompts, prompts.metadata)
     stats = {f"reward/{name}": Mean(score) for name, score in by_name.items()}

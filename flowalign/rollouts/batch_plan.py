@@ -55,7 +55,7 @@ class BatchPlan:
 
     @property
     def note(self) -> str:
-        """What to tell the user if passes are smaller than he asked for; else empty."""
+        """A message for the user if passes are smaller than requested; else empty."""
         if self.images_per_pass == self.max_images_per_pass:
             return ""
         return (

@@ -22,16 +22,16 @@ class GroupScale(NamedTuple):
 
 def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
     """Return pairs of the images of whole groups, the same number for groups of the same size."""
-    groups = [
-        (rollout.group == label).nonzero().flatten() for label in rollout.group.unique().tolist()
-    ]
+    labels = rollout.group.unique().tolist()
+    groups = [(rollout.group == label).nonzero().flatten() for label in labels]
     rewards = [rollout.reward.cpu()[members] for members in groups]
     better, worse, number = [], [], []
     for members, reward in zip(groups, rewards, strict=True):
         order = members[rank_order(reward)].tolist()
         top = min(ranking.top, len(order) // 2)
-        better += [row for row in order[:top] for _ in range(top)]
-        worse += order[len(order) - top :] * top
+        best, worst = order[:top], order[len(order) - top :]
+        better += [best[number // top] for number in range(top * top)]
+        worse += worst * top
         number += range(top * top)
     chosen, rejected = rollout[better], rollout[worse]
     gap = chosen.reward - rejected.reward

@@ -22,7 +22,7 @@ from flowalign.rewards.base import LearnedReward, Reward
 from flowalign.rewards.combine import Combine
 
 Metrics = dict[str, float]
-"""What to log, by name."""
+"""Values to log, by name."""
 Scores = dict[str, PerImage]
 """The scores of each reward by its name; NaN for an image that was not scored."""
 AdvantageFunction = Callable[[RewardTable, Tensor], PerImage]
@@ -178,6 +178,7 @@ def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
 def gather_scores(rollout: Rollout, scores: Scores) -> tuple[Scores, Tensor]:
     """Return the scores and the groups of all processes' images, in the order of ranks."""
     columns = [*scores.values(), rollout.group.float()]
+    # One message for all columns, since processes wait for each other in each message.
     table = distributed.gather(torch.stack(columns, 1))
     return dict(zip(scores, table.T, strict=False)), table[:, -1].long()
 

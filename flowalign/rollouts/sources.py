@@ -6,6 +6,7 @@ A source is a pure function of the step, so that a resumed run gets exactly the 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -49,13 +50,15 @@ class SourceContext:
 
     def indices(self, count: int, step: int) -> dict[int, int]:
         """Return which of `count` prompts or examples this process uses in a step, by slot."""
+        # Slots and not ranks decide, so that any number of processes uses the same prompts.
         order = prompts_of_step(count, step, self.plan.prompts_per_step, self.seed)
         return {slot: order[slot] for slot in self.plan.slots(distributed.rank())}
 
     def step_prompts(self, step: int) -> Prompts:
         """Return this process's prompts of a step, each repeated for its group."""
-        indices, images = self.indices(len(self.prompts), step), self.plan.images_per_prompt
-        members = [(slot, image) for slot in indices for image in range(images)]
+        indices = self.indices(len(self.prompts), step)
+        # The images of a prompt are adjacent, so that passes can hold whole groups.
+        members = list(product(indices, range(self.plan.images_per_prompt)))
         prompts = [self.prompts[indices[slot]] for slot, _ in members]
         return make_prompts(self.policy, prompts, Keys.training(self.seed, step, members))
 

@@ -95,7 +95,7 @@ class Passes(Generic[B, D]):
     batch: B
     """The rows to train on, then those of padded passes."""
     terms: list[dict[str, Tensor]]
-    """The results of `group_terms`, by draw; empty if passes compute them in place."""
+    """The result of `group_terms` for each draw; empty if passes compute it in place."""
     rows: int
     """How many rows this process trains on."""
     mean_rows: float
