@@ -9,6 +9,7 @@ import pytest
 from flowalign.cli import main
 from flowalign.config.resolved import resolve
 from flowalign.errors import UserError
+from flowalign.runs.lock import FolderLock
 from flowalign.training import trainer
 from tests.runs.damage import cut, same_adapter, tensors, train_again
 from tests.tiny import SMALL, small_config, TINY
@@ -50,6 +51,18 @@ def test_two_runs_cannot_work_in_one_folder(run, capsys):
         in capsys.readouterr().err
     )
     assert train_again(run) == 0
+
+
+def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path):
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.acquire()
+    with pytest.raises(UserError, match=f"another run works in {tmp_path}"):
+        second.acquire()
+    first.release()
+    with second:
+        second.acquire()
+    first.acquire()
+    first.release()
 
 
 @pytest.mark.parametrize("damaged", [b"3", b"\xff\xfe{", b'{"step": 1, "lo', b"[]"])
