@@ -188,3 +188,11 @@ def test_the_oldest_versions_on_the_page_are_those_of_the_package():
     bounds = dict(entry.split(">=") for entry in project["dependencies"] if ">=" in entry)
     python = project["requires-python"].removeprefix(">=")
     assert rows == {"Python": python} | {name: bounds[name] for name in rows if name in bounds}
+
+
+def test_generated_pages_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = importlib.import_module("make_configuration_page")
+    for path, text in script.pages().items():
+        stale = f"{name(path)} is stale. Run python scripts/make_configuration_page.py."
+        assert path.read_text(encoding="utf-8") == text, stale
