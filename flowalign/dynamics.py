@@ -28,6 +28,11 @@ class Gaussian:
     """A sampler step x_{k+1} ~ N(mean, std²) with independent elements and one std for all.
 
     std = 0 is a deterministic step.
+
+    Example:
+        >>> step = flowalign.Gaussian(mean=torch.zeros(2, 16), std=0.5)
+        >>> step.log_prob(step.sample(torch.zeros(2, 16))).shape
+        torch.Size([2])
     """
 
     mean: Latent

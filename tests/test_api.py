@@ -16,7 +16,14 @@ DOCUMENTED = [
     *(api.load_config, api.train, api.evaluate, api.sample, api.load_model),
     *(progress.task, progress.track),
     *(flowalign.load_reward, flowalign.traits, flowalign.Objective, flowalign.Policy),
-    *(flowalign.Sampler, flowalign.Decay, flowalign.Cond, flowalign.Keys, flowalign.Examples),
+    *(
+        flowalign.Gaussian,
+        flowalign.Sampler,
+        flowalign.Decay,
+        flowalign.Cond,
+        flowalign.Keys,
+        flowalign.Examples,
+    ),
 ]
 QUICK = [
     *("train.steps=1", "train.prompts_per_step=2", "train.images_per_prompt=2"),
