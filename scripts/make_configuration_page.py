@@ -165,7 +165,7 @@ def alternatives(key: str, table: Mapping[str, object]) -> str:
     """A heading, and for every built-in name what it is and its settings."""
     lines = []
     for name, value in table.items():
-        lines.append(f"- `{{name: {name}}}`: {one_line(summary(value))}")
+        lines.append(f"- `{{name: {name}}}`: {about(value)}")
         lines += [f"    {entry(row)}" for row in all_settings(value)]
     return f"## {key}\n\n" + "\n".join(lines) + "\n"
 
@@ -177,8 +177,15 @@ def reward_settings() -> str:
         reward = imported(place, f"rewards.{name}", REWARDS)
         rows = [f"    {entry(row)}" for row in all_settings(reward)]
         if rows:
-            lines += [f"- `{name}`: {one_line(summary(reward))}", *rows]
+            lines += [f"- `{name}`: {about(reward)}", *rows]
     return "### Settings of built-in rewards\n\n" + "\n".join(lines) + "\n"
+
+
+def about(value: object) -> str:
+    """The first paragraph of a docstring, as the description of a thing."""
+    text = one_line(summary(value))
+    # The docstring of a function says what it does; the page says what it is.
+    return text.removeprefix("Return ")[:1].upper() + text.removeprefix("Return ")[1:]
 
 
 def all_settings(value: object) -> list[Setting]:
