@@ -384,7 +384,7 @@ def test_a_random_reward_is_caught(tmp_path):
 def test_a_full_disk_is_reported_before_training(monkeypatch, tmp_path):
     usage = SimpleNamespace(free=10_000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
-    message = r"disk: a checkpoint has .*0.01 MB are free. Make room or choose output=FOLDER"
+    message = r"disk: a checkpoint has .*0\.01 MB are free\. Make room or choose output=FOLDER"
     with pytest.raises(UserError, match=message):
         train(small_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

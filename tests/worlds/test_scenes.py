@@ -162,6 +162,6 @@ def test_capitals_spaces_and_a_full_stop_do_not_matter(text):
 def test_other_prompts_are_refused_with_examples(text):
     with pytest.raises(
         ValueError,
-        match="is not a caption of the bundled world. Write for example 'two red circles'",
+        match=r"is not a caption of the bundled world\. Write for example 'two red circles'",
     ):
         parse(text)
