@@ -7,20 +7,13 @@
 #
 # Options:
 #   PYTHON=python3.12   the interpreter that makes .venv (3.11 or newer)
-#   CPU=1               install the CPU builds of torch and torchvision, 200 MB instead of 3 GB
-#   TORCH_INDEX=URL     install torch and torchvision from this package index
+#   TORCH_INDEX=URL     install torch and torchvision from this package index. PyTorch's installation page
+#                       names an index of CPU builds for Linux and Windows: 200 MB instead of 3 GB
 PYTHON ?= python3
 # The bundled model is too small to keep two cores busy. Two processes with one thread each are faster.
 PROCESSES ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 2)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-
-ifdef CPU
-# PyPI's own builds for macOS are CPU builds; the index has pairs for Linux and Windows.
-ifneq ($(shell uname -s),Darwin)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-endif
-endif
 
 .PHONY: train test check docs
 train: .venv/ready

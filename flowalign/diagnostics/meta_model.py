@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from math import prod
-from typing import cast
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -29,7 +29,6 @@ from flowalign.flow import Latent, PerImage
 from flowalign.models.base import ENCODE_AT_ONCE, FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.models.families import family_of
-from flowalign.models.loading import Untyped
 from flowalign.models.pipeline import PipelineModel
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -65,7 +64,7 @@ class Ledger(TorchDispatchMode):
         self.bytes, self.peak, self.work = 0, 0, Work()
 
     def __torch_dispatch__(
-        self, func: Untyped, types: object, args: tuple = (), kwargs: dict | None = None
+        self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -134,8 +133,8 @@ def fused_attention() -> Iterator[None]:
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        *rest: Untyped,
-        **settings: Untyped,
+        *rest: Any,
+        **settings: Any,
     ) -> Tensor:
         if attn_mask is not None:
             return plain(query, key, value, attn_mask, *rest, **settings)
@@ -152,13 +151,13 @@ class Exchange(torch.autograd.Function):
     """Replaces a tensor by zeros of another shape on another device, and its gradient likewise."""
 
     @staticmethod
-    def forward(ctx: Untyped, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return zeros of the shape on the device, in the dtype of x."""
         ctx.origin = x.shape, x.device
         return x.new_zeros(shape, device=device)
 
     @staticmethod
-    def backward(ctx: Untyped, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Return zeros of the shape and on the device of x."""
         shape, device = ctx.origin
         return gradients[0].new_zeros(shape, device=device), None, None
@@ -299,7 +298,7 @@ def build_on_meta(config: ModelConfig) -> PipelineModel:
         """The family, with a pipeline that loads no weights."""
 
         @classmethod
-        def pipeline_class(cls) -> Untyped:
+        def pipeline_class(cls) -> Any:
             return WeightlessPipeline(super().pipeline_class(), family.text_encoders)
 
         def use_attention(self, name: str) -> None:
@@ -312,13 +311,13 @@ def build_on_meta(config: ModelConfig) -> PipelineModel:
 class WeightlessPipeline:
     """Stands for a pipeline class, and builds its networks from configuration files."""
 
-    def __init__(self, pipeline: Untyped, text_encoders: Sequence[str]) -> None:
+    def __init__(self, pipeline: Any, text_encoders: Sequence[str]) -> None:
         self.pipeline, self.__name__ = pipeline, pipeline.__name__
         self.networks = [*text_encoders, "transformer", "vae"]
 
     def from_pretrained(
         self, path: str, revision: str | None, dtype: dict[str, torch.dtype], **settings: object
-    ) -> Untyped:
+    ) -> Any:
         """Return the pipeline with networks on the meta device. Other parts are loaded."""
         index = self.pipeline.load_config(path, revision=revision)
         networks = {
@@ -338,7 +337,7 @@ class WeightlessPipeline:
 def _network(kind: list[str], dtype: torch.dtype, path: str, **location: object) -> nn.Module:
     """Build a network of diffusers or transformers in the precision that it is loaded in."""
     library, name = kind
-    network: Untyped = getattr(import_module(library), name)
+    network: Any = getattr(import_module(library), name)
     with META:
         if library == "diffusers":
             return network.from_config(network.load_config(path, **location)).to(dtype)

@@ -10,15 +10,13 @@ from flowalign.errors import similar_file, UserError
 from flowalign.models.config import ModelConfig
 from flowalign.models.hub import explain_loading, is_local, read_index
 
-Untyped = Any
-"""An object of diffusers or transformers. Their attributes are set at run time, without types."""
 ABSENT = [None, None]
 """The entry of `model_index.json` for a component that was not saved."""
 
 
 def load_pipeline(
-    pipeline: Untyped, config: ModelConfig, optional: Sequence[str], unused: Sequence[str]
-) -> Untyped:
+    pipeline: Any, config: ModelConfig, optional: Sequence[str], unused: Sequence[str]
+) -> Any:
     """Load a pipeline from a folder or the hub.
 
     Args:

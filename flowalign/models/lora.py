@@ -3,11 +3,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from torch import nn, Tensor
-
-from flowalign.models.loading import Untyped
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -57,5 +55,5 @@ def delete_lora(network: nn.Module, name: str) -> None:
         if isinstance(layer, BaseTunerLayer):
             layer.delete_adapter(name)
     # PEFT keeps the settings of all adapters on the network itself.
-    settings: Untyped = network.peft_config
+    settings: Any = network.peft_config
     del settings[name]

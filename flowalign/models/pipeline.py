@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import ClassVar, Literal, TYPE_CHECKING
+from typing import Any, ClassVar, Literal, TYPE_CHECKING
 
 import torch
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from flowalign.errors import UserError
 from flowalign.flow import Latent
 from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
 from flowalign.models.config import Dtype, ModelConfig
-from flowalign.models.loading import load_pipeline, Untyped
+from flowalign.models.loading import load_pipeline
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -39,8 +39,8 @@ class PipelineModel(FlowModel[C]):
         self.pipe = load_pipeline(
             self.pipeline_class(), config, self.optional_components, self.unused_components(config)
         )
-        self.transformer: Untyped = self.pipe.transformer
-        self.vae: Untyped = self.pipe.vae
+        self.transformer: Any = self.pipe.transformer
+        self.vae: Any = self.pipe.vae
         for network in (self.transformer, self.vae, *self._text_encoders()):
             # Some encoders of transformers are built in training mode, with dropout.
             network.requires_grad_(False).eval()
@@ -56,7 +56,7 @@ class PipelineModel(FlowModel[C]):
         self._check_size()
 
     @classmethod
-    def pipeline_class(cls) -> Untyped:
+    def pipeline_class(cls) -> Any:
         """Return the pipeline class."""
         import diffusers  # takes seconds, and reading a YAML file does not need it
 
@@ -197,7 +197,7 @@ class PipelineModel(FlowModel[C]):
         encoders = [getattr(self.pipe, name) for name in self.text_encoders]
         return [encoder for encoder in encoders if encoder is not None]
 
-    def _copy_scheduler(self) -> Untyped:
+    def _copy_scheduler(self) -> Any:
         # A copy for every call: set_timesteps changes the scheduler in place.
         return deepcopy(self.pipe.scheduler)
 
@@ -216,7 +216,7 @@ def picture_side(path: str) -> int:
     """Return the side of the square pictures that an autoencoder was trained on, in pixels."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    config: Untyped = AutoencoderKL.load_config(path, subfolder="vae")
+    config: Any = AutoencoderKL.load_config(path, subfolder="vae")
     return config["sample_size"]
 
 
