@@ -4,6 +4,8 @@ import pytest
 
 from flowalign.errors import UserError
 from flowalign.rollouts.batch_plan import BatchPlan, largest_divisor
+from flowalign.training.setup import read_inputs
+from tests.tiny import small_config
 
 
 def plan(**changes: int) -> BatchPlan:
@@ -58,3 +60,9 @@ def test_the_largest_divisor_of_a_huge_number_is_found_at_once():
 def test_prompts_that_cannot_be_shared_are_answered_with_the_nearest_that_can(changes, nearest):
     with pytest.raises(UserError, match=f"train.prompts_per_step is .* share evenly.*{nearest}"):
         plan(**changes)
+
+
+def test_a_run_prints_once_that_its_passes_are_smaller(tmp_path, capsys):
+    inputs = read_inputs(small_config(tmp_path, "train.images_per_pass=4"))
+    assert inputs.plan.images_per_pass == 3
+    assert capsys.readouterr().out.count("Passes have 3 images instead") == 1
