@@ -1,4 +1,4 @@
-"""Sampler steps against closed forms: Gaussian data N(m, s²) has an affine velocity, so means and variances propagate exactly."""
+"""Sampler steps against closed forms: Gaussian data N(m, s²) has an affine velocity."""
 
 import math
 from collections import Counter

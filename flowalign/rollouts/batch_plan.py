@@ -66,6 +66,7 @@ class BatchPlan:
 
     def slots(self, rank: int) -> list[int]:
         """Return which of the step's prompts a process takes: an equal share of every update's."""
+        # An update takes adjacent slots, so that each process holds an equal share of every update.
         share = self.prompts_per_update
         starts = [
             (update * self.processes + rank) * share for update in range(self.updates_per_step)

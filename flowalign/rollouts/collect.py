@@ -41,6 +41,7 @@ def collect_passes(
 @torch.no_grad()
 def _collect(policy: Policy, prompts: Prompts, steps: range, purpose: str) -> Rollout:
     path = policy.generate(prompts, purpose, steps)
+    # Rewards come later, so that a pass is scored while the next is sampled.
     zeros = torch.zeros(len(prompts), device=path.x.device)
     return Rollout(
         prompts=prompts.prompts,

@@ -65,6 +65,7 @@ class SourceContext:
 
 def source_of(kind: type[Batch], context: SourceContext) -> Source:
     """Return the source of an objective that learns from this kind of batch."""
+    # Given pictures come first: with them nothing needs to be sampled.
     makers = GIVEN if context.examples else SAMPLED
     return partial(makers[kind], context)
 

@@ -1,4 +1,4 @@
-"""A policy for Gaussian data, whose velocity is known, so that gradients and optima have closed forms.
+"""A policy for Gaussian data of known velocity, so that gradients and optima have closed forms.
 
 For data N(m, s²) in every latent element, with V = (1 - t)² s² + t²,
     v(x, t) = (t - (1 - t) s²) / V · (x - (1 - t) m) - m
@@ -26,7 +26,7 @@ MEAN, VARIANCE = 1.5, 0.25
 
 @dataclass
 class GaussianPolicy:
-    """N(m + δ, s²), where m is the prompt's `mean`; guidance w makes it that of m_null + w (m - m_null)."""
+    """N(m + δ, s²) with the prompt's `mean` m; guidance w replaces m by m_null + w (m - m_null)."""
 
     delta: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     """δ: one for all latent elements, or one for each. It trains."""
@@ -85,7 +85,7 @@ def rollout_of(
     reward: PerImage | None = None,
     **means: Any,
 ) -> Rollout:
-    """Images of one prompt, unless `group` says otherwise; rewards are the advantages, unless given."""
+    """Images of one prompt unless `group` is given; rewards are the advantages unless given."""
     group = [0] * len(x0) if group is None else group
     log_prob, images = torch.zeros(len(x0), 0), torch.zeros(len(x0), 3, 1, 1, dtype=torch.uint8)
     reward = advantage if reward is None else reward
@@ -103,7 +103,7 @@ def rollout_of(
 def gradient(
     objective: Objective, policy: GaussianPolicy, batch: Batch, draws: Sequence[Draw] | None = None
 ) -> Tensor:
-    """By δ, as the loop takes it, in passes of the policy's size; at the given draws, or the objective's own."""
+    """The gradient by δ in passes of the policy's size, at these draws or the objective's own."""
     if draws is not None:
         objective = copy.copy(objective)
         objective.draws = lambda _: draws
@@ -129,10 +129,11 @@ def g(t: Tensor, variance: float = VARIANCE) -> Tensor:
 
 
 def expectation(slope: float, delta: Any = 0.0, times: int = 200) -> tuple[Rollout, list[Draw]]:
-    """Images of N(MEAN + δ, VARIANCE) with advantages slope · (x0 - their mean), whose mean loss is the expected loss.
+    """Images of N(MEAN + δ, VARIANCE) whose mean loss is the expected loss.
 
-    A prompt for every time and a noise of ±1, in each of them images one deviation to either side: these have a Gaussian's
-    moments up to the third, and the expectations asked of them are of polynomials of degree 3 or less.
+    Advantages are slope · (x0 - mean). There is a prompt for every time and a noise of ±1, and in
+    each of them an image one deviation to either side: these have a Gaussian's moments up to the
+    third, and the expectations needed are of polynomials of degree 3 or less.
     """
     sign = torch.tensor([-1.0, 1.0])
     t, noise, side = torch.cartesian_prod(midpoints(times), sign, sign).unbind(1)

@@ -1,4 +1,4 @@
-"""Rewards through the sampler: gradients against closed forms and finite differences, and what is kept for them."""
+"""Rewards through the sampler: gradients against closed forms and finite differences; memory."""
 
 import math
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_refl_s_gradient_is_that_of_the_one_step_prediction():
 
 
 @pytest.mark.parametrize(("enough", "share"), [(math.inf, 1.0), (-100.0, 0.0)])
-def test_an_image_that_is_good_enough_teaches_nothing(enough, share):
+def test_an_image_that_is_good_enough_gives_no_gradient(enough, share):
     found = slope(ReFL(enough=enough), number_policy(THETA, STEPS), numbers())
     assert (found != 0) == bool(share)
 
@@ -184,7 +184,7 @@ def test_refl_s_step_is_drawn_evenly_late(steps, low, high, expected):
 
 
 def double_policy(config: SD3Config, steps: int = 3) -> Policy:
-    """Stirred, and float64 in every layer; diffusers' norm of queries and keys, which is float32 inside, gives way to torch's."""
+    """A perturbed model in float64. torch's norm replaces diffusers', which is float32 inside."""
     torch.manual_seed(0)
     policy = DoublePolicy(SD3(config), Sampler(steps=steps, guidance=2.0))
     transformer = policy.model.transformer
@@ -209,7 +209,7 @@ def contrast(images: Tensor) -> Tensor:
 
 
 def sd3_without_norm(folder: Path) -> SD3Config:
-    """SD3's classes with random weights; the norm of queries and keys, which computes in float32, is left out."""
+    """SD3's classes with random weights, without the norm of queries and keys, which is float32."""
     torch.manual_seed(0)
     tokenizer, clip = random_clip()
     encoders = [CLIPTextModelWithProjection(clip).eval() for _ in range(2)]
@@ -243,7 +243,7 @@ def sd3_without_norm(folder: Path) -> SD3Config:
 
 
 def gradient_error(policy: Policy, h: float) -> float:
-    """The largest difference of a gradient's entries from finite differences of fourth order, over the largest entry."""
+    """The largest error of a gradient's entries by finite differences, over the largest entry."""
     prompts, objective = (
         replace(two_groups(policy, 1), reward=of_pictures(contrast)),
         AlignProp(depth=policy.sampler.steps),
@@ -378,7 +378,7 @@ class Alive(TorchDispatchMode):
 
 
 def through_decoded_steps(steps: int) -> tuple[int, int]:
-    """What a loss through so many steps keeps for its backward pass, and the most bytes alive, the backward pass included."""
+    """The bytes that a loss keeps for its backward pass, and the peak over both passes."""
     policy = make_policy(Sampler(steps=steps))
     prompts, kept = bright_prompts(policy), {}
 

@@ -1,4 +1,4 @@
-"""Flow-GRPO on policies whose steps are known Gaussians, so that gradients and optima have closed forms."""
+"""Flow-GRPO on policies of known Gaussian steps: gradients and optima have closed forms."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ TIMES = [3 * t / (1 + 2 * t) for t in (1 - k / STEPS for k in range(STEPS))] + [
 
 @dataclass
 class BiasedPolicy:
-    """Flow-SDE for data N(MEAN, VARIANCE), whose velocity is known, plus a trainable bias in the mean of every step."""
+    """Flow-SDE for data N(MEAN, VARIANCE), plus a trainable bias in the mean of every step."""
 
     bias: Tensor = field(default_factory=lambda: torch.zeros(STEPS, requires_grad=True))
     times: list[float] = field(default_factory=lambda: TIMES)
@@ -163,7 +163,7 @@ def test_the_kl_pulls_towards_the_reference(kl, scale):
 
 
 def test_training_ends_at_the_optimum_of_reward_and_path_kl():
-    """Reward λ x0 and weight β: b_k = (λ/β) c_k² g_k, where g_k = ∂x0/∂x_{k+1} and c_k is the std of step k."""
+    """Reward λ x0 and weight β: b_k = (λ/β) c_k² g_k, g_k = ∂x0/∂x_{k+1}, c_k step k's std."""
     slope, weight = 0.6, 0.5
     slopes, stds = affine_steps(BiasedPolicy())
     g = torch.tensor([math.prod(slopes[k + 1 :]) for k in range(STEPS)])

@@ -1,6 +1,7 @@
-"""Objectives of the forward process on Gaussian data, where first gradients and the places they lead to are known.
+"""Objectives of the forward process on Gaussian data, whose first gradients and optima are known.
 
-Below, A = k (x0 - mean) is an advantage of slope k, κ the weight of ‖v - v_ref‖², g = t / V, and e = ‖v - (noise - x0)‖². Then
+Below, A = k (x0 - mean) is an advantage of slope k, κ the weight of ‖v - v_ref‖², g = t / V, and
+e = ‖v - (noise - x0)‖². Then
 ∂e/∂δ is -2 g² (x0 - m - δ) + terms in noise, and ‖v - v_ref‖² is g² δ².
 """
 
@@ -122,7 +123,8 @@ def settled(objective: Objective) -> float:
 def test_on_policy_all_lead_to_the_same_optimum(objective):
     """k s²/κ: the optimum of reward and κ KL, whatever β and A_max.
 
-    The expected gradient of each is E[A ∂e/∂δ] + κ ∂(g² δ²)/∂δ = E[g²] (-2 k s² + 2 κ δ). For NFT it is that of r = A / (2 A_max)
+    The expected gradient of each is E[A ∂e/∂δ] + κ ∂(g² δ²)/∂δ = E[g²] (-2 k s² + 2 κ δ).
+    For NFT it is that of r = A / (2 A_max)
     + ½ in A_max (2r - 1) e, for CRD that of R_c = A / (2 A_max) in A_max / β · 2 R_c β e.
     """
     assert settled(objective) == pytest.approx(SLOPE * VARIANCE / KAPPA, rel=1e-4)
@@ -138,7 +140,7 @@ def test_on_policy_dgpo_leads_where_half_the_reward_would_until_it_tells_the_gro
 
 @pytest.mark.parametrize(("beta", "limit"), [(1.0, 5.0), (0.5, 5.0), (1.0, 0.5), (0.5, 0.5)])
 def test_nft_from_images_of_a_frozen_policy_goes_further_the_smaller_beta(beta, limit):
-    """k s² / (β A_max): the minimum of β² g² δ² - 2 β E[(2r - 1) g² (x0 - m)] δ, where 2r - 1 = A / A_max."""
+    """k s² / (β A_max): the minimum of β² g² δ² - 2 β E[A / A_max · g² (x0 - m)] δ."""
     rollout, draws = expectation(SLOPE)
     found = root(nft(beta=beta, limit=limit), policy_at(0.0, old=0.0), rollout, draws)
     assert found == pytest.approx(SLOPE * VARIANCE / (beta * limit), rel=1e-4)
@@ -148,8 +150,9 @@ def test_nft_from_images_of_a_frozen_policy_goes_further_the_smaller_beta(beta, 
 def test_crd_from_images_of_a_frozen_policy_tells_as_much_apart_as_the_reward_does(beta, limit):
     """k / (4 β A_max) · E[g²] / E[g⁴].
 
-    In the prompt, which shares time and noise, ρ_c is 2 g² δ (x0 - m) and R_c is k / (2 A_max) (x0 - m), at each time; δ is that
-    of the least squares over all times. (k / (4 β A_max E[g²]) would be that of ρ averaged over the times before squaring.)
+    In the prompt, which shares time and noise, ρ_c is 2 g² δ (x0 - m) and R_c is
+    k / (2 A_max) (x0 - m), at each time; δ is that of the least squares over all times.
+    (k / (4 β A_max E[g²]) would be that of ρ averaged over the times before squaring.)
     """
     rollout, draws = expectation(SLOPE)
     found = root(crd(beta=beta, limit=limit), policy_at(0.0, old=0.0), rollout, draws)
@@ -210,7 +213,7 @@ def test_raft_keeps_the_best_of_every_prompt():
 
 
 def test_the_first_gradients_are_the_same_up_to_a_factor():
-    """E[A ∂e/∂δ] at policy = old = reference: of AWM, NFT and CRD in the very same size, of DGPO in half."""
+    """E[A ∂e/∂δ] at policy = old = reference: in full for AWM, NFT and CRD, half of it for DGPO."""
     policy, rollout = policy_at(torch.zeros(3), old=0.0), images()
     first = gradient(awm(), policy, rollout)
     assert (first.abs() > 1e-2).all()
@@ -267,7 +270,7 @@ def test_a_guided_policy_is_held_to_the_reference_under_its_own_guidance(objecti
 
 @pytest.mark.parametrize("objective", [awm(GUIDED), nft(GUIDED), crd(GUIDED), dgpo(GUIDED)])
 def test_without_advantages_the_policy_learns_what_the_guided_reference_does(objective):
-    """Under guidance w the reference makes N(m_null + w (m - m_null), s²); here m is 1.5 and m_null 1.2."""
+    """Under guidance w the reference makes N(m_null + w (m - m_null), s²); m_null is 1.2."""
     rollout = replace(images(), advantage=torch.zeros(8))
     rollout = replace(rollout, cond=rollout_of(rollout.x0, rollout.advantage, null_mean=1.2).cond)
     guided = 2 * (MEAN - 1.2)
@@ -599,7 +602,7 @@ def test_a_constant_on_all_log_ratios_of_a_prompt_changes_nothing_in_crd(tempera
 
 
 def test_crd_centres_within_the_prompt():
-    """Two prompts of different times together teach what they teach apart, which one centre for both would not."""
+    """Two prompts of different times give the mean of their gradients, unlike with one centre."""
     policy, rollout = policy_at(torch.full((3,), 0.4), old=0.0), images()
     t, noise = (
         torch.tensor([0.2, 0.6])[rollout.group],
@@ -622,7 +625,7 @@ def test_crd_centres_within_the_prompt():
 
 
 def test_the_loss_of_crd_as_it_comes_is_that_of_its_equation():
-    """Two images of a prompt, errors over their own mean size, which takes no gradient; R is 0.7 and 0.4."""
+    """Two images of a prompt, errors over their detached mean size; R is 0.7 and 0.4."""
     policy = policy_at(torch.tensor([0.3, -0.2, 0.1]), old=0.1)
     rollout = rollout_of(
         torch.tensor([[2.0, 1.0, 1.4], [1.0, 1.7, 0.3]]), torch.tensor([2.0, -1.0])
@@ -660,7 +663,7 @@ def test_the_coldest_centres_of_crd_are_the_best_and_the_worst_image():
 
 
 def test_the_kl_of_crd_is_stronger_for_good_images():
-    """From kl_least at R = 0 to kl.weight at R = 1. A prompt of one image has nothing else to learn from."""
+    """From kl_least at R = 0 to kl.weight at R = 1. A prompt of one image has no other gradient."""
     policy, objective = policy_at(0.3, old=0.0), crd(VelocityKL(0.1), kl_least=0.02)
     for advantage, weight in [
         (-7.0, 0.02),
@@ -691,7 +694,7 @@ PASSES = [
 @pytest.mark.parametrize(
     ("prompts", "images_per_pass"), [(1, 1), (1, 7), (1, 24), (2, 1), (2, 5), (2, 12), (2, 18)]
 )
-def test_24_images_teach_the_same_in_any_passes(objective, prompts, images_per_pass):
+def test_24_images_give_the_same_gradient_in_any_passes(objective, prompts, images_per_pass):
     policy, rollout = policy_at(torch.full((3,), 0.2), old=0.05), images(prompts, 24 // prompts)
     whole = gradient(objective, policy, rollout)
     assert (
@@ -704,10 +707,8 @@ def test_24_images_teach_the_same_in_any_passes(objective, prompts, images_per_p
 
 @pytest.mark.parametrize("objective", PASSES)
 @pytest.mark.parametrize("images_per_pass", [1, 4, 12, 18])
-def test_prompts_of_unequal_numbers_of_images_teach_the_same_in_any_passes(
-    objective, images_per_pass
-):
-    """As when some images have no score: passes of 12 hold whole prompts of 6 and 12 images, and yet part them."""
+def test_prompts_of_unequal_size_give_the_same_gradient_in_any_passes(objective, images_per_pass):
+    """Some images may have no score: passes of 12 cut prompts of 6 and 12 images."""
     policy, rollout = policy_at(torch.full((3,), 0.2), old=0.05), images(2, 12)[list(range(6, 24))]
     whole = gradient(objective, policy, rollout)
     assert (

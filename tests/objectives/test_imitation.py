@@ -78,7 +78,7 @@ def test_a_corrected_velocity_lands_on_the_picture():
 
 
 def test_soar_is_plain_flow_matching_where_the_step_does_not_err():
-    """Both losses vanish at the straight velocity, and both grow as the square of what is added to it behind the step."""
+    """Both losses vanish at the straight velocity and grow as the square of an offset."""
     examples, draw = soar_case()
     loss = SOAR().loss(straight(examples, draw), examples, draw)
     assert loss.total.item() == pytest.approx(0, abs=1e-10)
@@ -95,7 +95,7 @@ def test_soar_s_loss_is_a_weighted_mean_over_its_terms(weight, points):
 
 
 def test_soar_s_corrections_are_what_the_identity_says():
-    """δ too much everywhere, one of 10 steps from t = 0.6 to s = 0.5: at s' wrong by δ (1 + (1 - α) (t - s) / s')."""
+    """δ too much in a step from t = 0.6 to s = 0.5: δ (1 + (1 - α) (t - s) / s') too much at s'."""
     examples, draw = soar_case()
     objective = SOAR(sampling_steps=10, points=1, guidance=1.0)
     loss = objective.loss(straight(examples, draw, 0.4), examples, draw)

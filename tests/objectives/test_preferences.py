@@ -49,7 +49,7 @@ def at_time(t: float, count: int = 1, noise: Tensor | None = None) -> Draw:
 
 
 def free_case(count: int = 2, t: float = 0.6) -> tuple[VelocityPolicy, Pairs, Draw, Tensor]:
-    """Pairs of LATENT pictures, velocities of both sides that are free to choose, and their targets."""
+    """Pairs of LATENT pictures, freely chosen velocities of both sides, and their targets."""
     x0, noise = random(2 * count, *LATENT), random(count, *LATENT, seed=1)
     target = torch.cat([noise, noise]) - x0
     policy = VelocityPolicy(
@@ -116,7 +116,7 @@ def test_dpo_s_gradient_is_that_of_finite_differences():
 def opposite_pictures(
     t: float, beta: float, **settings: object
 ) -> tuple[DPO, VelocityPolicy, Pairs, Draw]:
-    """+1 is better than -1, under the exact velocity of N(0, 1) data and a number θ: s = -2 β θ t / (t² + (1 - t)²)."""
+    """+1 beats -1, with the velocity of N(0, 1) data plus θ: s = -2 β θ t / (t² + (1 - t)²)."""
     policy = VelocityPolicy(standard_normal, torch.zeros(1), torch.zeros(1))
     return DPO(beta=beta, **settings), policy, pairs_of(ONE, -ONE), at_time(t)
 
@@ -376,7 +376,7 @@ def test_the_reference_is_asked_once_about_every_image_and_draw(make, monkeypatc
 
 @pytest.mark.parametrize("make", [DPO, KTO])
 def test_every_pair_of_a_prompt_has_a_time_and_a_noise_of_its_own(make):
-    """Or 16 pairs of 8 images would teach what 8 images do."""
+    """Otherwise 16 pairs of 8 images would count no more than 8 images."""
     policy = make_policy(Sampler(steps=3, dynamics=flow_sde))
     rollout = collect(policy.at("policy"), two_groups(policy), 6)
     keys = Keys.training(0, 0, [(0, image) for image in range(6)])
@@ -412,7 +412,7 @@ def test_d3po_s_loss_at_the_reference_is_log_2():
     ("chosen", "rejected"), [(2.0, -2.0), (0.1, -2.0), (2.0, -0.1), (0.1, -0.1)]
 )
 def test_a_ratio_outside_the_clip_range_gives_no_gradient(chosen, rejected):
-    """log ratio = θ x - θ² / 2, here of θ = 0.2 and a limit near ±0.1, so that |x| = 2 lies outside and 0.1 inside."""
+    """log ratio = θ x - θ² / 2 with θ = 0.2: a limit near ±0.1 clips |x| = 2, but not 0.1."""
     theta = torch.tensor([0.2], requires_grad=True)
     sides = (torch.tensor([[[0.0], [x]]]) for x in (chosen, rejected))
     loss = D3PO(beta=1.0).loss(ChainPolicy(theta), path_pairs(*sides, torch.zeros(0)), 0)
@@ -426,7 +426,7 @@ def test_a_ratio_outside_the_clip_range_gives_no_gradient(chosen, rejected):
 
 
 def bradley_terry(slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One-step paths of N(0, 1) in both orders, each weighted by the probability that a reward of slope · x prefers it so."""
+    """One-step paths of N(0, 1) in both orders, weighted by how often slope · x prefers each."""
     a, b = random(2, 200, 1)
     weight = torch.cat([(slope * (a - b)).sigmoid(), (slope * (b - a)).sigmoid()])[:, 0]
     start = torch.zeros(400, 1)
@@ -503,7 +503,7 @@ def directly(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> tuple[Tensor
 
 
 def test_prdp_ends_at_the_kl_regularised_optimum():
-    """Reward c x0 over N(0, std_k²) steps: the bias of step k is c std_k² / τ, and every difference is predicted."""
+    """Reward c x0 over N(0, std_k²) steps: step k's bias is c std_k² / τ."""
     c, tau = 0.6, 1.5
     optimum = c / tau * torch.tensor(STDS) ** 2
     objective, pairs = (
@@ -706,7 +706,7 @@ def test_ties_and_small_gaps_weigh_nothing():
 
 
 def test_weights_average_to_one_within_a_prompt_and_between_prompts():
-    """DP²O: (gap + 1 - mean gap) (deviation + 1 - mean deviation), of rewards scaled to [0, 1] by group."""
+    """DP²O: (gap + 1 - mean gap) (deviation + 1 - mean deviation), rewards in [0, 1] by group."""
     rewards = [[0.0, 1.0, 2.0, 4.0], [10.0, 0.0, 10.0, 0.0]]
     weight = rank(judged(rewards), Ranking(top=2, weighted=True)).weight
     scaled = torch.tensor([[0.0, 0.25, 0.5, 1.0], [1.0, 0.0, 1.0, 0.0]])

@@ -1,4 +1,4 @@
-"""Policies whose velocities or steps are written down, batches of a few rows for them, and a model that is one number."""
+"""Policies of known velocities or steps, small batches for them, and a model of one number."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -102,7 +102,7 @@ def path_pairs(
     gap: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Pairs:
-    """Pairs of paths (B, K + 1, *latent); `log_prob` is of the chosen, then of the rejected (2 B, K)."""
+    """Pairs of paths (B, K + 1, *latent); `log_prob` of chosen, then of rejected (2 B, K)."""
     one = torch.ones(len(chosen))
     gap, weight = one if gap is None else gap, one if weight is None else weight
     log_probs = log_prob.chunk(2) if log_prob.numel() else (log_prob, log_prob)
@@ -193,7 +193,7 @@ class DoublePolicy(Policy):
 
 
 def number_policy(theta: float, steps: int) -> Policy:
-    """v = theta · x. The adapter's matrices are 1 and theta, so the gradient with regard to theta is that of the second."""
+    """v = theta · x. The adapter's matrices are 1 and theta, which has the gradient."""
     policy = DoublePolicy(NumberModel(), Sampler(steps=steps))
     policy.model.transformer.double()
     down, up = policy.parameters()

@@ -87,7 +87,7 @@ def judge(
 
 
 @pytest.mark.parametrize("advantage", KINDS)
-def test_images_that_lack_a_score_teach_nothing_and_leave_their_group_to_the_others(advantage):
+def test_images_that_lack_a_score_get_weight_0_and_change_nothing_for_their_group(advantage):
     """4 lacks b and 5 lacks a; that they have the other changes no mean and no deviation."""
     asked = judge(A, B, advantage=advantage)
     found, metrics = asked([grey([1, 4, 2, 5, 3], [6, 7, 8])])
@@ -124,7 +124,7 @@ def test_prompts_with_and_without_a_reward_stand_side_by_side(advantage):
 
 
 @pytest.mark.parametrize("advantage", KINDS)
-def test_a_prompt_of_which_nothing_is_scored_teaches_nothing(advantage):
+def test_a_prompt_without_any_score_gets_weight_0(advantage):
     found, metrics = judge(
         Reward("a", by_level(_1=NONE, _2=NONE, _3=0.0, _4=1.0)), advantage=advantage
     )([grey([1, 2], [3, 4])])

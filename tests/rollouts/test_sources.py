@@ -213,7 +213,7 @@ def test_what_is_imitated_or_preferred_is_the_velocity_without_guidance(kind, pa
     assert set(asked) == ({1, objective.guidance} if isinstance(objective, SOAR) else {1})
 
 
-# groups that teach nothing
+# groups without spread
 
 
 def flat(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -223,8 +223,8 @@ def flat(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> 
     )
 
 
-@pytest.mark.parametrize(("drop", "taught"), [(False, 6), (True, 3)])
-def test_groups_of_equal_rewards_are_dropped_where_that_is_asked_for(drop, taught):
+@pytest.mark.parametrize(("drop", "rows"), [(False, 6), (True, 3)])
+def test_groups_of_equal_rewards_are_dropped_on_request(drop, rows):
     source = context(drop_equal_groups=drop)
     source = replace(
         source,
@@ -234,12 +234,12 @@ def test_groups_of_equal_rewards_are_dropped_where_that_is_asked_for(drop, taugh
     rollout, metrics = scored_rollouts(source, 0)
     assert metrics["reward/groups_without_spread"] == 0.5
     assert len(rollout) == 6
-    assert len(rollout.trainable_rows()) == taught
+    assert len(rollout.trainable_rows()) == rows
     assert drop == (set(rollout.trainable_rows().prompts) == {CAPTIONS[1]})
 
 
-def test_a_prompt_is_dropped_where_its_advantages_are_equal_whatever_its_sums_are():
-    """1 · a + 2 · b is 2 for every image; GDPO, which normalises a and b one by one, tells those of the first prompt apart."""
+def test_a_prompt_is_dropped_if_its_advantages_are_equal_whatever_its_rewards_are():
+    """1 · a + 2 · b is 2 for every image, but GDPO normalises a and b one by one."""
 
     def looked_up(*scores: float) -> Any:
         return lambda images, prompts, metadata: torch.tensor(scores)[
@@ -257,15 +257,15 @@ def test_a_prompt_is_dropped_where_its_advantages_are_equal_whatever_its_sums_ar
     judge = replace(supplied.scorer, rewards=rewards)
     assert judge([rollout])[0].reward.eq(2).all()
     assert len(judge([rollout])[0].trainable_rows()) == 0
-    taught = replace(judge, advantage=gdpo)([rollout])[0].trainable_rows()
-    assert taught.prompts == rollout.prompts[:3]
+    trainable = replace(judge, advantage=gdpo)([rollout])[0].trainable_rows()
+    assert trainable.prompts == rollout.prompts[:3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
     "objective", [FlowGRPO(), PRDP(), KTO()], ids=lambda objective: type(objective).__name__
 )
-def test_an_update_in_which_nothing_is_taught_has_no_gradient(objective, dtype):
+def test_an_update_without_trainable_rows_has_no_gradient(objective, dtype):
     policy = make_policy(Sampler(steps=2, dynamics=flow_sde), dtype=dtype)
     policy.images_per_pass = 2
     rollout = collect(policy.at("policy"), two_groups(policy), 6)
@@ -300,7 +300,7 @@ def run(folder: Path, objective: str, few_prompts: str, *overrides: str) -> dict
 
 
 def test_updates_that_nothing_is_learned_from_move_nothing(few_prompts, tmp_path):
-    """Not even by weight decay; where such images are not left out, the anchor and the decay move them."""
+    """Not even by weight decay. If such images are kept, penalty and decay move the weights."""
     (tmp_path / "dull.py").write_text(
         "def dull(images, prompts, metadata):\n    return [0.5] * len(images)\n"
     )
