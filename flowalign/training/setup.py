@@ -159,11 +159,11 @@ def make_scorer(
 ) -> RolloutScorer:
     """Return what scores images by these rewards and compares the images of each prompt."""
     return RolloutScorer(
-        rewards,
-        config.combine,
-        config.advantage,
-        plan.images_per_pass,
-        distributed.device(),
+        rewards=rewards,
+        combine=config.combine,
+        advantage=config.advantage,
+        images_per_pass=plan.images_per_pass,
+        device=distributed.device(),
         drop_equal_groups=drop_equal_groups,
     )
 
