@@ -76,10 +76,11 @@ class Sampler(Settings):
 class Decay(Settings):
     """How a copy of the adapter follows the one that trains.
 
-    After n updates,
+    At the end of a step,
         copy ← decay(n) · copy + (1 - decay(n)) · policy,
         decay(n) = min(end, value + slope · max(0, n - start)).
-    A decay of 0 copies the policy, 1 leaves the copy as it is.
+    n is the number of updates scheduled before the step; unless `every` divides n, the copy stays
+    as it is. A decay of 0 copies the policy, 1 leaves the copy as it is.
 
     Example:
         >>> decay = flowalign.Decay(value=0.1, slope=0.1, end=0.5)
@@ -104,7 +105,7 @@ class Decay(Settings):
             raise WrongSetting(f"value is {self.value}, but end is {self.end}. Write value <= end.")
 
     def __call__(self, updates: int) -> float:
-        """Return the decay after a number of updates."""
+        """Return the decay at the end of a step that `updates` updates were scheduled before."""
         if updates % self.every:
             return 1.0
         return min(self.end, self.value + self.slope * max(0, updates - self.start))
@@ -275,7 +276,7 @@ class Policy:
             steps: The stochastic steps; the others are steps of the ODE.
         """
         shape, device = self.model.latent_shape, self.model.device
-        x = self.start(batch, purpose)
+        x = self.initial_noise(batch, purpose)
         path, log_probs = [x], []
         for k in range(self.sampler.steps):
             gaussian = self.step(x, k, batch.cond, k in steps)
@@ -294,13 +295,13 @@ class Policy:
         nothing = torch.zeros(1, 1)
         return self.sampler.dynamics(nothing, nothing, self.times[k], self.times[k + 1]).std
 
-    def start(self, batch: Batch, purpose: str = "rollout") -> Latent:
+    def initial_noise(self, batch: Batch, purpose: str = "rollout") -> Latent:
         """Return the noise that the images of the batch begin with."""
         shape, shared = self.model.latent_shape, self.sampler.same_noise
         return batch.noise(purpose, 0, shape, shared=shared).to(self.model.device)
 
     def unroll(self, x: Latent, cond: Cond, steps: range) -> Latent:
-        """Take ODE steps that a gradient passes through.
+        """Take ODE steps; a gradient passes through them if gradients are enabled.
 
         Only the input of each step is kept for the backward pass, which recomputes the rest.
         """

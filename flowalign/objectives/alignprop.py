@@ -1,8 +1,9 @@
 """AlignProp and DRaFT: the reward's gradient through the sampler (arXiv 2310.03739, 2309.17400).
 
     loss = -reward(decode(x_K)),   x_{k+1} = x_k + (t_{k+1} - t_k) v_θ(x_k, t_k)
-The gradient passes through the last steps only. Their number is fixed (DRaFT-K; all K is DRaFT),
-or their first is drawn anew in every training step around `start` (AlignProp).
+The gradient passes through the last steps only. `depth` fixes their number (DRaFT-K; DRaFT if it is
+all steps). With `depth: 0` the first of them is drawn in every training step, around `start`
+(AlignProp).
 
 Each step and the decoding are recomputed in the backward pass, so that memory does not grow with
 the number of steps.
@@ -30,11 +31,11 @@ class AlignProp(RewardGradientObjective):
     """AlignProp, and DRaFT-K if `depth` is set. Every reward must carry a gradient."""
 
     depth: CountOrZero = 0
-    """K of DRaFT-K: how many last steps carry the gradient; 0 to draw the first of them."""
+    """How many last steps carry the gradient, as in DRaFT-K; 0 to draw the first of them."""
     start: Share = 0.84
-    """Mean position on the schedule, from 0 to 1, at which the gradient starts."""
+    """Mean share of the sampler's steps, counted from noise, before the gradient starts."""
     spread: NonNegative = 0.1
-    """Standard deviation of that position."""
+    """Standard deviation of that share."""
 
     def check(self, sampler: Sampler) -> None:
         """Raise UserError if `depth` exceeds the sampler's steps."""
@@ -48,7 +49,7 @@ class AlignProp(RewardGradientObjective):
         """Return the negative reward, with a gradient through the last steps."""
         steps, first = policy.sampler.steps, self.first_step(policy.sampler.steps, prompts)
         with torch.no_grad():
-            x = policy.unroll(policy.start(prompts), prompts.cond, range(first))
+            x = policy.unroll(policy.initial_noise(prompts), prompts.cond, range(first))
         x0 = policy.unroll(x, prompts.cond, range(first, steps))
         return reward_loss(policy, prompts, x0)
 
@@ -58,6 +59,6 @@ class AlignProp(RewardGradientObjective):
             return max(0, steps - self.depth)
         # Drawn from the keys: all passes and processes of a step must take the same step.
         random = Random(f"first step/{prompts.keys.of_step}")
-        position = random.gauss(self.start, self.spread) * steps
+        first = random.gauss(self.start, self.spread) * steps
         # At least one step without and one with gradient, wherever the normal draw falls.
-        return min(max(round(position), 1), steps - 1)
+        return min(max(round(first), 1), steps - 1)

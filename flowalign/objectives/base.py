@@ -137,9 +137,11 @@ class Objective(Settings, Generic[B, D]):
     def group_terms(self, policy: Policy, batch: B, draw: D, /) -> dict[str, Term]:
         """Return what the loss needs to know about whole groups, as rows by name.
 
-        The batch holds whole groups, and `policy` takes no gradient. `loss` reads a term by
-        `batch.term(name, compute)`: passes that hold whole groups compute it in place, so that no
-        forward runs twice.
+        Called before the passes of an update, and only if a pass cuts a group or
+        `terms_span_update` is True. Otherwise `loss` computes the term in place. It reads a term
+        by `batch.term(name, compute)`, so that no forward runs twice.
+
+        The batch holds whole groups, and `policy` takes no gradient.
         """
         return {}
 

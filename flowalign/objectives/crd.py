@@ -1,16 +1,22 @@
 """CRD: centered reward distillation (arXiv 2603.14128).
 
 The KL-regularised optimum π* has β log(π*/π_old) = R - β log Z(prompt). Z is the same for all
-images of a prompt, so centring within the prompt removes it. With u = noise - x0, and
-ρ = -(‖v - u‖² - ‖v_old - u‖²) in place of the log-ratio,
+images of a prompt, so centring within the prompt removes it. With
+    u = noise - x0
+    e(v) = ‖v - u‖², divided by the mean of |v - u| (without gradient) if `adaptive`
+    ρ = e(v_old) - e(v), in place of the log-ratio
+    R = clamp(A / (2 A_max) + 1/2, 0, 1), how good an image is
+    p = softmax(±R / temperature) within the prompt, equal by default
     loss = A_max / β · (β ρ - R - Σ_j p_j (β ρ_j - R_j))² + λ (c + (1 - c) R) ‖v - v_ref‖²
-R in [0, 1] is how good an image is. v_ref is the model without adapter under guidance, so guidance
-is distilled into the policy. c = kl_least / λ, so good images are anchored most. The copy that
-samples differs from the copy that ρ is measured against.
+The square is averaged over both signs of p. λ is `kl.weight`, A_max is `limit`, and c is
+`kl_least` / λ, so good images are anchored most. v_ref is the model without adapter under guidance,
+so guidance is distilled into the policy. The copy that samples differs from the copy that ρ is
+measured against.
 
 Differences from the released code: it subtracts one mean over many prompts; here each prompt has
-its own mean, since it has its own Z. Times and noise are shared within a prompt: their scale would
-leak into ρ.
+its own mean, since it has its own Z. Times and noise are shared within a prompt. The size of ρ
+depends on time and noise. If these differed within a prompt, the centre would mix that with the
+reward.
 """
 
 from dataclasses import dataclass, field
@@ -74,13 +80,14 @@ class CRD(AnchoredObjective):
         """Return the errors of v_old and the centres."""
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
         cond = self.cond(rollout)
+        # It concerns one image, but `loss` reads it here, so that `old` is not evaluated twice.
         error_old = self.error(policy.at("old").velocity(xt, draw.t, cond), target)
         rho = error_old - self.error(policy.velocity(xt, draw.t, cond), target)
         return {"error_old": error_old, "centres": self.centres(rho, rollout)}
 
     def loss(self, policy: Policy, rollout: Rollout, draw: Draw) -> Loss:
         """Return the loss at one time for each image."""
-        cond, reward = self.cond(rollout), self.reward(rollout)
+        cond, r = self.cond(rollout), self.optimality(rollout)
         xt, target = add_noise(rollout.x0, draw.t, draw.noise)
         v = policy.velocity(xt, draw.t, cond)
 
@@ -91,7 +98,7 @@ class CRD(AnchoredObjective):
         rho = error_old - error
         # Centres take no gradient: they stand in the place of log Z, a constant of the prompt.
         centres = rollout.term("centres", lambda: self.centres(rho.detach(), rollout))
-        residuals = [self.beta * rho - reward - centre for centre in centres.unbind(1)]
+        residuals = [self.beta * rho - r - centre for centre in centres.unbind(1)]
         loss = self.limit / self.beta * torch.stack(residuals).square().mean()
         return Loss(loss, {"log_ratio": Mean(rho)}) + self.penalty(policy, rollout, draw, v)
 
@@ -101,10 +108,10 @@ class CRD(AnchoredObjective):
             return Loss(v.new_zeros(()), {})
         xt, _ = add_noise(rollout.x0, draw.t, draw.noise)
         kl = mean_square(v - self.kl.velocity(policy, xt, draw.t, self.cond(rollout)))
-        weight = self.kl_least + (self.kl.weight - self.kl_least) * self.reward(rollout)
+        weight = self.kl_least + (self.kl.weight - self.kl_least) * self.optimality(rollout)
         return Loss((weight * kl).mean(), {"kl": Mean(kl)})
 
-    def reward(self, rollout: Rollout) -> PerImage:
+    def optimality(self, rollout: Rollout) -> PerImage:
         """Return R."""
         return optimality(rollout.advantage, self.limit)
 
@@ -114,11 +121,11 @@ class CRD(AnchoredObjective):
 
     def centres(self, rho: PerImage, rollout: Rollout) -> Tensor:
         """Return Σ_j p_j (β ρ_j - R_j) of each image's prompt, a column for each choice of p."""
-        reward = self.reward(rollout)
-        residual = self.beta * rho - reward
+        r = self.optimality(rollout)
+        residual = self.beta * rho - r
         columns = []
         # With equal weights both signs give one centre; sign 0 makes all logits equal.
         for sign in (1, -1) if self.temperature else (0,):
-            p = group_softmax(sign * reward / (self.temperature or 1), rollout.group)
+            p = group_softmax(sign * r / (self.temperature or 1), rollout.group)
             columns.append(group_mean(p * residual, rollout.group))
         return torch.stack(columns, 1)

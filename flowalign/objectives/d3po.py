@@ -2,9 +2,10 @@
 
 With ratio_k = clip(π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c), 1 - ε, 1 + ε),
     loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected))
+times the pair's weight (`data.ranking`).
 
-Differences from the released code: paths are those of a flow SDE, and rewards rank them (there:
-DDIM, and people).
+Differences from the released code: paths are those of the stochastic sampler (flow_sde, dance_sde
+or cps; there: DDIM), and rewards rank them (there: people).
 """
 
 import math
@@ -39,19 +40,19 @@ class D3PO(PathObjective[Pairs]):
         """Return the loss at step k of each pair."""
         # Both paths go through the network in one call, which rounds them alike.
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
-        step = policy.step(paths[:, k], k, cond)
-        step_ref = policy.at("reference").step(paths[:, k], k, cond)
+        gaussian = policy.step(paths[:, k], k, cond)
+        gaussian_ref = policy.at("reference").step(paths[:, k], k, cond)
 
-        log_ratio = step.log_prob(paths[:, k + 1]) - step_ref.log_prob(paths[:, k + 1])
+        log_ratio = gaussian.log_prob(paths[:, k + 1]) - gaussian_ref.log_prob(paths[:, k + 1])
         # Clipping the ratio is clipping its logarithm, which does not overflow.
         clipped = log_ratio.clamp(math.log(1 - self.clip_range), math.log(1 + self.clip_range))
         chosen, rejected = clipped.chunk(2)
-        s = self.beta * (chosen - rejected)
-        loss = (pairs.weight * -F.logsigmoid(s)).mean()
+        margin = self.beta * (chosen - rejected)
+        loss = (pairs.weight * -F.logsigmoid(margin)).mean()
 
         stats = {
-            "chosen_preferred": Mean(preferred(s)),
-            "margin": Mean(s),
+            "chosen_preferred": Mean(preferred(margin)),
+            "margin": Mean(margin),
             "ratio/clipped": Mean((log_ratio != clipped).float()),
         }
         return Loss(loss, stats)

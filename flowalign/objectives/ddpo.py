@@ -3,9 +3,11 @@
     score_function:        loss = -A log π_θ(x_{k+1} | x_k, c), for one update per rollout
     importance_sampling:   loss = -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A), for several
 
-Differences from the paper: paths are those of a flow SDE. The log-probability is the mean over
-latent elements, as in the released code. Advantages compare the images of a prompt in one step
-(there: with a running buffer of that prompt's rewards).
+π_old is the policy that sampled the images, and ratio = π_θ / π_old for the step.
+
+Differences from the paper: paths are those of the stochastic sampler (flow_sde, dance_sde or cps).
+The log-probability is the mean over latent elements, as in the released code. Advantages compare
+the images of a prompt in one step (there: with a running buffer of that prompt's rewards).
 """
 
 import math
@@ -61,8 +63,8 @@ class DDPO(PathObjective[Rollout]):
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         """Return the loss at step k of each image."""
-        step = policy.step(rollout.path[:, k], k, rollout.cond)
-        log_prob, old_log_prob = step.log_prob(rollout.path[:, k + 1]), rollout.log_prob[:, k]
+        gaussian = policy.step(rollout.path[:, k], k, rollout.cond)
+        log_prob, old_log_prob = gaussian.log_prob(rollout.path[:, k + 1]), rollout.log_prob[:, k]
 
         estimate = ESTIMATORS[self.estimator]
         loss = estimate(log_prob, old_log_prob, rollout.advantage, self.clip_range).mean()

@@ -40,7 +40,8 @@ class DRaFTLV(RewardGradientObjective):
     def loss(self, policy: Policy, prompts: Prompts, _: None) -> Loss:
         """Return the negative reward, with a gradient through one repeated step."""
         with torch.no_grad():
-            x0 = policy.unroll(policy.start(prompts), prompts.cond, range(policy.sampler.steps))
+            x = policy.initial_noise(prompts)
+            x0 = policy.unroll(x, prompts.cond, range(policy.sampler.steps))
         t = x0.new_full((len(x0),), policy.times[policy.sampler.steps + self.step])
         losses = []
         for copy in range(self.copies):

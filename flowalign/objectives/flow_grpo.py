@@ -2,7 +2,9 @@
 
 With ratio_k = π_θ(x_{k+1} | x_k, c) / π_old(x_{k+1} | x_k, c) and advantages within the images of a
 prompt,
-    loss = -min(ratio A, clip(ratio, 1 - ε, 1 + ε) A) + β KL(π_θ ‖ π_ref)
+    loss = -w_k min(ratio_k A, clip(ratio_k, 1 - ε, 1 + ε) A) + β KL(π_θ ‖ π_ref)
+π_old is the policy that sampled the images; its log-probabilities are in the rollout. The weight
+w_k is `step_weight`, 1 by default.
 
 Its relatives are settings:
 - `ratio: normalised` and `step_weight: inverse_time` are GRPO-Guard (2510.22319). With Δμ the
@@ -14,9 +16,10 @@ Its relatives are settings:
 - `sampler.window` trains on a window of steps (Flow-GRPO-Fast, MixGRPO 2507.21802).
 
 Differences from the paper: the log-probability is the mean over latent elements, as in the released
-code, and so is the KL. `kl: per_time` is the released code's KL for SD3, which lacks the step's
-length: |t - s| times the exact one. The last step is one of the ODE. `cps` steps have the
-log-probability of a Gaussian (as released: without the division by 2 std²).
+code, and so is the KL. `kl: per_time` is the released code's KL for SD3. The released code's
+variance in the KL omits the factor |t - s|, so its KL is the exact one times |t - s|. The last step
+is one of the ODE. `cps` steps have the log-probability of a Gaussian (as released: without the
+division by 2 std²).
 """
 
 from dataclasses import dataclass
@@ -32,16 +35,17 @@ from flowalign.policy import Policy
 from flowalign.settings.types import NonNegative, Positive
 
 
-def log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
+def log_ratio(gaussian: Gaussian, rollout: Rollout, k: int) -> PerImage:
     """Return log π_θ - log π_old of step k."""
-    return step.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
+    return gaussian.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
 
 
-def normalised_log_ratio(step: Gaussian, rollout: Rollout, k: int) -> PerImage:
+def normalised_log_ratio(gaussian: Gaussian, rollout: Rollout, k: int) -> PerImage:
     """Return std · (log ratio + ‖Δμ‖² / 2 std²) = mean(noise · Δμ) (GRPO-Guard, equation 8)."""
     noise = rollout.step_noise(k)
-    moved = step.mean - (rollout.path[:, k + 1] - step.std * noise)
-    return (noise * moved).flatten(1).mean(1)
+    # Δμ: the new mean minus the mean at sampling.
+    delta_mean = gaussian.mean - (rollout.path[:, k + 1] - gaussian.std * noise)
+    return (noise * delta_mean).flatten(1).mean(1)
 
 
 def even(policy: Policy, k: int) -> float:
@@ -50,7 +54,7 @@ def even(policy: Policy, k: int) -> float:
 
 
 def by_noise(policy: Policy, k: int) -> float:
-    """Return the step's std over the mean of all that the sampler's window reaches."""
+    """Return the step's std divided by the mean std of the steps that the window can reach."""
     steps = policy.sampler.window.reach(policy.sampler.steps)
     return policy.std(k) * len(steps) / sum(map(policy.std, steps))
 
@@ -73,7 +77,7 @@ class FlowGRPO(PathObjective[Rollout]):
     kl_weight: NonNegative = 0.0
     """The weight β of the KL. At 0 the reference is never evaluated."""
     kl: Literal["exact", "per_time"] = "exact"
-    """The form of the KL: exact, or times the step's length, as released for SD3."""
+    """The KL: exact, or per_time with the variance per unit of time, as released for SD3."""
     ratio: Literal["plain", "normalised"] = "plain"
     """The form of the log-ratio."""
     step_weight: Literal["even", "noise", "inverse_time"] = "even"
@@ -86,9 +90,9 @@ class FlowGRPO(PathObjective[Rollout]):
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         """Return the loss at step k of each image."""
-        step, advantage = policy.step(rollout.path[:, k], k, rollout.cond), rollout.advantage
+        gaussian, advantage = policy.step(rollout.path[:, k], k, rollout.cond), rollout.advantage
 
-        log_ratio = RATIOS[self.ratio](step, rollout, k)
+        log_ratio = RATIOS[self.ratio](gaussian, rollout, k)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         # The weight scales the policy gradient alone; the KL has its own.
@@ -100,13 +104,13 @@ class FlowGRPO(PathObjective[Rollout]):
             "ratio/max_log_error": Max(log_ratio.abs()),
             "ratio/clipped": Mean((ratio != clipped).float()),
         }
-        return Loss(loss, stats) + self.penalty(policy, rollout, k, step)
+        return Loss(loss, stats) + self.penalty(policy, rollout, k, gaussian)
 
-    def penalty(self, policy: Policy, rollout: Rollout, k: int, step: Gaussian) -> Loss:
+    def penalty(self, policy: Policy, rollout: Rollout, k: int, gaussian: Gaussian) -> Loss:
         """Return β KL(π_θ ‖ π_ref) at step k."""
         if self.kl_weight == 0:
-            return Loss(step.mean.new_zeros(()), {})
-        kl = step.kl(policy.at("reference").step(rollout.path[:, k], k, rollout.cond))
+            return Loss(gaussian.mean.new_zeros(()), {})
+        kl = gaussian.kl(policy.at("reference").step(rollout.path[:, k], k, rollout.cond))
         if self.kl == "per_time":
             kl = kl * (policy.times[k] - policy.times[k + 1])
         return Loss(self.kl_weight * kl.mean(), {"kl": Mean(kl)})

@@ -1,7 +1,8 @@
 """DiffusionNFT: learn from good and bad images in the forward process (arXiv 2509.16117, eq. 5).
 
-With v± = v_old ± β (v - v_old) and r in [0, 1] how good an image is,
-    loss = A_max / β · (r ‖v+ - (noise - x0)‖² + (1 - r) ‖v- - (noise - x0)‖²) + λ ‖v - v_ref‖²
+With v± = v_old ± β (v - v_old) and R = clamp(A / (2 A_max) + 1/2, 0, 1), how good an image is,
+    loss = A_max / β · (R ‖v+ - (noise - x0)‖² + (1 - R) ‖v- - (noise - x0)‖²) + λ ‖v - v_ref‖²
+R is the paper's r. If `adaptive`, an error is that of x0, over its mean size (without gradient).
 
 Differences from the released code: times are drawn from strata of an interval (there: those of the
 sampler's steps, in random order). The images of a prompt share times and noise unless
@@ -29,7 +30,7 @@ class NFT(AnchoredObjective):
     adaptive: bool = True
     """True to divide errors of x0 by their own mean size, as released; false for errors of v."""
     limit: Positive = 5.0
-    """The advantage A_max at which r is 1; at its negative r is 0."""
+    """The advantage A_max at which R is 1; at its negative R is 0."""
     kl: VelocityKL = field(default_factory=lambda: VelocityKL(weight=1e-4))
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.5))
     sampling_weights: ClassVar[str] = "old"

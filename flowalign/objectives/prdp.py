@@ -1,6 +1,7 @@
 """PRDP: predict reward differences from the log-ratios of whole paths (arXiv 2402.08714).
 
-With ρ = Σ_k log π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c) along a path of a flow SDE,
+With ρ = Σ_k log π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c) along a path of the stochastic
+sampler,
     loss = max over {ρ, ρ clipped} of (τ Δρ - Δreward)² / τ,   Δ = chosen - rejected
 where clipping keeps each step's log-ratio to the weights that sampled within ±ε. Its optimum is the
 KL-regularised one.

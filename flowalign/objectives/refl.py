@@ -40,7 +40,7 @@ class ReFL(RewardGradientObjective):
         """Return the negative reward of images predicted at step k."""
         k = self.late_step(policy.sampler.steps, prompts)
         with torch.no_grad():
-            x = policy.unroll(policy.start(prompts), prompts.cond, range(k))
+            x = policy.unroll(policy.initial_noise(prompts), prompts.cond, range(k))
         t = x.new_full((len(x),), policy.times[k])
         return reward_loss(policy, prompts, policy.denoise(x, t, prompts.cond), self.enough)
 

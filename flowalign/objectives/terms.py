@@ -1,4 +1,4 @@
-"""Terms and heads that several objectives share."""
+"""Parts of formulas and base classes that several objectives share."""
 
 import math
 from dataclasses import dataclass, field
@@ -36,18 +36,18 @@ def group_softmax(logits: PerImage, group: Tensor) -> PerImage:
 
 
 def optimality(advantage: PerImage, limit: float = 5.0) -> PerImage:
-    """Return r in [0, 1], ½ for the average image: clamp(A / (2 limit) + ½) (NFT, 2509.16117)."""
+    """Return R = clamp(A / (2 limit) + 1/2, 0, 1): how good an image is (NFT's r, 2509.16117)."""
     return (advantage / (2 * limit) + 0.5).clamp(0, 1)
 
 
-def adaptive_error(x0_hat: Latent, x0: Latent) -> PerImage:
+def adaptive_error(prediction: Latent, target: Latent) -> PerImage:
     """Return the mean square error over the error's mean size, which takes no gradient.
 
     This is the adaptive weight of DiffusionNFT (arXiv 2509.16117).
     """
     # Detached, or shrinking the error would raise its own weight. The floor avoids 0 / 0.
-    size = (x0_hat - x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
-    return mean_square(x0_hat - x0) / size
+    size = (prediction - target).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return mean_square(prediction - target) / size
 
 
 def preferred(margin: PerImage) -> PerImage:

@@ -1,8 +1,8 @@
 """Score rollouts by rewards, and compare the images of each prompt.
 
-Scores become a table of rewards, and the table becomes advantages: `score`, `combine` and
-`advantages` are functions of values. `RolloutScorer` holds the rewards and settings of a run and
-calls them in this order.
+Scores become a table of rewards, and the table becomes advantages: `score_passes`,
+`combined_table` and `advantages` are functions of values. `RolloutScorer` holds the rewards and
+settings of a run and calls them in this order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -60,8 +60,8 @@ class RolloutScorer:
         return {reward.name: reward.learner for reward in self.rewards if reward.learner}
 
     def score(self, passes: Iterable[Rollout]) -> tuple[Rollout | None, Scores]:
-        """Return this process's images, and their scores; see `score`."""
-        return score(self.rewards, passes, self.images_per_pass, self.device)
+        """Return this process's images, and their scores; see `score_passes`."""
+        return score_passes(self.rewards, passes, self.images_per_pass, self.device)
 
     def __call__(self, passes: Iterable[Rollout]) -> tuple[Rollout, Metrics]:
         """Return one rollout with rewards and advantages, and its metrics.
@@ -73,10 +73,10 @@ class RolloutScorer:
         assert rollout is not None
         scores, group = gather_scores(rollout, own_scores)
         check_finite(scores, rollout)
-        table = combine(self.combine, scores, self.weights, group)
+        table = combined_table(self.combine, scores, self.weights, group)
         values = advantages(self.advantage, table, group)
         metrics = reward_metrics(scores, table, group) | self.combine.metrics()
-        weight = trainable(table, values, group, self.drop_equal_groups)
+        weight = row_weights(table, values, group, self.drop_equal_groups)
         # All processes hold equally many images, in the order of their ranks.
         start = distributed.rank() * len(rollout)
         own = slice(start, start + len(rollout))
@@ -108,7 +108,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
 
 
-def score(
+def score_passes(
     rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
 ) -> tuple[Rollout | None, Scores]:
     """Return the images of all passes, and their scores on the CPU.
@@ -119,7 +119,7 @@ def score(
     of_groups = [reward for reward in rewards if reward.of_groups]
     of_images = [reward for reward in rewards if not reward.of_groups]
     try:
-        rollout, parts = _score_passes(of_images, passes, images_per_pass, device)
+        rollout, parts = _score_while_sampling(of_images, passes, images_per_pass, device)
         by_group = _score_groups(of_groups, rollout, device) if rollout else {}
     except RunError as error:
         distributed.raise_if_any_failed(error)
@@ -131,7 +131,7 @@ def score(
     return rollout, {reward.name: scores[reward.name] for reward in rewards}
 
 
-def _score_passes(
+def _score_while_sampling(
     rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
 ) -> tuple[Rollout | None, list[Scores]]:
     """Return the images, and the scores of each part; stop sampling once a reward has failed."""
@@ -193,7 +193,7 @@ def check_finite(scores: Scores, rollout: Rollout) -> None:
         raise NotFinite(f"no image was given a score by {names}", rollout)
 
 
-def combine(
+def combined_table(
     method: Combine, scores: Scores, weights: dict[str, float], group: Tensor
 ) -> RewardTable:
     """Return the rewards of a step, after `method` has learned from them."""
@@ -209,7 +209,7 @@ def advantages(function: AdvantageFunction, table: RewardTable, group: Tensor) -
         raise RunError(str(error)) from error
 
 
-def trainable(
+def row_weights(
     table: RewardTable, values: PerImage, group: Tensor, drop_equal_groups: bool
 ) -> PerImage:
     """Return the weight (N,) of each image: 0 without a score, or if its group is dropped."""

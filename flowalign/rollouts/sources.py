@@ -1,6 +1,8 @@
 """Sources of training data: source(step) makes the batch of a step, with metrics about it.
 
-A source is a pure function of the step, so that a resumed run gets exactly the same batches.
+Which prompts and noise a step uses depends on the seed and the step alone; what is sampled also
+depends on the state (TrainState). A checkpoint holds that state, so a resumed run gets exactly the
+same batches.
 """
 
 from collections.abc import Callable

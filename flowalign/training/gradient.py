@@ -139,11 +139,12 @@ def split(
         padded = type(batch).concatenate([rows, padding]) if len(rows) else padding
     else:
         padded = rows
-    ahead = most > 0 and has_group_terms(objective) and (objective.terms_span_update or any(cuts))
+    terms_needed = objective.terms_span_update or any(cuts)
+    terms_first = most > 0 and has_group_terms(objective) and terms_needed
     return Passes(
         objective=objective,
         batch=padded,
-        terms=whole_terms(policy, objective, padded, len(rows)) if ahead else [],
+        terms=whole_terms(policy, objective, padded, len(rows)) if terms_first else [],
         rows=len(rows),
         # Processes may train on different numbers of rows; the mean loss is over all of them.
         mean_rows=sum(counts) / len(counts),

@@ -88,7 +88,7 @@ def check_noise(policy: Policy, batch: Batch) -> Finding:
     shape = policy.model.latent_shape
     later = replace(batch, keys=replace(batch.keys, step=batch.keys.step + 1))
     draws = [
-        policy.start(batch).cpu(),
+        policy.initial_noise(batch).cpu(),
         batch.noise("rollout", 1, shape),
         later.noise("rollout", 0, shape),
     ]

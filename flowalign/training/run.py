@@ -116,7 +116,7 @@ class Run:
             self.skip_update(SkippedUpdate(error.rollout, 0, str(error)))
             self.progress.count_update(applied=False)
             # The loop goes on, so that one bad batch costs one step and not the run.
-            return error.rollout[[]], {}
+            return error.rollout[[]], {}  # no rows
 
     def skip_update(self, skipped: SkippedUpdate) -> None:
         """Dump an update that is not applied, and say where the dump is."""

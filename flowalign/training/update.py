@@ -50,6 +50,8 @@ def update(
     meter, norms, outcomes = Meter(), [], []
     for index, piece in enumerate(_shares(batch, train.updates_per_step)):
         state.optimizer.zero_grad()
+        # The policy has BatchPlan's size, which divides an update. Train's is only the upper limit;
+        # it serves a policy that was made without a size.
         images_per_pass = state.policy.images_per_pass or train.images_per_pass
         loss = compute_gradient(state.policy, objective, piece, images_per_pass, meter)
         if loss is None:

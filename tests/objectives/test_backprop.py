@@ -76,7 +76,7 @@ def slope(objective: Objective, policy: Policy, prompts: Prompts) -> float:
 
 def start(policy: Policy, prompts: Prompts) -> float:
     """Of 1 at the start, gradients are multiples of this."""
-    return policy.start(prompts).mean().item()
+    return policy.initial_noise(prompts).mean().item()
 
 
 def powers(count: int) -> float:
@@ -132,7 +132,10 @@ def test_a_whole_run_of_steps_has_the_gradient_of_finite_differences():
 def slope_free_reward(theta: float, prompts: Prompts) -> float:
     policy = number_policy(theta, STEPS)
     return (
-        policy.at("policy").unroll(policy.start(prompts), prompts.cond, range(STEPS)).mean().item()
+        policy.at("policy")
+        .unroll(policy.initial_noise(prompts), prompts.cond, range(STEPS))
+        .mean()
+        .item()
     )
 
 
@@ -301,7 +304,7 @@ def test_recomputing_steps_changes_no_gradient():
     policy = make_policy(Sampler(steps=3, guidance=2.0))
     stir(policy)
     prompts = bright_prompts(policy)
-    x = policy.start(prompts)
+    x = policy.initial_noise(prompts)
     for k in range(3):
         t, s = policy.times[k], policy.times[k + 1]
         x = x + (s - t) * policy.velocity(x, torch.full((2,), t), prompts.cond)
@@ -398,7 +401,7 @@ def through_plain_steps(steps: int) -> int:
     policy = make_policy(Sampler(steps=steps))
     prompts = two_groups(policy, 1)
     with Alive(policy) as alive:
-        x = policy.start(prompts)
+        x = policy.initial_noise(prompts)
         for k in range(steps):
             x = policy.step(x, k, prompts.cond, stochastic=False).mean
         x.sum().backward()

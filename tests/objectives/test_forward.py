@@ -945,7 +945,7 @@ def test_the_group_mean_of_equal_numbers_is_that_number():
     assert torch.equal(group_mean(values, torch.tensor([0, 0, 0, 1, 1, 1, 1])), values)
 
 
-def test_goodness_is_half_for_the_average_image_and_ends_at_the_limit():
+def test_optimality_is_half_for_the_average_image_and_ends_at_the_limit():
     advantage = torch.tensor([-9.0, -5.0, -2.5, 0.0, 1.0, 5.0, 9.0])
     torch.testing.assert_close(
         optimality(advantage), torch.tensor([0.0, 0.0, 0.25, 0.5, 0.6, 1.0, 1.0])
@@ -956,11 +956,11 @@ def test_goodness_is_half_for_the_average_image_and_ends_at_the_limit():
 
 
 def test_the_relative_error_is_over_its_mean_size_which_takes_no_gradient():
-    x0_hat, x0 = (
+    prediction, target = (
         torch.tensor([[1.0, 4.0], [2.0, 2.0]], requires_grad=True),
         torch.tensor([[0.0, 1.0], [2.0, 2.0]]),
     )
-    error = adaptive_error(x0_hat, x0)
+    error = adaptive_error(prediction, target)
     torch.testing.assert_close(error, torch.tensor([5.0 / 2.0, 0.0]))
     error.sum().backward()
-    torch.testing.assert_close(x0_hat.grad, torch.tensor([[1.0 / 2, 3.0 / 2], [0.0, 0.0]]))
+    torch.testing.assert_close(prediction.grad, torch.tensor([[1.0 / 2, 3.0 / 2], [0.0, 0.0]]))

@@ -188,8 +188,8 @@ class NumberModel(FlowModel):
 class DoublePolicy(Policy):
     """Starts from float64 noise."""
 
-    def start(self, batch: Batch, purpose: str = "rollout") -> Tensor:
-        return super().start(batch, purpose).double()
+    def initial_noise(self, batch: Batch, purpose: str = "rollout") -> Tensor:
+        return super().initial_noise(batch, purpose).double()
 
 
 def number_policy(theta: float, steps: int) -> Policy:

@@ -60,7 +60,7 @@ def affects_velocity(policy: Policy, parameter: nn.Parameter, batch: Batch) -> b
     """
     if not parameter.requires_grad:
         return True
-    x, t = policy.start(batch)[:1], torch.full((1,), 0.5, device=policy.model.device)
+    x, t = policy.initial_noise(batch)[:1], torch.full((1,), 0.5, device=policy.model.device)
     v = policy.velocity(x, t, batch.cond[:1])
     # Uneven weights: the plain sum of a velocity may not depend on a matrix that its parts do.
     weights = torch.linspace(-1, 2, v.numel(), device=v.device).view_as(v)
