@@ -119,8 +119,8 @@ class Window(Settings):
     """How a window that is smaller than the range moves over it.
 
     random draws its start evenly in each training step. progressive starts at the noisiest step,
-    moves on by one after every `stay` training steps, and starts again at the end (MixGRPO; there
-    the end is cut off).
+    moves on by one after every `stay` training steps, and starts again at the end (as in MixGRPO,
+    whose last windows are cut short).
     """
     stay: Count = 25
     """How many training steps a progressive window stays in its place."""
@@ -158,8 +158,8 @@ class Window(Settings):
         if first + max(self.size, 1) > end:
             raise UserError(
                 f"sampler.window needs {max(self.size, 1)} stochastic steps from step {first} on, "
-                f"but sampler.steps is {count} and the last step is an ODE step. Increase "
-                "sampler.steps."
+                f"but sampler.steps is {count} and the last step is an ODE step. Write "
+                f"{first + max(self.size, 1) + 1} or more."
             )
         if not self.size:
             return range(first, end)

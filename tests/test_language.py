@@ -1,4 +1,4 @@
-"""The mechanical part of plain English: how docstrings begin, and words that readers stumbled over."""
+"""The mechanical part of plain English: how docstrings begin, and phrases that were misread."""
 
 import ast
 import re
@@ -11,8 +11,10 @@ ODD_STARTS = {"Of", "To", "As", "Where", "By", "With", "What", "Whether"}
 UNCLEAR = re.compile(
     r"\b(taught|teach(es)? nothing|handed over|hands? over|judged by|mend(ed|s)?|lacking|by itself"
     r"|goes on|going on from|told apart|(is|are|was|were) told|takes? no notice|at hand|of yours"
-    r"|of theirs|so many|where there (is|are) none|(is|are|as) no \w+ (file|folder|picture|number))\b"
-    r"|\b(?<!there )(is|was|are) no (?!longer\b|more\b|less\b|better\b|worse\b|fewer\b|larger\b|smaller\b)",
+    r"|of theirs|so many|where there (is|are) none"
+    r"|(is|are|as) no \w+ (file|folder|picture|number))\b"
+    r"|\b(?<!there )(is|was|are) no "
+    r"(?!longer\b|more\b|less\b|better\b|worse\b|fewer\b|larger\b|smaller\b)",
     re.IGNORECASE,
 )
 """Sentences with these were misread: write "X is not a file". "There is no file X" is fine."""

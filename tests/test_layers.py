@@ -1,4 +1,4 @@
-"""Imports go down only, folder by folder, in the order that docs/how-it-works.md and the architecture draw."""
+"""Imports go down only, folder by folder, in the order that docs/how-it-works.md draws."""
 
 import ast
 import subprocess
@@ -14,8 +14,8 @@ ORDER = [
     *("dynamics", "advantages", "batch"),
     *("worlds", "models", "data", "rewards"),
     "policy",
-    *("objectives", "rollouts", "search"),
-    *("evaluation", "config", "reporting", "labelling", "runs"),
+    *("objectives", "rollouts"),
+    *("evaluation", "config", "reporting", "runs"),
     *("training", "diagnostics", "sampling"),
     *("api", "commands", "cli"),
     *("train", "sample"),
@@ -39,7 +39,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of everything a file imports, also inside functions: `from a import b` counts as a.b."""
+    """Full names of all that a file imports, also in functions: `from a import b` is a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

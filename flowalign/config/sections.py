@@ -40,7 +40,10 @@ class Ema(Settings):
     """An exponential moving average of the adapter, evaluated and exported in its place."""
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the old average that stays in an update; 0 turns the average off."""
+    """Share of the old average that stays in an update; 0 turns the average off.
+
+    Otherwise the average is evaluated and exported in place of the adapter.
+    """
     every: Count = 1
     """Optimizer updates between two updates of the average."""
 
@@ -66,7 +69,7 @@ class Train(Settings):
     updates_per_step: Count = 1
     """Optimizer updates of a step, each on its share of the prompts; later ones are off-policy."""
     images_per_pass: Count = 8
-    """Images in one forward and backward pass; lower it if memory runs out."""
+    """Images that are generated, scored and trained on at once; lower it if memory runs out."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
     """Learning rate of AdamW."""
     warmup: CountOrZero = 0
@@ -86,7 +89,7 @@ class Train(Settings):
     evaluate_every: CountOrZero = 50
     """Steps between two evaluations; 0 evaluates only before and after training."""
     keep: Count = 2
-    """Number of checkpoints that are kept."""
+    """Number of newest checkpoints that are kept; the best one stays too."""
     drop_equal_groups: bool = False
     """True to leave out prompts whose images all have one advantage; otherwise they count as 0."""
     max_bad_steps: Count = 3
@@ -97,10 +100,10 @@ class Train(Settings):
 
 @dataclass
 class Evaluation(Settings):
-    """Evaluation before and after training, on fixed prompts and noise, sampled by the ODE."""
+    """Evaluation before, during and after training, on fixed prompts and noise, by the ODE."""
 
     prompts: str = ""
-    """A prompt file; the training prompts if empty."""
+    """A prompt file; if empty, all training prompts (every caption of `data.pairs`)."""
     images_per_prompt: Count = 1
     """Images generated for each prompt."""
     rewards: dict[str, object] = field(default_factory=dict)
@@ -108,7 +111,10 @@ class Evaluation(Settings):
     pairs: str = ""
     """Held-out pairs or pictures, written as `data.pairs`, for metrics of both."""
     sampler: dict[str, object] = field(default_factory=dict)
-    """Settings that differ from the training sampler: steps, guidance."""
+    """Keys that differ from `sampler` in evaluations, as in {guidance: 4.5}.
+
+    They are steps, guidance and embedded_guidance.
+    """
 
 
 @dataclass

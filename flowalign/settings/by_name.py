@@ -21,8 +21,9 @@ T = TypeVar("T")
 RELATIVES = {
     "grpo": "objective: {name: flow_grpo}",
     "dancegrpo": "objective: {name: flow_grpo} with sampler: {dynamics: {name: dance_sde}}",
-    "flowgrpofast": "objective: {name: flow_grpo} with sampler: {window: {size: 2}}",
-    "mixgrpo": "objective: {name: flow_grpo} with sampler: {window: {size: 4, moves: progressive}}",
+    "flowgrpofast": "objective: {name: flow_grpo} with sampler: {window: {size: 3}}",
+    "mixgrpo": "objective: {name: flow_grpo} with "
+    "sampler: {window: {size: 4, moves: progressive, stay: 25}, same_noise: true}",
     "grpoguard": "objective: {name: flow_grpo, ratio: normalised, step_weight: inverse_time}",
     "tempflowgrpo": "objective: {name: flow_grpo, step_weight: noise} with "
     "sampler: {window: {size: 1}, same_noise: true}",
