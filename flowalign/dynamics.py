@@ -118,9 +118,9 @@ class Window(Settings):
     moves: Literal["random", "progressive"] = "random"
     """How a window that is smaller than the range moves over it.
 
-    random draws its start evenly in each training step. progressive starts at the noisiest step,
-    moves on by one after every `stay` training steps, and starts again at the end (as in MixGRPO,
-    whose last windows are cut short).
+    random draws its start evenly in each training step. progressive starts at the noisiest step
+    and moves on by one after every `stay` training steps. At the end it starts again, as in
+    MixGRPO, whose last windows are cut short.
     """
     stay: Count = 25
     """How many training steps a progressive window stays in its place."""

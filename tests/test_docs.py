@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 import yaml
 
 from flowalign.advantages import ADVANTAGES
+from flowalign.config.build import build_sampler
 from flowalign.config.resolved import MAY_CHANGE
 from flowalign.dynamics import DYNAMICS
 from flowalign.models.base import FlowModel
 from flowalign.objectives import OBJECTIVES
 from flowalign.rewards import REWARDS
 from flowalign.rewards.combine import COMBINE
+from flowalign.settings.types import settings_of
+from flowalign.training.preflight import check_marginals
 from tests.test_layers import ORDER
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +177,22 @@ def test_the_page_on_rewards_lists_every_built_in_one():
 def test_the_page_on_objectives_lists_advantages_and_samplers():
     text = (DOCS / "objectives" / "index.md").read_text(encoding="utf-8")
     assert all(f"| `{entry}` |" in text for entry in [*ADVANTAGES, *DYNAMICS])
+
+
+def test_the_page_s_sampler_step_is_a_setting_and_keeps_the_marginals(tmp_path, monkeypatch):
+    page = (DOCS / "objectives" / "index.md").read_text(encoding="utf-8")
+    yaml_text, code = (
+        page.split("### Your own step")[1].split(f"```{language}\n")[1].split("```")[0]
+        for language in ("yaml", "python")
+    )
+    (tmp_path / "my_sampler.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    step = build_sampler(yaml.safe_load(yaml_text)["sampler"]).dynamics
+    assert settings_of(step) == {"eta": 0.5}
+    times = [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert not check_marginals(step, times, range(3)).wrong
+    latent = torch.zeros(2, 4)
+    assert all(step(latent, latent, t, s).std > 0 for t, s in pairwise(times[:-1]))
 
 
 def test_the_page_on_resuming_lists_the_keys_that_may_change():
