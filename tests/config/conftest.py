@@ -4,7 +4,8 @@ import pytest
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-@pytest.fixture(autouse=True, scope="session")
+# By module: a wider scope would outlive this folder, and the tests of other folders load weights.
+@pytest.fixture(autouse=True, scope="module")
 def no_weights():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiffusionPipeline, "from_pretrained", classmethod(_accepted))
