@@ -105,6 +105,7 @@ def test_values_are_exchanged_on_the_device_of_the_rank(monkeypatch):
     assert devices == ["meta"] * 3
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_processes_with_the_same_prompts_and_noise(tmp_path):
     """Two processes by accelerate, then one; and one, then two by torchrun."""
     command = ["train.py", str(TINY), *SMALL, "train.images_per_pass=3", "train.save_every=1"]

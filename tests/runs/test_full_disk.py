@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from flowalign import files
@@ -74,6 +75,7 @@ def quick(run, steps):
     return main(["train", str(TINY), *SMALL, *QUICK, f"train.steps={steps}", f"output={run}"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw_curves", lambda *_: [])
     monkeypatch.setattr(setup, "score_noise", lambda *_, **__: None)

@@ -183,6 +183,7 @@ def test_an_evaluation_that_failed_is_repeated_when_the_run_resumes(tmp_path, mo
     assert [line["step"] for line in lines if "eval/scene_match" in line] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_same_adapter():
     """The short form of `benchmarks/interruptions.py`."""
     command = [sys.executable, "benchmarks/interruptions.py", "--runs", "2"]
