@@ -191,8 +191,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
             the Hugging Face hub.
         prompts: Texts, or one .txt or .jsonl file. A run has its evaluation prompts as default.
         images: Pictures per prompt.
-        seed: The noise of a picture depends on the seed, the position of its prompt, and the number
-            of the picture, and on nothing else.
+        seed: The noise depends on it, on the prompt's position and on the picture's number alone.
         steps: Sampler steps; those of the run's evaluation, or 28.
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
         model: The base model of an adapter whose model card does not name it.
