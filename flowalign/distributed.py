@@ -4,8 +4,10 @@ accelerate starts and connects the processes. Every function here that exchanges
 collective: all ranks must call it, in the same order, or the run hangs.
 """
 
+import atexit
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import cast, TypeVar
 
 import torch
@@ -23,7 +25,18 @@ T = TypeVar("T")
 
 def state() -> PartialState:
     """Return accelerate's state, which connects the processes when it is first asked for."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    connected = PartialState(cpu=not torch.cuda.is_available())
+    if connected.num_processes > 1:
+        _disconnect_at_exit()
+    return connected
+
+
+@cache
+def _disconnect_at_exit() -> None:
+    # Gloo's threads abort the process, with a status that says that the run failed, if they are
+    # still alive when the interpreter is gone. NCCL is left alone: it waits for other ranks.
+    if torch.distributed.get_backend() == "gloo":
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 def device() -> torch.device:

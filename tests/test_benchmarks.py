@@ -99,6 +99,7 @@ def test_objectives_are_compared_in_a_table_and_a_plot(tmp_path):
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
 
 
+@pytest.mark.slow
 def test_the_cost_of_rewards_is_measured(benchmark, tmp_path):
     small = "--repetitions 1 --images 120".split()
     benchmark("rewards", *small, "--output", str(tmp_path / "figures.json"))

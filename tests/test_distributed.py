@@ -71,6 +71,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return math.sqrt(sum((one[key] - other[key]).square().sum().item() for key in one))
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_gradient_of_one(tmp_path):
     """One process makes passes of whole prompts; two processes cut them."""
     script = tmp_path / "gradient.py"
@@ -149,6 +150,7 @@ def fails(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_process_leaves_the_finished_steps(tmp_path):
     (tmp_path / "mine.py").write_text(FAILS_ON_ONE)
     rewards = [

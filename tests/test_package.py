@@ -64,6 +64,7 @@ def test_an_installed_wheel_trains_a_bundled_configuration_in_another_folder(ins
     assert summary["images"] == 4
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_writes_the_schema_of_its_configurations(installed, tmp_path):
     schema = json.loads(run(installed / "bin" / "flowalign", "config", "schema", folder=tmp_path))
     assert {"model", "objective", "rewards", "train"} <= set(schema["properties"])

@@ -109,6 +109,7 @@ def test_a_rendered_word_is_read(ocr, word, font, ink):
     assert ocr([picture(word, font, ink)], [f'a sign that says "{word}"'], [{}]).tolist() == [1]
 
 
+@pytest.mark.slow
 def test_sixty_rendered_words_are_read_and_other_words_score_by_the_formula(ocr):
     """A changed or added letter in the wanted word costs its share; half of them, half."""
     for word, font, ink in EVERY:
