@@ -63,15 +63,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the arguments; overrides may stand before and after options."""
-    # argparse stops collecting overrides at the first option; what follows it lands in `rest`.
+    """Parse the arguments; overrides and prompts may stand before and after options."""
+    # argparse stops collecting them at the first option; what follows it lands in `rest`.
     options, rest = parser.parse_known_args(argv)
-    takes_overrides = "overrides" in options
-    unknown = [text for text in rest if text.startswith("-") or not takes_overrides]
+    lists = [getattr(options, name) for name in ("overrides", "prompts") if name in options]
+    unknown = [text for text in rest if text.startswith("-") or not lists]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if takes_overrides:
-        options.overrides += rest
+    for words in lists:
+        words.extend(rest)
     return options
 
 

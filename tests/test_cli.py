@@ -122,6 +122,14 @@ def raising(error):
     return function
 
 
+def test_prompts_may_stand_on_both_sides_of_an_option(monkeypatch):
+    calls = []
+    monkeypatch.setattr(api, "sample_to_folder", lambda *words, **_: calls.append(words))
+    assert main(["sample", "a", "--images", "4", "a red circle"]) == 0
+    assert main(["sample", "a", "a circle", "--seed", "1", "a square"]) == 0
+    assert calls == [("a", ["a red circle"], None), ("a", ["a circle", "a square"], None)]
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(monkeypatch):
     calls = []
     monkeypatch.setattr(api, "plan", lambda *arguments: calls.append(arguments) or [])

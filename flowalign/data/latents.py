@@ -23,7 +23,8 @@ class LatentCache:
 
     def __init__(self, model: FlowModel, images_per_pass: int, folder: Path | None = None):
         self.model, self.images_per_pass = model, images_per_pass
-        cache = os.environ.get("FLOWALIGN_CACHE", Path.home() / ".cache" / "flowalign")
+        # A user of a cluster may have no home folder, and then sets the variable.
+        cache = os.environ.get("FLOWALIGN_CACHE", "~/.cache/flowalign")
         self.folder = folder or Path(cache).expanduser() / "latents"
         size = f"{model.config.height}x{model.config.width}"
         self.salt = f"{model.latent_fingerprint()}/{size}".encode()

@@ -92,7 +92,7 @@ def samples_from(folder: str) -> Samples:
     Prompts come from `metadata.jsonl` (file_name, prompt, other fields) or else from file names.
     Raises UserError if the folder has no images or its metadata does not fit.
     """
-    location = Path(folder)
+    location = Path(folder).expanduser()
     if not location.is_dir():
         raise UserError(f"--images: there is no folder {folder}. Correct the path.")
     files, prompts = _list_images(location)

@@ -11,6 +11,7 @@ from typing import TypedDict
 import torch
 
 import flowalign
+from flowalign.bundled import PACKAGE
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")
 
@@ -62,10 +63,18 @@ def _device_name(device: torch.device) -> str:
 
 
 def _git_state() -> str | None:
-    """Return the commit of the package, with "-dirty" for local changes, or None without git."""
+    """Return the commit of a clone, with "-dirty" for local changes, or None outside a clone."""
     if not shutil.which("git"):
         return None
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    # An installed package may lie in a repository of the user, whose commit says nothing about it.
+    top = _git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != PACKAGE.resolve().parent:
+        return None
+    return _git("describe", "--always", "--dirty") or None
+
+
+def _git(*arguments: str) -> str:
+    """Return what git prints about the folder of the package; nothing if it fails."""
+    command = ["git", *arguments]
+    result = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)
+    return result.stdout.strip()

@@ -1,5 +1,7 @@
 """The latent cache: what is encoded, what is read from disk, and what counts as another latent."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn, Tensor
@@ -79,10 +81,15 @@ def test_a_damaged_file_is_encoded_again(model, batch_sizes, tmp_path, damage):
     assert file.read_bytes() == whole
 
 
-def test_an_environment_variable_names_the_folder(model, tmp_path, monkeypatch):
+def test_an_environment_variable_names_the_folder_also_without_a_home(model, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWALIGN_CACHE", str(tmp_path / "here"))
+    monkeypatch.setattr(Path, "home", no_home)
     LatentCache(model, 8)(PICTURES[:1])
     assert len(list((tmp_path / "here" / "latents").rglob("*.safetensors"))) == 1
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_latent_decodes_to_its_image(model, tmp_path):

@@ -302,6 +302,11 @@ def test_a_few_images_are_taken_from_a_large_folder(folder):
     assert samples.about == "8 of 300"
 
 
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert samples_from(f"~/{folder.name}").prompts == samples_from(str(folder)).prompts
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
