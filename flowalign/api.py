@@ -5,6 +5,8 @@ misspelt key in a YAML file is answered before PyTorch's models are imported.
 """
 
 import json
+import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any, TYPE_CHECKING, TypedDict, Unpack
 
 from flowalign import progress
 from flowalign.bundled import locate
+from flowalign.errors import UserError
 from flowalign.reporting import console as screen
 
 if TYPE_CHECKING:
@@ -151,6 +154,10 @@ def evaluate(
     Returns:
         The rewards of every image (`rewards`), their means (`means`), and some of the images.
 
+    Raises:
+        UserError: The source has no evaluation prompts, or the adapter's rank, layers or alpha
+            differ from those of `model.lora`.
+
     Example:
         >>> small = {"evaluation.images_per_prompt": 1, "evaluation.sampler.steps": 2}
         >>> config = flowalign.load_config("configs/tiny/crd.yaml", small)
@@ -165,12 +172,13 @@ def evaluate(
 
         if isinstance(source, Config):
             origin = sources.from_config(source, adapter)
-        elif Path(source).suffix == ".yaml":
+        elif sources.is_config_file(source):
             origin = sources.from_config(load_config(source), adapter)
         else:
             origin = sources.find_source(str(source))
             # A user may compare other weights with those of the run, from the same noise.
-            origin = replace(origin, adapter=Path(adapter)) if adapter else origin
+            if adapter:
+                origin = replace(origin, adapter=Path(adapter).expanduser())
         return generate.evaluate(origin)
 
 
@@ -201,7 +209,8 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         for a model. `result.save(folder)` writes PNG files.
 
     Raises:
-        UserError: The source is none of these, or an adapter does not fit its model.
+        UserError: The source is none of these, an adapter does not fit its model, or `model` is
+            given for something other than an adapter.
 
     Example:
         >>> samples = flowalign.sample("assets/tiny-sd3", ["a red circle"], images=2, steps=4)
@@ -240,10 +249,9 @@ def sample_to_folder(
         _import_sampling()
     from flowalign.reporting.header import plural
     from flowalign.sampling import generate
-    from flowalign.sampling import result as files
 
     # The folder is checked first: an hour of sampling must not end with a refusal.
-    folder = files.free_folder(Path(output)) if output else generate.default_folder(str(source))
+    folder = generate.output_folder(str(source), output)
     result = sample(source, prompts, **settings)
     console = screen.make_console()
     # Every process has gathered all pictures; only the first may write them.
@@ -318,6 +326,10 @@ def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Ite
     """Load a configuration if only its path is known, and name the file in every user error."""
     # A configuration that was loaded earlier no longer belongs to one file.
     if not isinstance(config, str | Path):
+        if _as_strings(overrides):
+            raise UserError(
+                "A loaded configuration takes no overrides. Give the overrides to load_config."
+            )
         yield config
         return
     from flowalign.config.load import naming
@@ -342,8 +354,22 @@ def _say_notes(config: "Config") -> None:
 
 
 def _as_strings(overrides: Overrides) -> list[str]:
-    """Return overrides as the command line has them; JSON is YAML, so values keep their type."""
+    """Return overrides as the command line has them."""
     # One form from here on: errors then quote overrides as they would be typed.
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return [f"{key}={_as_yaml(value)}" for key, value in overrides.items()]
     return list(overrides)
+
+
+def _as_yaml(value: object) -> str:
+    """Return a value as YAML on one line, which is JSON but for numbers that JSON lacks."""
+    if isinstance(value, Mapping):
+        entries = [f"{_as_yaml(str(key))}: {_as_yaml(entry)}" for key, entry in value.items()]
+        return f"{{{', '.join(entries)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_as_yaml(entry) for entry in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        # JSON's own Infinity and NaN would be texts in YAML.
+        return f"{'-' if value < 0 else ''}.{'nan' if math.isnan(value) else 'inf'}"
+    # YAML reads the two escapes of an emoji as two broken characters, so nothing is escaped.
+    return json.dumps(value, ensure_ascii=False, default=os.fspath)

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import math
 import subprocess
 import sys
 
@@ -111,6 +112,33 @@ def test_overrides_keep_their_types():
     assert config.train.drop_equal_groups is True
     assert config.rewards == {"brightness": 0.5}
     assert config.output == "outputs/a b"
+
+
+def test_overrides_of_a_mapping_are_written_as_yaml(tmp_path):
+    overrides = {
+        "output": tmp_path,
+        "a": "grün \U0001f600",
+        "b": [float("inf"), -math.inf, (1, 2.5)],
+        "c": {"d": math.nan, "e": None},
+    }
+    assert api._as_strings(overrides) == [
+        f'output="{tmp_path}"',
+        'a="grün \U0001f600"',
+        "b=[.inf, -.inf, [1, 2.5]]",
+        'c={"d": .nan, "e": null}',
+    ]
+
+
+def test_a_path_may_override_a_setting(tmp_path):
+    config = flowalign.load_config("configs/tiny/crd.yaml", {"output": tmp_path / "run"})
+    assert config.output == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("overrides", [["train.steps=1"], {"train.steps": 1}])
+def test_a_loaded_configuration_takes_no_overrides(overrides):
+    config = flowalign.load_config("configs/tiny/crd.yaml")
+    with pytest.raises(flowalign.UserError, match="Give the overrides to load_config"):
+        flowalign.train(config, overrides)
 
 
 def test_a_user_error_names_the_file():

@@ -2,20 +2,30 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 import flowalign
 from flowalign.cli import main
 from flowalign.errors import UserError
+from flowalign.runs.adapter import save_adapter
 from flowalign.runs.adapter_card import base_model, lora_settings
-from flowalign.sampling.result import next_folder
-from flowalign.sampling.sources import find_source, read_texts
+from flowalign.sampling.generate import load_source_adapter, output_folder
+from flowalign.sampling.result import next_folder, SampleResult
+from flowalign.sampling.sources import (
+    evaluation_prompts,
+    find_source,
+    from_config,
+    is_config_file,
+    read_texts,
+)
 from flowalign.training import trainer
-from tests.tiny import ROOT, small_config
+from tests.tiny import make_policy, ROOT, small_config
 
 FEW_STEPS = ["--steps", "2"]
 PROMPT = "a red circle"
@@ -149,6 +159,88 @@ def test_the_base_model_is_read_from_the_card(card, model, tmp_path):
     (tmp_path / "README.md").write_text(card)
     assert base_model(tmp_path) == model
     assert base_model(tmp_path / "missing") is None
+
+
+def make_adapter(folder, **settings):
+    """An adapter file of one layer of rank 2, with these PEFT settings in its header."""
+    folder.mkdir(exist_ok=True)
+    names = {"A": torch.zeros(2, 4), "B": torch.zeros(4, 2)}
+    tensors = {f"transformer.attn.to_q.lora_{name}.weight": t for name, t in names.items()}
+    header = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+    file = folder / "pytorch_lora_weights.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": header})
+    return folder
+
+
+@pytest.mark.parametrize(("written", "alpha"), [({}, 2), ({"lora_alpha": 16.0}, 16)])
+def test_alpha_is_read_from_the_header_and_is_the_rank_without_it(written, alpha, tmp_path):
+    lora = lora_settings(make_adapter(tmp_path, **written, use_rslora=False, alpha_pattern={}))
+    assert (lora.rank, lora.alpha, lora.targets) == (2, alpha, ["attn.to_q"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_rslora", True),
+        ("alpha_pattern", {"to_q": 8}),
+        ("rank_pattern", {"to_q": 8}),
+        ("lora_alpha", 22.6),
+    ],
+)
+def test_an_adapter_with_another_rule_of_scaling_is_refused(key, value, tmp_path):
+    with pytest.raises(UserError, match=f"safetensors (was made with|has) {key}"):
+        lora_settings(make_adapter(tmp_path, **{key: value}))
+
+
+def test_an_adapter_with_another_alpha_than_the_policy_is_refused(tmp_path):
+    settings = small_config(tmp_path / "run").model.lora
+    policy = make_policy(lora=settings)
+    save_adapter(policy, tmp_path)
+    load_source_adapter(policy, tmp_path)
+    other = make_policy(lora=replace(settings, alpha=settings.rank))
+    with pytest.raises(UserError, match=r"alpha 64, but model\.lora\.alpha is 32\. Set model"):
+        load_source_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["assets/tiny-sd3", "nowhere"])
+def test_a_base_model_belongs_to_an_adapter_alone(source):
+    with pytest.raises(UserError, match=f"{source} is not an adapter, so --model has no effect"):
+        find_source(source, "assets/tiny-sd3")
+
+
+def test_a_configuration_is_any_file_but_that_of_an_adapter(tmp_path):
+    weights = make_adapter(tmp_path) / "pytorch_lora_weights.safetensors"
+    (tmp_path / "settings").write_text("train: {}")
+    assert is_config_file("tiny/crd.yaml")
+    assert is_config_file(tmp_path / "missing.yml")
+    assert is_config_file(tmp_path / "settings")
+    assert not is_config_file(tmp_path)
+    assert not is_config_file(weights)
+
+
+def test_missing_prompts_are_named_by_their_own_key(tmp_path):
+    config = small_config(tmp_path / "run")
+    config.evaluation.prompts = "nowhere.txt"
+    with pytest.raises(UserError, match=r"evaluation\.prompts: there is no file nowhere\.txt"):
+        evaluation_prompts(config)
+
+
+def test_a_tilde_is_the_home_folder_for_pictures_and_adapters(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert output_folder("assets/tiny-sd3", "~/pictures") == tmp_path / "pictures"
+    result = SampleResult(
+        images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        prompts=[PROMPT],
+        prompt_numbers=[0],
+        image_numbers=[0],
+        seed=0,
+        scores={},
+        means={},
+        difference={},
+    )
+    assert result.save("~/pictures") == tmp_path / "pictures" / "pictures.png"
+    config = small_config(tmp_path / "run")
+    assert from_config(config, "~/adapter").adapter == tmp_path / "adapter"
 
 
 def test_a_damaged_adapter_is_named(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The card of an adapter: its base model and its LoRA settings."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -40,7 +41,7 @@ def base_model(folder: Path) -> str | None:
 def lora_settings(folder: Path) -> Lora:
     """Return rank, alpha and adapted layers, from the header and the shapes of the weights.
 
-    Raises UserError if the file is missing or damaged, or if its layers differ in rank.
+    Raises UserError if the file is missing or damaged, or if its layers differ in rank or scale.
     """
     file = folder / ADAPTER_FILE
     try:
@@ -56,7 +57,25 @@ def lora_settings(folder: Path) -> Lora:
     if len(ranks) != 1:
         raise UserError(f"{file} holds layers of {len(ranks)} ranks. Use an adapter of one rank.")
     (rank,) = ranks
+    targets = sorted(n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in names)
+    return Lora(rank=rank, alpha=_alpha(file, metadata, rank), targets=targets)
+
+
+def _alpha(file: Path, metadata: Mapping[str, object], rank: int) -> int:
+    """Return the scale of an adapter from its PEFT settings.
+
+    Raises UserError if the package cannot compute with it.
+    """
+    # Each of these gives layers a scale other than alpha / rank, which nothing else would show.
+    for key in ("use_rslora", "alpha_pattern", "rank_pattern"):
+        if metadata.get(PREFIX + key):
+            raise UserError(
+                f"{file} was made with {key}, but flowalign scales every layer by alpha / rank. "
+                f"Use an adapter without {key}."
+            )
     # Without metadata, diffusers computes with alpha = rank.
     alpha = metadata.get(f"{PREFIX}lora_alpha", rank)
-    targets = sorted(n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in names)
-    return Lora(rank=rank, alpha=alpha, targets=targets)
+    # Other tools write whole numbers as 16.0.
+    if not isinstance(alpha, int | float) or alpha != int(alpha):
+        raise UserError(f"{file} has lora_alpha {alpha!r}. Use an adapter with a whole number.")
+    return int(alpha)

@@ -68,7 +68,7 @@ class SampleResult:
         Returns the path of the sheet. Raises UserError if the folder holds such files already.
         """
         # Checked here too: the folder may have been filled while the pictures were made.
-        folder = free_folder(Path(folder))
+        folder = free_folder(Path(folder).expanduser())
         if self.before:
             self.before._save_pictures(folder / "before")
             self._save_pictures(folder / "after")

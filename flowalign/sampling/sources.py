@@ -50,8 +50,13 @@ def find_source(source: str, model: str | None = None) -> Source:
     """
     folder = Path(locate(source))
     folder = folder.parent if folder.name == ADAPTER_FILE else folder
+    is_adapter = (folder / ADAPTER_FILE).is_file()
+    if model and not is_adapter:
+        raise UserError(
+            f"{source} is not an adapter, so --model has no effect on it. Leave out --model."
+        )
     # Checkpoints and exported adapters hold this file; a run folder itself does not.
-    if (folder / ADAPTER_FILE).is_file():
+    if is_adapter:
         # With a base model by name, the adapter is used apart from the run it may lie in.
         run = None if model else enclosing_run(folder)
         return from_run(run, trained_weights(folder)) if run else from_adapter(folder, model)
@@ -65,6 +70,14 @@ def find_source(source: str, model: str | None = None) -> Source:
     return from_model(str(folder) if folder.is_dir() else source)
 
 
+def is_config_file(source: str | Path) -> bool:
+    """Return True for a YAML file, which need not exist, and for any file but an adapter's."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        return True
+    return path.name != ADAPTER_FILE and path.expanduser().is_file()
+
+
 def from_run(run: Path, adapter: Path) -> Source:
     """Return the source of a run folder with one of its adapters."""
     config = load_config(run / "config.yaml")
@@ -76,7 +89,7 @@ def from_config(config: Config, adapter: str | Path | None = None) -> Source:
     return Source(
         model=config.model,
         sampler=config.evaluation_sampler,
-        adapter=Path(adapter) if adapter else None,
+        adapter=Path(adapter).expanduser() if adapter else None,
         config=config,
     )
 
@@ -149,9 +162,10 @@ def read_texts(prompts: Iterable[str | Prompt] | str | Path | None) -> list[Prom
 
 def evaluation_prompts(config: Config) -> list[Prompt]:
     """Return the evaluation prompts of a run, or else its training prompts, each once."""
-    path = config.evaluation.prompts or config.data.prompts
-    if path:
-        return read_prompts(path)
+    if config.evaluation.prompts:
+        return read_prompts(config.evaluation.prompts, "evaluation.prompts")
+    if config.data.prompts:
+        return read_prompts(config.data.prompts)
     examples = read_examples(config.data.pairs, "data.pairs", paired=False)
     return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
 
