@@ -332,7 +332,7 @@ def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Ite
             )
         yield config
         return
-    from flowalign.config.load import naming
+    from flowalign.errors import naming
 
     checked = load_config(config, overrides)
     with naming(config):

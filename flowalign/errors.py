@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,6 +17,15 @@ class RunError(Exception):
 
 class OutOfMemory(RunError):
     """The device ran out of memory."""
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name in front of a UserError raised in the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def did_you_mean(word: object, choices: Iterable[object]) -> str:

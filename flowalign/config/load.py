@@ -7,8 +7,7 @@ a misspelt key is answered in a second.
 import dataclasses
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowalign.bundled import locate
@@ -21,7 +20,7 @@ from flowalign.config.sections import (
     PlainSections,
     Train,
 )
-from flowalign.errors import did_you_mean, UserError
+from flowalign.errors import did_you_mean, naming, UserError
 from flowalign.rewards.registry import checked_rewards
 from flowalign.settings.merging import check_written, interpolate, merge, overridden, Section
 from flowalign.settings.types import build
@@ -48,15 +47,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return build_config(values, path, file.folders)
 
 
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Put the file's name in front of a UserError raised in the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> Config:
     """Return a configuration with every section typed and checked.
 
@@ -67,8 +57,9 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
     """
     # Names first: a misspelt section must not be answered as one that is missing.
     check_names(values)
-    values = interpolate(merge(DEFAULTS, values))
+    # Before the merge, in which a default would take the place of `???`.
     check_written(values)
+    values = interpolate(merge(DEFAULTS, values))
     values = locate_files(values, folders)
     evaluation = build(Evaluation, values.get("evaluation", {}), "evaluation")
     if evaluation.rewards:

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from flowalign.config.sections import Config
-from flowalign.settings.merging import Section
+from flowalign.settings.merging import escape, Section
 from flowalign.settings.types import settings_of
 
 MAY_CHANGE = (
@@ -36,8 +36,6 @@ def resolve(config: Config) -> Section:
     raw, sampler = config.raw, asdict(config.sampler)
     assert isinstance(raw["sampler"], dict)
     sampler["dynamics"] = with_settings(raw["sampler"]["dynamics"], config.sampler.dynamics)
-    # YAML has no tuples, and this must equal what a checkpoint's file reads back as.
-    sampler["window"]["range"] = list(sampler["window"]["range"])
     resolved: Section = {
         "model": asdict(config.model),
         "sampler": sampler,
@@ -50,6 +48,7 @@ def resolve(config: Config) -> Section:
         "evaluation": asdict(config.evaluation),
         "output": config.output,
     }
+    # Escaping also makes lists of tuples: this must equal what a run's file is read back as.
     return {key: escape(value) for key, value in resolved.items()}
 
 
@@ -60,15 +59,6 @@ def with_settings(section: object, value: object) -> Section:
     """
     assert isinstance(section, dict)
     return {**section, **settings_of(value)}
-
-
-def escape(value: object) -> object:
-    """Return a value whose texts are read back as they are: `${` alone would be a reference."""
-    if isinstance(value, dict):
-        return {key: escape(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [escape(entry) for entry in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def differing(one: Section, other: Section, prefix: str = "") -> list[str]:

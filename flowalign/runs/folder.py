@@ -22,6 +22,7 @@ from flowalign.runs.checkpoint import (
 )
 from flowalign.runs.environment import environment
 from flowalign.runs.lock import FolderLock
+from flowalign.settings.yaml_files import dump_yaml
 
 BEFORE = Path("evaluation") / "before.safetensors"
 """The evaluation of the model without adapter, below the run folder."""
@@ -147,7 +148,7 @@ def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:
     about = environment(distributed.device(), distributed.count())
     # environment.json comes first because it marks the folder as that of a run.
     write_file(folder / "environment.json", json.dumps(about, indent=2).encode())
-    write_file(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
+    write_file(folder / "config.yaml", dump_yaml(resolved).encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

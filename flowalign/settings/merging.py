@@ -4,6 +4,7 @@ Two rules differ from OmegaConf's: reward maps replace each other, and a section
 changes replaces the other one. Settings of one reward or objective mean nothing to another.
 """
 
+import re
 from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
@@ -44,6 +45,9 @@ def merge(parent: Section, child: Section, replaced: tuple[str, ...] = REPLACED)
         return to_plain(OmegaConf.unsafe_merge(OmegaConf.create(kept), OmegaConf.create(child)))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+    # OmegaConf parses `${` by recursion.
+    except RecursionError:
+        raise UserError("References `${...}` are nested too deep. Write values.") from None
 
 
 def without_replaced(parent: Section, child: Section, replaced: tuple[str, ...]) -> Section:
@@ -64,9 +68,14 @@ def without_replaced(parent: Section, child: Section, replaced: tuple[str, ...])
     return kept
 
 
-def to_plain(config: object) -> Section:
-    """Return OmegaConf's mapping as dictionaries and lists, with `${...}` as written."""
-    plain = OmegaConf.to_container(config, resolve=False)
+def to_plain(config: object, resolve: bool = False) -> Section:
+    """Return OmegaConf's mapping as dictionaries and lists.
+
+    Args:
+        config: a DictConfig.
+        resolve: whether `${...}` is filled in, and not left as written.
+    """
+    plain = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -132,6 +141,7 @@ def parse_override(text: str, parse: Parse) -> Section:
     assert isinstance(parsed, dict)
     # OmegaConf would keep the value below it, so that the override had no effect.
     check_written(parsed)
+    check_limits(parsed)
     return parsed
 
 
@@ -157,7 +167,7 @@ def interpolate(values: Section) -> Section:
     pending = dict(references(values))
     if not pending:
         return values
-    check_limits(pending)
+    check_limits(values)
     config = OmegaConf.create(values)
     # A pending value counts as missing, so that a reference to it waits for the next round.
     for key in pending:
@@ -173,7 +183,8 @@ def interpolate(values: Section) -> Section:
             f"{dotted(key)} is {text!r}, which refers to itself, to a missing value, or through "
             f"more than {MAX_ROUNDS} other references. Write the value."
         )
-    return to_plain(config)
+    # Every text with a `${` is escaped by now, so that this only takes the backslashes away.
+    return to_plain(config, resolve=True)
 
 
 def references(value: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
@@ -188,8 +199,9 @@ def references(value: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
             yield from references(entry, (*key, number))
 
 
-def check_limits(pending: dict[Key, str]) -> None:
-    """Refuse more references than anybody writes; parsing them is slow."""
+def check_limits(values: Section) -> None:
+    """Refuse more references than anybody writes; OmegaConf parses them slowly, by recursion."""
+    pending = dict(references(values))
     if sum(text.count("${") for text in pending.values()) > MAX_REFERENCES:
         raise UserError(f"There are over {MAX_REFERENCES} references `${{...}}`. Write values.")
     for key, text in pending.items():
@@ -233,14 +245,26 @@ def fill_in(config: DictConfig, key: Key, text: str) -> bool:
         # Reading the value is what makes OmegaConf fill it in.
         value = section[key[-1]]
         if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=False, throw_on_missing=True)
+            value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
     except (InterpolationToMissingValueError, MissingMandatoryValue):
         section[key[-1]] = MISSING
         return False
     except OmegaConfBaseException as error:
         raise UserError(f"{dotted(key)} is {text!r}, {problem_of(error)}") from None
-    section[key[-1]] = value
+    # OmegaConf parses what is assigned: a value with a plain `${` would be a reference again.
+    section[key[-1]] = escape(value)
     return True
+
+
+def escape(value: object) -> object:
+    """Return a value whose texts OmegaConf reads back as they are, with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: escape(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape(entry) for entry in value]
+    # Two backslashes before `${` are read as one, so those of the text are doubled.
+    text = r"(\\*)\$\{"
+    return re.sub(text, r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def problem_of(error: OmegaConfBaseException) -> str:

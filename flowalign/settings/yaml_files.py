@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from flowalign.bundled import CONFIGS, locate
-from flowalign.errors import similar_file, UserError
-from flowalign.settings.merging import merge, Section
+from flowalign.errors import naming, similar_file, UserError
+from flowalign.settings.merging import check_limits, check_written, merge, Section
 
 MAX_CHARACTERS = 64_000
 MAX_VALUES = 2_000
@@ -52,25 +52,33 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> YamlFile:
     if not isinstance(values, dict):
         kind = "nothing" if values is None else type(values).__name__
         raise UserError(f"{path}: expected sections such as `model:` and `train:`, found {kind}.")
+    # OmegaConf parses references when it merges, so their limits come first.
+    with naming(path):
+        check_limits(values)
     if "extends" not in values:
         return YamlFile(values, (path.parent,))
     parent_path = locate_parent(path, values.pop("extends"))
+    # Merged, `???` would leave the parent's value.
+    with naming(path):
+        check_written(values)
     parent = read_yaml(parent_path, (*children, path))
     return YamlFile(merge(parent.values, values), (path.parent, *parent.folders))
 
 
 def locate_parent(path: Path, parent: object) -> Path:
-    """Return the file that `extends` names."""
+    """Return the file that `extends` names: beside this file first, then as `locate` looks."""
     if not isinstance(parent, str):
         raise UserError(
             f"{path}: extends is {parent!r}. Write one file, such as base/tiny-sd3.yaml."
         )
-    located = locate(parent, [path.parent])
+    # Not the working directory first: a file must mean the same wherever it is loaded.
+    beside = os.path.abspath(path.parent / os.path.expanduser(parent))
+    located = beside if os.path.isfile(beside) else locate(parent)
     if not os.path.isfile(located):
         nearest = similar_file(path.parent / parent) or similar_file(CONFIGS / parent)
         raise UserError(
-            f"{path}: extends: there is no file {parent} in the working directory, next to this "
-            f"file, or under {CONFIGS}.{nearest}"
+            f"{path}: extends: there is no file {parent} next to this file, in the working "
+            f"directory, or under {CONFIGS}.{nearest}"
         )
     return Path(located)
 
@@ -132,6 +140,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes texts which `_Loader` would read as numbers."""
+
+
 def _number_resolvers() -> None:
     """Replace YAML 1.1's numbers, in which 010 is 8, 1:30 is 90 and 1e-4 is a text."""
     numbers = ("int", "float", "timestamp")
@@ -141,15 +153,23 @@ def _number_resolvers() -> None:
         for first, rules in resolvers.items()
     }
     integer = re.compile(r"^[-+]?(0|[1-9][0-9_]*)$")
+    # No digit can belong to two parts of the pattern, so that matching takes linear time.
     decimal = re.compile(
-        r"^[-+]?(([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$"
-        r"|^\.(nan|NaN|NAN)$"
+        r"^[-+]?(((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
+        r"|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
     )
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:int", integer, list("-+0123456789"))
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", decimal, list("-+0123456789."))
+    # The dumper keeps YAML 1.1's numbers too: it quotes a text that either reader would change.
+    for user in (_Loader, _Dumper):
+        user.add_implicit_resolver("tag:yaml.org,2002:int", integer, list("-+0123456789"))
+        user.add_implicit_resolver("tag:yaml.org,2002:float", decimal, list("-+0123456789."))
 
 
 _number_resolvers()
+
+
+def dump_yaml(values: Section) -> str:
+    """Return a mapping as YAML that `parse_yaml` and every reader of YAML 1.1 reads as the same."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str, source: str) -> object:

@@ -3,9 +3,18 @@
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowalign.errors import UserError
-from flowalign.settings.merging import interpolate, MAX_REFERENCES, merge
+from flowalign.settings.merging import (
+    escape,
+    interpolate,
+    MAX_REFERENCES,
+    merge,
+    parse_override,
+)
+from flowalign.settings.yaml_files import parse_yaml
 
 
 def refusal(values) -> str:
@@ -40,6 +49,33 @@ def test_the_environment_is_read(monkeypatch):
 
 def test_an_escaped_reference_is_plain_text():
     assert interpolate({"a": "\\${b}"}) == {"a": "${b}"}
+
+
+@given(st.lists(st.sampled_from(["\\", "${", "}", "{", "$", "x", "'", ":", " "]), max_size=8))
+def test_an_escaped_text_is_read_back_as_it_is(parts):
+    text = "".join(parts)
+    values = {"a": escape(text), "b": "${a}", "c": "${d}", "d": {"e": "${a}"}}
+    assert interpolate(values) == {"a": text, "b": text, "c": {"e": text}, "d": {"e": text}}
+
+
+def test_a_text_with_half_a_reference_is_plain_once_escaped():
+    values = {"a": "costs \\${5 each", "b": "${a}", "c": "write \\${ here"}
+    text = "costs ${5 each"
+    assert interpolate(values) == {"a": text, "b": text, "c": "write ${ here"}
+
+
+def test_escaping_makes_lists_of_tuples():
+    assert escape({"a": (1, ("${",))}) == {"a": [1, ["\\${"]]}
+
+
+def test_an_override_with_nested_references_is_refused_by_their_number():
+    with pytest.raises(UserError, match=f"over {MAX_REFERENCES} references"):
+        parse_override("a=" + "${" * 2_000, parse_yaml)
+
+
+def test_references_that_are_nested_too_deep_for_a_parser_are_refused():
+    with pytest.raises(UserError, match="nested too deep"):
+        merge({"a": "${a:" * 2_000 + "}" * 2_000}, {})
 
 
 def test_values_without_references_stay_as_they_are():

@@ -1,14 +1,17 @@
 """YAML from strangers: strict values, and limits that hold before anything is built from a text."""
 
 import itertools
+import math
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flowalign.errors import UserError
 from flowalign.settings.yaml_files import (
+    dump_yaml,
     MAX_CHARACTERS,
     MAX_FILES,
     MAX_VALUES,
@@ -95,6 +98,77 @@ def test_an_alias_counts_as_what_it_stands_for():
     half = ", ".join(["1"] * (MAX_VALUES // 2))
     with pytest.raises(UserError, match="too large"):
         parse_yaml(f"a: &a [{half}]\nb: *a", "it")
+
+
+@pytest.mark.parametrize("text", ["1" * 63_000 + "x", "1_" * 31_000 + "x", "1" * 60_000 + ".e"])
+def test_a_long_text_that_begins_as_a_number_is_read_in_a_second(text):
+    with within_a_second():
+        assert parse_yaml(f"a: {text}", "it") == {"a": text}
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "0891234", "010.5", "00", "-01", "01e5", "1:30", "1e", "."]
+)
+def test_a_text_is_not_taken_for_a_number(text):
+    assert parse_yaml(text, "it") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("0", 0), ("-12", -12), ("1_000", 1000), ("1e-4", 1e-4), ("0.5", 0.5), ("0e3", 0.0)),
+        *((".5", 0.5), ("5.", 5.0), ("+1.5E+2", 150.0), ("1_0.2_5", 10.25), ("-.inf", -math.inf)),
+    ],
+)
+def test_a_decimal_number_is_read(text, number):
+    value = parse_yaml(text, "it")
+    assert (value, type(value)) == (number, type(number))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("12345e67", "0891234", "010", "1:30", "1e-4", "0x1f", "2026-01-02", "yes", "null", ""),
+        *(1e-05, 1e16, 1.5, 12, -math.inf, True, None, [1, 2.0]),
+    ],
+)
+def test_a_value_is_written_so_that_every_reader_returns_it(value):
+    text = dump_yaml({"a": value})
+    for read in (parse_yaml(text, "it"), yaml.safe_load(text)):
+        assert read == {"a": value}
+        assert type(read["a"]) is type(value)
+
+
+def test_a_file_beside_is_extended_before_one_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "base.yaml").write_text("a: 1\n")
+    (tmp_path / "beside" / "base.yaml").write_text("a: 2\n")
+    (tmp_path / "beside" / "child.yaml").write_text("extends: base.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml(Path("beside/child.yaml")).values == {"a": 2}
+    (tmp_path / "beside" / "base.yaml").unlink()
+    assert read_yaml(Path("beside/child.yaml")).values == {"a": 1}
+
+
+def test_a_child_may_not_leave_a_value_of_its_parent_missing(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {steps: 7}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\ntrain:\n  steps: ???\n")
+    with pytest.raises(UserError, match=r"child.yaml: train.steps is \?\?\?, which stands for"):
+        read_yaml(child)
+
+
+def test_a_child_may_write_a_value_that_its_parent_leaves_missing(tmp_path):
+    (tmp_path / "base.yaml").write_text("train:\n  steps: ???\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}\n")
+    assert read_yaml(tmp_path / "child.yaml").values == {"train": {"steps": 7}}
+
+
+def test_nested_references_of_a_file_are_refused_before_it_is_merged(tmp_path):
+    (tmp_path / "base.yaml").write_text("a: 1\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nb: '" + "${" * 2_000 + "'\n")
+    with within_a_second(), pytest.raises(UserError, match=r"child.yaml: There are over"):
+        read_yaml(tmp_path / "child.yaml")
 
 
 def test_a_chain_of_files_has_an_end(tmp_path):
