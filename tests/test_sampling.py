@@ -185,6 +185,8 @@ def test_alpha_is_read_from_the_header_and_is_the_rank_without_it(written, alpha
         ("alpha_pattern", {"to_q": 8}),
         ("rank_pattern", {"to_q": 8}),
         ("lora_alpha", 22.6),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", 0),
     ],
 )
 def test_an_adapter_with_another_rule_of_scaling_is_refused(key, value, tmp_path):
@@ -200,6 +202,12 @@ def test_an_adapter_with_another_alpha_than_the_policy_is_refused(tmp_path):
     other = make_policy(lora=replace(settings, alpha=settings.rank))
     with pytest.raises(UserError, match=r"alpha 64, but model\.lora\.alpha is 32\. Set model"):
         load_source_adapter(other, tmp_path)
+
+
+def test_evaluating_an_adapter_at_another_scale_is_refused(adapter, tmp_path):
+    config = small_config(tmp_path / "run", "model.lora.alpha=32")
+    with pytest.raises(UserError, match=r"alpha 64, but model\.lora\.alpha is 32"):
+        flowalign.evaluate(config, adapter)
 
 
 @pytest.mark.parametrize("source", ["assets/tiny-sd3", "nowhere"])

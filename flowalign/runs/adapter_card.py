@@ -76,6 +76,8 @@ def _alpha(file: Path, metadata: Mapping[str, object], rank: int) -> int:
     # Without metadata, diffusers computes with alpha = rank.
     alpha = metadata.get(f"{PREFIX}lora_alpha", rank)
     # Other tools write whole numbers as 16.0.
-    if not isinstance(alpha, int | float) or alpha != int(alpha):
-        raise UserError(f"{file} has lora_alpha {alpha!r}. Use an adapter with a whole number.")
+    if not isinstance(alpha, int | float) or not float(alpha).is_integer() or alpha < 1:
+        raise UserError(
+            f"{file} has lora_alpha {alpha!r}. Use an adapter whose alpha is a whole number from 1."
+        )
     return int(alpha)
