@@ -236,10 +236,6 @@ class Batch:
         """Return how many rows a pass of that many images holds, at least one."""
         return max(1, images_per_pass // self.images_per_row)
 
-    def passes(self, images_per_pass: int) -> list[Self]:
-        """Return consecutive pieces of at most `images_per_pass` images, at least one row each."""
-        return self.pieces(self.rows_per_pass(images_per_pass))
-
     def term(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """Return a row-wise term: as `group_terms` stored it, or else computed from these rows."""
         return self.terms[name] if name in self.terms else compute()

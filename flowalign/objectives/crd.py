@@ -99,16 +99,16 @@ class CRD(AnchoredObjective):
         # Centres take no gradient: they stand in the place of log Z, a constant of the prompt.
         centres = rollout.term("centres", lambda: self.centres(rho.detach(), rollout))
         residuals = [self.beta * rho - r - centre for centre in centres.unbind(1)]
-        loss = self.limit / self.beta * torch.stack(residuals).square().mean()
-        return Loss(loss, {"log_ratio": Mean(rho)}) + self.penalty(policy, rollout, draw, v)
-
-    def penalty(self, policy: Policy, rollout: Rollout, draw: Draw, v: Latent) -> Loss:
-        """Return λ (c + (1 - c) R) ‖v - v_ref‖²."""
+        total = self.limit / self.beta * torch.stack(residuals).square().mean()
+        loss = Loss(total, {"log_ratio": Mean(rho)})
         if self.kl.weight == 0:
-            return Loss(v.new_zeros(()), {})
-        xt, _ = add_noise(rollout.x0, draw.t, draw.noise)
-        kl = mean_square(v - self.kl.velocity(policy, xt, draw.t, self.cond(rollout)))
-        weight = self.kl_least + (self.kl.weight - self.kl_least) * self.optimality(rollout)
+            return loss
+        return loss + self.penalty(v, self.kl.velocity(policy, xt, draw.t, cond), r)
+
+    def penalty(self, v: Latent, v_ref: Latent, r: PerImage) -> Loss:
+        """Return λ (c + (1 - c) R) ‖v - v_ref‖²."""
+        kl = mean_square(v - v_ref)
+        weight = self.kl_least + (self.kl.weight - self.kl_least) * r
         return Loss((weight * kl).mean(), {"kl": Mean(kl)})
 
     def optimality(self, rollout: Rollout) -> PerImage:

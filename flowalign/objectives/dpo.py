@@ -77,9 +77,7 @@ class DPO(PairObjective):
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
         """Return the loss at one time for each pair."""
-        # Both calls draw the same time and noise, which are functions of the keys.
-        error = self.errors(policy, pairs, draw)
-        error_ref = self.errors(policy.at("reference"), pairs, draw)
+        error, error_ref = self.errors_of([policy, policy.at("reference")], pairs, draw)
 
         D_w, D_l = (error - error_ref).chunk(2)
         s = -self.beta * BETAS[self.beta_over_time](draw.t) / 2 * (D_w - D_l)

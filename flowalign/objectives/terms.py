@@ -1,6 +1,7 @@
 """Parts of formulas and base classes that several objectives share."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -128,10 +129,18 @@ class PairObjective(ForwardObjective[Pairs]):
 
     def errors(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
         """Return ‖v - (noise - x0)‖² of the chosen, then of the rejected images (2 B,)."""
+        (errors,) = self.errors_of([policy], pairs, draw)
+        return errors
+
+    def errors_of(
+        self, policies: Sequence[Policy], pairs: Pairs, draw: Draw
+    ) -> tuple[PerImage, ...]:
+        """Return the `errors` (2 B,) under each of these weights, at one time and noise."""
         # Both images go through the network in one call, which rounds them alike.
         t, noise = draw.t.repeat(2), torch.cat([draw.noise, draw.noise])
         xt, target = add_noise(torch.cat(pairs.x0), t, noise)
-        return mean_square(policy.velocity(xt, t, pairs.cond.unguided().twice()) - target)
+        cond = pairs.cond.unguided().twice()
+        return tuple(mean_square(one.velocity(xt, t, cond) - target) for one in policies)
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Progress:
     seconds: NonNegative = 0.0
     """Seconds spent in training steps, without evaluations."""
     bad_steps: Counter = 0
-    """Updates in a row that were skipped because something was not finite."""
+    """Updates in a row that were skipped as not finite. In a dump, those before its step."""
     evaluations: list[dict[str, int | Annotated[float, Field(allow_inf_nan=True)]]] = field(
         default_factory=list
     )

@@ -4,6 +4,7 @@ Files and rewards are read and tried before any weight of the model is loaded, s
 are answered in seconds.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +161,8 @@ def make_scorer(
     """Return what scores images by these rewards and compares the images of each prompt."""
     return RolloutScorer(
         rewards=rewards,
-        combine=config.combine,
+        # A combination may keep statistics, and each run of one configuration starts without any.
+        combine=copy.deepcopy(config.combine),
         advantage=config.advantage,
         images_per_pass=plan.images_per_pass,
         device=distributed.device(),

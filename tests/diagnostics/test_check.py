@@ -137,7 +137,7 @@ def test_the_arithmetic_is_that_of_the_run(name, overrides, texts, images_per_pa
     assembly = setup.assemble(inputs, load_model(config.model))
     batch, _ = assembly.source(0)
     rows = batch.pieces(len(batch) // config.train.updates_per_step)[0]
-    passes = len(rows.passes(images_per_pass))
+    passes = len(rows.pieces(rows.rows_per_pass(images_per_pass)))
     total, update, whole = texts
     most = "at most " if name == "dpo_online" else ""
     assert update == f"{most}{len(rows)} {update.split()[-1]}"
