@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,13 +31,6 @@ def bomb(line: str) -> str:
 LISTS, MERGES = bomb("[{}]"), bomb("{{<<: [{}]}}")
 
 
-@contextmanager
-def within_a_second():
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < 1
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -56,8 +47,8 @@ def within_a_second():
         pytest.param("x" * (MAX_CHARACTERS + 1), id="a long text"),
     ],
 )
-def test_a_hostile_text_is_refused_in_a_second_by_its_size(text):
-    with within_a_second(), pytest.raises(UserError, match=r"^it is too large|^it has over"):
+def test_a_hostile_text_is_refused_by_its_size(text):
+    with pytest.raises(UserError, match=r"^it is too large|^it has over"):
         parse_yaml(text, "it")
 
 
@@ -79,7 +70,7 @@ def test_bombs_are_small():
     ],
 )
 def test_loops_tags_and_double_keys_are_refused(text, problem):
-    with within_a_second(), pytest.raises(UserError, match="it is not YAML") as error:
+    with pytest.raises(UserError, match="it is not YAML") as error:
         parse_yaml(text, "it")
     assert problem in str(error.value)
 
@@ -101,9 +92,9 @@ def test_an_alias_counts_as_what_it_stands_for():
 
 
 @pytest.mark.parametrize("text", ["1" * 63_000 + "x", "1_" * 31_000 + "x", "1" * 60_000 + ".e"])
-def test_a_long_text_that_begins_as_a_number_is_read_in_a_second(text):
-    with within_a_second():
-        assert parse_yaml(f"a: {text}", "it") == {"a": text}
+def test_a_long_text_that_begins_as_a_number_is_read_as_text(text):
+    # A pattern that backtracks would take minutes here.
+    assert parse_yaml(f"a: {text}", "it") == {"a": text}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +158,7 @@ def test_a_child_may_write_a_value_that_its_parent_leaves_missing(tmp_path):
 def test_nested_references_of_a_file_are_refused_before_it_is_merged(tmp_path):
     (tmp_path / "base.yaml").write_text("a: 1\n")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\nb: '" + "${" * 2_000 + "'\n")
-    with within_a_second(), pytest.raises(UserError, match=r"child.yaml: There are over"):
+    with pytest.raises(UserError, match=r"child.yaml: There are over"):
         read_yaml(tmp_path / "child.yaml")
 
 
@@ -180,5 +171,5 @@ def test_a_chain_of_files_has_an_end(tmp_path):
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/urandom"])
 def test_a_device_without_an_end_is_refused(path):
-    with within_a_second(), pytest.raises(UserError, match=r"cannot be read|not YAML"):
+    with pytest.raises(UserError, match=r"cannot be read|not YAML"):
         read_yaml(Path(path))
