@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from flowalign.config.sections import Config
 from flowalign.diagnostics.meta_model import CALLS, Work
-from flowalign.diagnostics.rehearsal import batch_plan, Plan, rehearse
+from flowalign.diagnostics.rehearsal import Plan, rehearse
 from flowalign.errors import did_you_mean, UserError
 from flowalign.files import format_bytes
+from flowalign.training.setup import batch_plan
 
 EFFICIENCY = 0.4
 """Share of a GPU's peak that the networks are assumed to reach. It is not measured."""
@@ -86,10 +87,11 @@ def step_seconds(work: Work, gpu: Gpu) -> float:
 def largest_pass(config: Config, memory: float) -> int:
     """Return the most images per pass that fit into so much memory, in bytes; 0 if none does.
 
-    Only divisors of an update's images are tried, since passes have one size.
+    Only divisors of an update's images are tried, since passes have one size, and of whole pairs.
     """
-    images = batch_plan(config).images_per_update
-    sizes = [size for size in range(1, images + 1) if images % size == 0]
+    counts = batch_plan(config)
+    images, row = counts.images_per_update, counts.images_per_row
+    sizes = [size for size in range(row, images + 1, row) if images % size == 0]
 
     def peak(size: int) -> int:
         return rehearse(replace(config, train=replace(config.train, images_per_pass=size))).peak

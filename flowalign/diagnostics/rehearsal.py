@@ -27,11 +27,11 @@ from flowalign.policy import Policy
 from flowalign.rewards import REWARDS
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import reward_entry, RewardEntry
-from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
 from flowalign.settings.by_name import imported
 from flowalign.training.gradient import split
+from flowalign.training.setup import batch_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +165,6 @@ def rehearse_update(config: Config, policy: Policy, model: MetaModel) -> UpdateC
         one_pass=pass_cost,
         passes=draws * len(passes.batch) / len(first.batch),
         held=waiting + held_bytes([batch, passes.batch], model),
-    )
-
-
-def batch_plan(config: Config) -> BatchPlan:
-    """Return the batch arithmetic of the run on one process."""
-    train = config.train
-    return BatchPlan(
-        prompts_per_step=train.prompts_per_step,
-        images_per_prompt=train.images_per_prompt,
-        updates_per_step=train.updates_per_step,
-        max_images_per_pass=train.images_per_pass,
     )
 
 

@@ -9,7 +9,8 @@ from flowalign.errors import UserError
 class BatchPlan:
     """How the images of a step are shared out to updates, processes and passes.
 
-    A step has prompts_per_step × images_per_prompt images, over all processes.
+    A step has prompts_per_step × images_per_prompt images, over all processes. With given pairs it
+    has prompts_per_step × 2.
     """
 
     prompts_per_step: int
@@ -18,6 +19,8 @@ class BatchPlan:
     max_images_per_pass: int
     """The largest pass that memory allows."""
     processes: int = 1
+    images_per_row: int = 1
+    """The images that no pass may separate: 2 for given pairs, else 1."""
 
     def __post_init__(self) -> None:
         shares = self.updates_per_step * self.processes
@@ -38,30 +41,35 @@ class BatchPlan:
     @property
     def images_per_update(self) -> int:
         """The images of an update on each process."""
-        return self.prompts_per_update * self.images_per_prompt
+        return self.prompts_per_update * self.images_per_prompt * self.images_per_row
 
     @property
     def images_per_step(self) -> int:
         """The images of a step on all processes."""
-        return self.prompts_per_step * self.images_per_prompt
+        return self.prompts_per_step * self.images_per_prompt * self.images_per_row
 
     @property
     def images_per_pass(self) -> int:
         """The images of a pass: the largest number that memory allows and that divides an update.
 
-        Passes of one size give equal rounding, so that ratios before the first update are 1.
+        Passes of one size give equal rounding, so that ratios before the first update are 1. A pass
+        has whole rows, and at least one of them even if the limit is smaller.
         """
-        return largest_divisor(self.images_per_update, self.max_images_per_pass)
+        rows = self.images_per_update // self.images_per_row
+        # Whole rows, or gradient-free forwards would separate the two images of a pair.
+        most = max(1, self.max_images_per_pass // self.images_per_row)
+        return largest_divisor(rows, most) * self.images_per_row
 
     @property
     def note(self) -> str:
-        """A message for the user if passes are smaller than requested; else empty."""
+        """A message for the user if passes have another size than requested; else empty."""
         if self.images_per_pass == self.max_images_per_pass:
             return ""
+        pairs = " in pairs" if self.images_per_row == 2 else ""
         return (
             f"train.images_per_pass is {self.max_images_per_pass}, but an update has "
-            f"{self.images_per_update} images on each process. Passes have {self.images_per_pass} "
-            "images instead, which changes no result."
+            f"{self.images_per_update} images{pairs} on each process. Passes have "
+            f"{self.images_per_pass} images instead, which changes no result."
         )
 
     def slots(self, rank: int) -> list[int]:

@@ -76,14 +76,8 @@ def read_inputs(config: Config) -> Inputs:
     Raises:
         UserError: A file cannot be read, or a reward does not work or does not fit the objective.
     """
-    train, learns_from = config.train, config.objective.learns_from
-    plan = BatchPlan(
-        prompts_per_step=train.prompts_per_step,
-        images_per_prompt=train.images_per_prompt,
-        updates_per_step=train.updates_per_step,
-        max_images_per_pass=train.images_per_pass,
-        processes=distributed.count(),
-    )
+    learns_from = config.objective.learns_from
+    plan = batch_plan(config, distributed.count())
     if plan.note and distributed.is_main():
         say(plan.note)
     paired = learns_from is Pairs
@@ -109,6 +103,20 @@ def read_inputs(config: Config) -> Inputs:
         held_out=held_out,
         rewards=rewards,
         evaluation_rewards=evaluation_rewards,
+    )
+
+
+def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
+    """Return the batch arithmetic of the run on this number of processes."""
+    train = config.train
+    return BatchPlan(
+        prompts_per_step=train.prompts_per_step,
+        images_per_prompt=train.images_per_prompt,
+        updates_per_step=train.updates_per_step,
+        max_images_per_pass=train.images_per_pass,
+        processes=processes,
+        # Pairs that are ranked are sampled and scored as single images.
+        images_per_row=config.objective.learns_from.images_per_row if config.data.pairs else 1,
     )
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from flowalign.config.load import load_config
 from flowalign.errors import UserError
 from flowalign.rollouts.batch_plan import BatchPlan, largest_divisor
-from flowalign.training.setup import read_inputs
+from flowalign.training.setup import batch_plan, read_inputs
 from tests.tiny import small_config
 
 
@@ -42,6 +43,30 @@ def test_passes_are_lowered_to_a_divisor_with_a_note(most, size):
     if lowered.note:
         assert f"train.images_per_pass is {most}" in lowered.note
         assert f"Passes have {size} images" in lowered.note
+
+
+@pytest.mark.parametrize(
+    ("pairs", "most", "size"),
+    [(8, 16, 16), (8, 8, 8), (8, 7, 4), (6, 9, 6), (1, 8, 2), (1, 1, 2), (3, 4, 2), (8, 1000, 16)],
+)
+def test_passes_of_given_pairs_hold_whole_pairs(pairs, most, size):
+    """Both images of a pair count, and a pass that allows less still holds one pair."""
+    counts = {"images_per_prompt": 1, "updates_per_step": 1, "processes": 1}
+    given = plan(prompts_per_step=pairs, max_images_per_pass=most, images_per_row=2, **counts)
+    assert (given.images_per_update, given.images_per_step) == (2 * pairs, 2 * pairs)
+    assert given.images_per_pass == size
+    assert bool(given.note) == (size != most)
+    if given.note:
+        assert f"an update has {2 * pairs} images in pairs on each process" in given.note
+        assert f"Passes have {size} images" in given.note
+
+
+@pytest.mark.parametrize(
+    ("name", "images_per_row", "images"), [("dpo", 2, 120), ("sft", 1, 60), ("dpo_online", 1, 120)]
+)
+def test_only_given_pairs_count_as_two_images(name, images_per_row, images):
+    counts = batch_plan(load_config(f"configs/tiny/{name}.yaml"))
+    assert (counts.images_per_row, counts.images_per_update) == (images_per_row, images)
 
 
 def test_a_plan_that_fits_has_no_note():

@@ -70,6 +70,7 @@ def small_batch(assembly: Assembly) -> Batch:
         updates_per_step=1,
         max_images_per_pass=context.plan.images_per_pass,
         processes=distributed.count(),
+        images_per_row=context.plan.images_per_row,
     )
     scorer = context.scorer
     if kind is not Prompts:
