@@ -209,8 +209,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         for a model. `result.save(folder)` writes PNG files.
 
     Raises:
-        UserError: The source is none of these, an adapter does not fit its model, or `model` is
-            given for something other than an adapter.
+        UserError: The source is none of these, its adapter does not fit, or it needs no `model`.
 
     Example:
         >>> samples = flowalign.sample("assets/tiny-sd3", ["a red circle"], images=2, steps=4)
