@@ -58,36 +58,46 @@ def incomplete_rows(scores: dict[str, PerImage], group: Tensor) -> Tensor:
 
 
 def group_statistics(reward: PerImage, group: Tensor) -> tuple[PerImage, PerImage]:
-    """Return the mean and the population deviation of each image's group, (N,) each.
+    """Return the mean and the population deviation of each image's group, (N,) each in float64.
 
-    `group` holds integers. Rewards of NaN are left out; a group without others has NaN.
+    `group` holds integers. Rewards of NaN are left out; a group without others has NaN. In float32
+    a mean near 100 would be off by 4e-6, which is much where rewards differ by 1e-3.
     """
     labels, index = group.unique(return_inverse=True)
     scored = ~reward.isnan()
-    # In float64, so that equal rewards deviate by exactly 0.
-    exact = reward.double().where(scored, 0)
+    exact = reward.double().where(scored, torch.inf)
     empty = exact.new_zeros(len(labels))
     count = empty.index_add(0, index, scored.double())
-    mean = (empty.index_add(0, index, exact) / count)[index]
-    variance = (empty.index_add(0, index, ((exact - mean) ** 2).where(scored, 0)) / count)[index]
-    return mean.to(reward.dtype), variance.sqrt().to(reward.dtype)
+    # Means are taken from the least reward upwards, so that equal rewards deviate by exactly 0.
+    least = exact.new_full((len(labels),), torch.inf).scatter_reduce(0, index, exact, "amin")[index]
+    above = (exact - least).where(scored, 0)
+    mean_above = (empty.index_add(0, index, above) / count)[index]
+    squares = ((above - mean_above) ** 2).where(scored, 0)
+    variance = (empty.index_add(0, index, squares) / count)[index]
+    return least + mean_above, variance.sqrt()
 
 
 def normalised(reward: PerImage, group: Tensor, std: str, epsilon: float, clip: float) -> PerImage:
     """Return (reward - mean of the group) / deviation, cut to [-clip, clip]; 0 if not scored.
 
-    The deviation is that of the group, or with `std` "global" that of all rewards.
+    The deviation is that of the group, or with `std` "global" that of all rewards. The result is in
+    float32, and everything before it in float64.
     """
     mean, deviation = group_statistics(reward, group)
     if std == "global":
         deviation = deviation_of(reward)
-    return ((reward - mean) / (deviation + epsilon)).clamp(-clip, clip).nan_to_num(nan=0)
+    return _cut((reward.double() - mean) / (deviation + epsilon), clip)
+
+
+def _cut(advantage: PerImage, clip: float) -> PerImage:
+    """Return advantages in [-clip, clip], in float32; 0 if not scored."""
+    return advantage.clamp(-clip, clip).nan_to_num(nan=0).float()
 
 
 def deviation_of(reward: PerImage) -> Tensor:
-    """Return the population deviation of all rewards that are not NaN."""
-    scored = reward[~reward.isnan()]
-    return scored.std(correction=0) if len(scored) else reward.new_tensor(torch.nan)
+    """Return the population deviation of all rewards that are not NaN, in float64."""
+    scored = reward[~reward.isnan()].double()
+    return scored.std(correction=0) if len(scored) else scored.new_tensor(torch.nan)
 
 
 def group_advantage(
@@ -112,14 +122,13 @@ def gdpo(
     The weighted sum is then normalised over all images, so that a reward with a wide scale does not
     dominate the others.
     """
-    total = torch.zeros_like(rewards.combined)
+    total = torch.zeros_like(rewards.combined, dtype=torch.float64)
     for name, reward in rewards.by_name.items():
         mean, deviation = group_statistics(reward, group)
-        weighted = rewards.weights[name] * (reward - mean) / (deviation + epsilon)
+        weighted = rewards.weights[name] * (reward.double() - mean) / (deviation + epsilon)
         total = total + weighted.nan_to_num(nan=0)
     total = total.where(rewards.scored, torch.nan)
-    centred = total - total[~total.isnan()].mean()
-    return (centred / (deviation_of(total) + epsilon)).clamp(-clip, clip).nan_to_num(nan=0)
+    return _cut((total - total.nanmean()) / (deviation_of(total) + epsilon), clip)
 
 
 def win_rate(
@@ -141,7 +150,7 @@ def win_rate(
     # An image ties with itself, which is taken off again.
     beaten = (comparable * wins).sum(1) - 0.5
     share = beaten / (comparable.sum(1) - 1).clamp(min=1)
-    return normalised(share.to(reward.dtype).where(scored, torch.nan), group, std, epsilon, clip)
+    return normalised(share.where(scored, torch.nan), group, std, epsilon, clip)
 
 
 def log_tamed(
@@ -163,13 +172,14 @@ def log_tamed(
         )
     scored = {name: reward for name, reward in rewards.by_name.items() if not reward.isnan().all()}
     spread = {
-        name: (deviation_of(reward) / (reward.nanmean() + 1e-6)).item()
+        name: (deviation_of(reward) / (reward.double().nanmean() + 1e-6)).item()
         for name, reward in scored.items()
     }
     threshold = sum(spread.values()) / max(1, len(spread))
-    total = torch.zeros_like(rewards.combined)
+    total = torch.zeros_like(rewards.combined, dtype=torch.float64)
     for name, reward in scored.items():
-        tamed = reward.log1p() if spread[name] > threshold else reward
+        exact = reward.double()
+        tamed = exact.log1p() if spread[name] > threshold else exact
         total = total + (rewards.weights[name] * tamed).nan_to_num(nan=0)
     return normalised(total.where(rewards.scored, torch.nan), group, std, epsilon, clip)
 

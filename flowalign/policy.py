@@ -76,11 +76,11 @@ class Sampler(Settings):
 class Decay(Settings):
     """How a copy of the adapter follows the one that trains.
 
-    At the end of a step,
         copy ← decay(n) · copy + (1 - decay(n)) · policy,
         decay(n) = min(end, value + slope · max(0, n - start)).
-    n is the number of updates scheduled before the step; unless `every` divides n, the copy stays
-    as it is. A decay of 0 copies the policy, 1 leaves the copy as it is.
+    n counts updates; unless `every` divides n, the copy stays as it is. A decay of 0 copies the
+    policy, 1 leaves the copy as it is. Copies follow at the end of a step, whose updates n
+    includes, or as `Objective.copies_follow_after` says.
 
     Example:
         >>> decay = flowalign.Decay(value=0.1, slope=0.1, end=0.5)
@@ -105,7 +105,7 @@ class Decay(Settings):
             raise WrongSetting(f"value is {self.value}, but end is {self.end}. Write value <= end.")
 
     def __call__(self, updates: int) -> float:
-        """Return the decay at the end of a step that `updates` updates were scheduled before."""
+        """Return the decay after this many updates."""
         if updates % self.every:
             return 1.0
         return min(self.end, self.value + self.slope * max(0, updates - self.start))

@@ -24,8 +24,9 @@ def group_advantage(reward: torch.Tensor, *arguments, **settings) -> torch.Tenso
 
 def test_statistics_are_those_of_each_images_own_group():
     mean, deviation = group_statistics(REWARD, GROUP)
-    torch.testing.assert_close(mean, torch.full((6,), 2.0))
-    torch.testing.assert_close(deviation, torch.tensor([2 / 3, 8, 2 / 3, 8, 2 / 3, 8]).sqrt())
+    torch.testing.assert_close(mean, torch.full((6,), 2.0).double())
+    expected = torch.tensor([2 / 3, 8, 2 / 3, 8, 2 / 3, 8], dtype=torch.float64).sqrt()
+    torch.testing.assert_close(deviation, expected)
 
 
 def test_the_group_deviation_divides_each_group_by_its_own():
@@ -80,6 +81,40 @@ def test_advantages_of_a_group_sum_to_zero(std):
     advantage = group_advantage(REWARD, GROUP, std)
     assert advantage[GROUP == 3].sum().abs() < 1e-5
     assert advantage[GROUP == 7].sum().abs() < 1e-5
+
+
+CLOSE = torch.tensor([100.001, 99.999, 99.999, 100.001, 100.002, 99.998])
+"""Rewards whose means lie between two numbers of float32, a fifth of their differences apart."""
+CLOSE_GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def centred_by_group(reward: torch.Tensor) -> torch.Tensor:
+    exact = reward.double().view(2, 3)
+    return (exact - exact.mean(1, keepdim=True)).flatten()
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("function", ["group_advantage", "log_tamed"])
+def test_rewards_that_differ_a_little_around_100_keep_their_digits(function, std):
+    centred = centred_by_group(CLOSE)
+    deviation = {
+        "group": centred.view(2, 3).square().mean(1).sqrt().repeat_interleave(3),
+        "global": CLOSE.double().std(correction=0),
+    }[std]
+    found = getattr(advantage, function)(rewards(r=CLOSE), CLOSE_GROUP, std=std)
+    torch.testing.assert_close(found, (centred / (deviation + 1e-4)).float(), rtol=1e-6, atol=0)
+
+
+def test_several_rewards_around_100_keep_their_digits():
+    other = CLOSE.flip(0) / 50
+    standard = [
+        part / (part.view(2, 3).square().mean(1).sqrt().repeat_interleave(3) + 1e-4)
+        for part in map(centred_by_group, (CLOSE, other))
+    ]
+    total = standard[0] + standard[1]
+    expected = (total - total.mean()) / (total.std(correction=0) + 1e-4)
+    found = advantage.gdpo(rewards(a=CLOSE, b=other), CLOSE_GROUP)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_outlier_is_cut_at_the_clip():

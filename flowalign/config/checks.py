@@ -147,9 +147,10 @@ def check_updates(config: Config) -> None:
 
 
 def check_snapshots(config: Config) -> None:
-    """Refuse snapshots that would be updated in the middle of a step."""
-    # Every image of a step must be compared with the same snapshot.
+    """Refuse snapshots that follow once a step, but are to be updated in the middle of one."""
     updates = config.train.updates_per_step
+    if config.objective.copies_follow_after == "update":
+        return
     for name, decay in config.objective.snapshots.items():
         if decay.every > 1 and decay.every % updates:
             nearest = -(-decay.every // updates) * updates

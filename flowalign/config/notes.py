@@ -66,6 +66,7 @@ def others(config: Config) -> list[Setting]:
             "without noise: sampler.dynamics is deterministic",
         ),
         Setting("train.ema.every", ema.every != 1, ema.decay > 0, "while train.ema.decay is 0"),
+        Setting("train.ema.warmup", not ema.warmup, ema.decay > 0, "while train.ema.decay is 0"),
         Setting(
             "model.revision",
             model.revision is not None,

@@ -46,10 +46,20 @@ class Ema(Settings):
     """
     every: Count = 1
     """Optimizer updates between two updates of the average."""
+    warmup: bool = True
+    """True to let that share rise as (1 + n) / (10 + n) over the updates n, up to `decay`.
+
+    Without it, the average holds the weights before training for about 1 / (1 - decay) updates.
+    """
 
     def decay_at(self, updates: int) -> float:
-        """Return the share of the old average that stays after this many optimizer updates."""
-        return 1.0 if updates % self.every else self.decay
+        """Return the share of the old average that stays after this many optimizer updates.
+
+        The warm-up is that of the released code of Flow-GRPO, DiffusionNFT, AWM and DGPO.
+        """
+        if updates % self.every:
+            return 1.0
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
 @dataclass
@@ -93,7 +103,10 @@ class Train(Settings):
     drop_equal_groups: bool = False
     """True to leave out prompts whose images all have one advantage; otherwise they count as 0."""
     max_bad_steps: Count = 3
-    """Updates in a row with a loss or gradient that is not finite before the run stops."""
+    """Updates in a row with a loss or gradient that is not finite before the run stops.
+
+    A run whose gradient is exactly 0 in ten steps in a row says so, and stops after this many more.
+    """
     stop: dict[str, StopRule] = field(default_factory=dict)
     """Rules for early stopping by metric name; the run then exports its best evaluated weights."""
 

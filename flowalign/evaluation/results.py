@@ -35,7 +35,7 @@ class EvaluationResult:
     def means(self) -> dict[str, float]:
         """The mean of every reward and held-out figure, without images that were not scored."""
         scores = self.rewards | self.held_out
-        return {name: values.nanmean().item() for name, values in scores.items()}
+        return {name: values.double().nanmean().item() for name, values in scores.items()}
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -22,11 +22,11 @@ def paired_difference(before: EvaluationResult, after: EvaluationResult) -> dict
     without a score before or after do not count.
     """
     differences = {
-        name: _interval((values - before.held_out[name]).double())
+        name: _interval(values.double() - before.held_out[name].double())
         for name, values in after.held_out.items()
     }
     for name, values in after.rewards.items():
-        difference = (values - before.rewards[name]).double()
+        difference = values.double() - before.rewards[name].double()
         scored = ~difference.isnan()
         units = _mean_by_prompt(difference[scored], before.prompt[scored])
         differences[name] = _interval(units)

@@ -6,7 +6,7 @@ An objective knows nothing of how images were made, of passes, of processes or o
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 from torch import Tensor
 
@@ -104,6 +104,12 @@ class Objective(Settings, Generic[B, D]):
     """True if it learns from a rollout's advantages, false if from its rewards."""
     sampling_weights: ClassVar[str] = "policy"
     """The weights that sample: "policy", or a snapshot."""
+    copies_follow_after: ClassVar[Literal["step", "update"]] = "step"
+    """When the snapshots follow the policy.
+
+    After a step, the decay counts the updates up to its end. After an update, it counts those
+    before that update.
+    """
     terms_span_update: ClassVar[bool] = False
     """True if `group_terms` looks beyond a group, so that its terms are always computed first."""
 

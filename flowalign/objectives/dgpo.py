@@ -10,10 +10,11 @@ shared within a prompt.
 
 Differences from the released code: the policy samples throughout (there: a fast average, after 200
 steps). Times are drawn from an interval and each has noise of its own (there: the sampler's times,
-with one noise for a prompt). `old` follows once a step (there: after every update).
+with one noise for a prompt).
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 
@@ -37,6 +38,8 @@ class DGPO(AnchoredObjective):
     kl: VelocityKL = field(default_factory=lambda: VelocityKL(weight=1e-3))
     """The penalty; its guidance is also that of e_ref."""
     old: Decay = field(default_factory=lambda: Decay(slope=1e-3, end=0.3))
+    # The released loop moves this copy in every update, and counts the update afterwards.
+    copies_follow_after: ClassVar[Literal["step", "update"]] = "update"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,4 +45,5 @@ class RWR(ImitationObjective):
 
     def weight(self, rollout: Rollout) -> PerImage:
         """Return w."""
-        return group_softmax(rollout.reward / self.temperature, rollout.group)
+        # In float64: rewards near 100 that differ by 1e-3 keep too few digits over a small τ.
+        return group_softmax(rollout.reward.double() / self.temperature, rollout.group).float()

@@ -93,7 +93,7 @@ class AnchoredObjective(ImageObjective):
     kl: VelocityKL = field(default_factory=VelocityKL)
     """The penalty that keeps the policy near the model without adapter."""
     old: Decay = field(default_factory=Decay)
-    """How `old` follows the policy, once a step."""
+    """How `old` follows the policy."""
 
     @property
     def snapshots(self) -> dict[str, Decay]:

@@ -145,7 +145,8 @@ class Normalised(Combine):
         mean = first / max(count, 1)
         # The difference can round to below 0 where all scores are equal.
         deviation = math.sqrt(max(second / max(count, 1) - mean**2, 0))
-        return (score - mean) / (deviation + 1e-6)
+        # In float64, or the mean would be rounded before it is subtracted.
+        return ((score.double() - mean) / (deviation + 1e-6)).to(score.dtype)
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.moments)

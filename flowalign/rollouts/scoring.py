@@ -222,8 +222,8 @@ def reward_metrics(scores: Scores, table: RewardTable, group: Tensor) -> Metrics
     """Return what to log about the rewards of a step."""
     _, deviation = group_statistics(table.combined, group)
     return {
-        **{f"reward/{name}": values.nanmean().item() for name, values in scores.items()},
-        "reward/combined": table.combined.nanmean().item(),
+        **{f"reward/{name}": values.double().nanmean().item() for name, values in scores.items()},
+        "reward/combined": table.combined.double().nanmean().item(),
         "reward/spread_in_group": deviation.nanmean().item(),
         "reward/groups_without_spread": (deviation == 0).float().mean().item(),
         "reward/not_scored": (~table.scored).float().mean().item(),

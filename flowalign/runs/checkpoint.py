@@ -49,6 +49,8 @@ class Progress:
     """Seconds spent in training steps, without evaluations."""
     bad_steps: Counter = 0
     """Updates in a row that were skipped as not finite. In a dump, those before its step."""
+    idle_steps: Counter = 0
+    """Steps in a row whose gradient was exactly 0."""
     evaluations: list[dict[str, int | Annotated[float, Field(allow_inf_nan=True)]]] = field(
         default_factory=list
     )
@@ -71,16 +73,20 @@ class Progress:
         self.updates += applied
         self.bad_steps = 0 if applied else self.bad_steps + 1
 
-    def advance(self, outcomes: list[bool], images: int, seconds: float) -> None:
+    def advance(
+        self, outcomes: list[bool], has_gradient: bool, images: int, seconds: float
+    ) -> None:
         """Count a complete step.
 
         Args:
             outcomes: Whether each update of the step was applied.
+            has_gradient: False if no update of the step had a gradient other than 0.
             images: Images that the step generated.
             seconds: Seconds that the step took.
         """
         for applied in outcomes:
             self.count_update(applied)
+        self.idle_steps = 0 if has_gradient else self.idle_steps + 1
         self.step += 1
         self.images += images
         self.seconds += seconds

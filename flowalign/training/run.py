@@ -31,6 +31,9 @@ from flowalign.runs.lock import FolderLock
 from flowalign.training.preflight import require_preflight
 from flowalign.training.setup import assemble, read_inputs
 
+IDLE_STEPS = 10
+"""Steps in a row with a gradient of exactly 0 after which a run says so."""
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -128,8 +131,12 @@ class Run:
             step = self.progress.step + 1
             say(f"Step {step} was not applied: {skipped.reason}. Its batch is in {folder}.")
 
-    def raise_if_not_finite(self) -> None:
-        """Raise RunError if `train.max_bad_steps` updates in a row were skipped."""
+    def raise_if_stuck(self) -> None:
+        """Raise RunError after too many skipped updates, or steps without a gradient, in a row."""
+        self._raise_if_not_finite()
+        self._raise_if_idle()
+
+    def _raise_if_not_finite(self) -> None:
         skipped = self.progress.bad_steps
         if skipped >= self.config.train.max_bad_steps:
             raise RunError(
@@ -137,6 +144,23 @@ class Run:
                 f"applied; they are in {self.folder / FAILURES}. If a reward produced the value, "
                 "fix the reward. Otherwise try a lower train.learning_rate, or "
                 "model.dtype: float32 in a new output folder."
+            )
+
+    def _raise_if_idle(self) -> None:
+        idle, more = self.progress.idle_steps, self.config.train.max_bad_steps
+        advice = (
+            "Give the images of a prompt different rewards (`reward/spread_in_group`), weights of "
+            "`rewards` nearer to 1, or a lower train.learning_rate in a new output folder."
+        )
+        if idle >= IDLE_STEPS + more:
+            raise RunError(
+                f"The gradient was exactly 0 in {idle} steps in a row, the last {more} of them "
+                f"since the warning (train.max_bad_steps). {advice}"
+            )
+        if idle == IDLE_STEPS and distributed.is_main():
+            say(
+                f"The gradient was exactly 0 in {idle} steps in a row: nothing is learned. After "
+                f"{more} more such steps the run stops (train.max_bad_steps). {advice}"
             )
 
     def evaluate(self) -> EvaluationResult:

@@ -59,16 +59,16 @@ def fit(run: Run) -> str:
             batch, metrics = run.next_batch()
             result = update(run.state, config.objective, batch, train, run.skip_update)
             # Copies follow after every step, also after one whose updates were skipped.
-            update_snapshots(
-                run.state.policy, config.objective, progress.step * train.updates_per_step
-            )
+            scheduled = (progress.step + 1) * train.updates_per_step
+            update_snapshots(run.state.policy, config.objective, scheduled, after="step")
             seconds = time.monotonic() - began
-            progress.advance(result.outcomes, run.generated_per_step, seconds)
+            generated = run.generated_per_step
+            progress.advance(result.outcomes, result.has_gradient, generated, seconds)
             speed = {"images_per_second": run.plan.images_per_step / seconds}
             metrics = {**progress.totals, **result.metrics, **speed, **metrics}
             # Recorded first, so that the steps that led to the failure can be seen.
             record(run, trackers, metrics)
-            run.raise_if_not_finite()
+            run.raise_if_stuck()
             bar.advance(note=describe(metrics))
             if run.needs_checkpoint():
                 run.save()

@@ -7,6 +7,7 @@ The updates after the first are off-policy: their images were sampled before it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -27,6 +28,8 @@ class UpdateResult:
     """Means of the loss and of the objective's statistics over the step, and `grad_norm`."""
     outcomes: list[bool]
     """True for each update that was applied, False for each that was skipped, in their order."""
+    has_gradient: bool
+    """False if the gradient of every update was exactly 0, or nothing was trained on."""
 
 
 def update(
@@ -60,7 +63,7 @@ def update(
         # Both numbers are of all ranks together, so all ranks apply the update or all skip it.
         is_finite = math.isfinite(norm) and bool(loss.isfinite())
         if is_finite:
-            apply_update(state, train)
+            apply_update(state, objective, train)
         else:
             reason = f"the loss was {loss.item():g}, the gradient's norm {norm:g}"
             skip_update(SkippedUpdate(piece.trainable_rows(), index, reason))
@@ -68,19 +71,22 @@ def update(
         outcomes.append(is_finite)
     mean_norm = sum(norms) / max(1, len(norms))
     # The loss is NaN if nothing was trained on, because 0 would look like a perfect fit.
-    return UpdateResult({"loss": math.nan, **meter.values(), "grad_norm": mean_norm}, outcomes)
+    metrics = {"loss": math.nan, **meter.values(), "grad_norm": mean_norm}
+    return UpdateResult(metrics, outcomes, has_gradient=any(norms))
 
 
 def _shares(batch: Batch, updates: int) -> list[Batch]:
     return batch.pieces(len(batch) // updates) if len(batch) else []
 
 
-def apply_update(state: TrainState, train: Train) -> None:
-    """Apply the gradients with AdamW at the scheduled rate, and update the moving average."""
-    # The schedule counts applied updates, so a skipped one delays it and never jumps it.
+def apply_update(state: TrainState, objective: Objective, train: Train) -> None:
+    """Apply the gradients with AdamW at the scheduled rate, and let the copies follow."""
+    # Schedules count applied updates, so a skipped one delays them and never jumps them.
+    updates_before = state.updates
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.updates, train)
+        group["lr"] = learning_rate(updates_before, train)
     state.optimizer.step()
+    update_snapshots(state.policy, objective, updates_before, after="update")
     if train.ema.decay:
         state.policy.update_copy("ema", train.ema.decay_at(state.updates))
 
@@ -93,14 +99,19 @@ def learning_rate(updates: int, train: Train) -> float:
     return train.learning_rate * min(1.0, rise, fall)
 
 
-def update_snapshots(policy: Policy, objective: Objective, updates: int) -> None:
-    """Let the objective's copies of the policy follow it, once per step.
+def update_snapshots(
+    policy: Policy, objective: Objective, updates: int, after: Literal["step", "update"]
+) -> None:
+    """Let the objective's copies of the policy follow it, if they do after a step or an update.
 
     Args:
         policy: The policy and its copies.
-        objective: It names the copies and their decay.
-        updates: Updates that were scheduled before this step. Skipped ones count, so that the
-            decay depends on the step alone.
+        objective: It names the copies, their decay, and when they follow.
+        updates: After a step, the updates that were scheduled up to its end. Skipped ones count, so
+            that the decay depends on the step alone. After an update, those applied before it.
+        after: What has just ended.
     """
+    if objective.copies_follow_after != after:
+        return
     for name, decay in objective.snapshots.items():
         policy.update_copy(name, decay(updates))

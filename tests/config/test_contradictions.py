@@ -129,6 +129,11 @@ CONTRADICTIONS = [
         ["train.updates_per_step=2", "objective.old.every=3"],
         "objective.old.every is 3 updates, but snapshots follow once a step",
     ),
+    (
+        "crd",
+        ["train.updates_per_step=2", "objective.sampler.every=3"],
+        "objective.sampler.every is 3 updates, but snapshots follow once a step",
+    ),
     ("draft_lv", ["sampler.steps=3"], "objective.step is -5, but sampler.steps is 3"),
     ("alignprop", ["objective.depth=9"], "objective.depth is 9, but sampler.steps is 8"),
     (
@@ -147,7 +152,11 @@ CONTRADICTIONS = [
         "write one or more of objective.kl: {weight: ..., guidance: ...}",
     ),
     ("crd", ["objective.old=0.9"], "write one or more of objective.old: {start: ..., value: ..., "),
-    ("flow_grpo", ["train.ema=0.9"], "write one or more of train.ema: {decay: ..., every: ...}"),
+    (
+        "flow_grpo",
+        ["train.ema=0.9"],
+        "write one or more of train.ema: {decay: ..., every: ..., warmup: ...}",
+    ),
     (
         "raft",
         ["objective.keep=12"],

@@ -55,6 +55,11 @@ NOTES = [
         ["train.ema={decay: 0, every: 2}"],
         "`train.ema.every` is not used while train.ema.decay is 0.",
     ),
+    (
+        "crd",
+        ["train.ema={decay: 0, warmup: false}"],
+        "`train.ema.warmup` is not used while train.ema.decay is 0.",
+    ),
     ("crd", ["model.revision=main"], "`model.revision` is not used for a local folder."),
 ]
 

@@ -22,6 +22,12 @@ def test_the_interval_is_student_s_over_prompts():
     assert mean - low == pytest.approx(high - mean)
 
 
+def test_a_mean_around_100_keeps_its_digits():
+    scores = torch.tensor([100.001, 99.999, 99.999])
+    result = EvaluationResult(torch.arange(3), {"r": scores}, torch.zeros(0), torch.zeros(0))
+    assert result.means["r"] == pytest.approx(scores.double().mean().item(), abs=1e-12)
+
+
 def test_evaluations_measure_over_optimisation(tmp_path):
     overrides = [
         "train.evaluate_every=1",

@@ -183,6 +183,13 @@ def test_rwr_weighs_by_the_softmax_within_the_prompt():
     torch.testing.assert_close(weight, torch.cat(rows))
 
 
+def test_rwr_weighs_rewards_around_100_by_all_their_digits():
+    reward = torch.tensor([100.001, 99.999, 99.999])
+    weight = RWR(temperature=1e-3).weight(rollout_of(torch.zeros(3, 1), reward, [0, 0, 0]))
+    expected = 3 * (reward.double() / 1e-3).softmax(0)
+    torch.testing.assert_close(weight, expected.float(), rtol=1e-6, atol=0)
+
+
 def test_rwr_weighs_a_prompt_alike_however_much_better_another_is():
     reward = torch.tensor([0.0, 0.1, 0.0, 0.1])
     alike, apart = (

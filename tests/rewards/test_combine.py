@@ -61,6 +61,15 @@ def z_score(new: Tensor, all_so_far: Tensor) -> Tensor:
     return (new - scored.mean()) / scored.std(correction=0)
 
 
+def test_normalised_keeps_the_digits_of_scores_around_100():
+    scores = {"a": torch.tensor([100.001, 99.999, 99.999])}
+    combine = Normalised()
+    combine.observe(scores)
+    centred = scores["a"].double() - scores["a"].double().mean()
+    expected = centred / (centred.square().mean().sqrt() + 1e-6)
+    assert_close(combine(scores, {"a": 1.0}), expected.float(), rtol=1e-4, atol=0)
+
+
 def test_normalised_is_the_sum_of_z_scores_over_all_scores_so_far():
     steps = [{"a": torch.randn(6), "b": 100 + 20 * torch.randn(6)} for _ in range(3)]
     steps[1]["a"][2], steps[1]["b"][:] = NONE, NONE

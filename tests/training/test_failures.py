@@ -125,6 +125,36 @@ def test_both_updates_of_a_step_that_fail_are_kept(tmp_path):
     assert kept == ["step-000000-update-0-process-0", "step-000000-update-1-process-0"]
 
 
+@pytest.mark.parametrize("weight", ["1e39", "1e-30"])
+def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(weight, tmp_path, capsys):
+    overrides = [
+        f"rewards={{brightness: {weight}}}",
+        "train.steps=20",
+        "train.max_bad_steps=2",
+        "train.images_per_prompt=2",
+        "train.images_per_pass=4",
+        "sampler.steps=2",
+        "sampler.window.range=[0, 1]",
+        f"output={tmp_path}/run",
+    ]
+    assert main(["train", str(TINY), *SMALL, *overrides]) == 1
+    printed = capsys.readouterr()
+    assert "exactly 0 in 10 steps in a row: nothing is learned" in printed.out
+    assert "exactly 0 in 12 steps in a row" in printed.err
+    assert "weights of `rewards` nearer to 1" in printed.err
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000012"]
+    assert [line["grad_norm"] for line in read_metrics(tmp_path / "run")] == [0.0] * 12
+
+
+def test_steps_without_a_gradient_are_counted_in_a_row():
+    progress, counts = Progress(), []
+    for has_gradient in (False, False, True, False):
+        progress.advance([True], has_gradient, images=1, seconds=0.0)
+        counts.append(progress.idle_steps)
+    assert counts == [1, 2, 0, 1]
+    assert progress.bad_steps == 0
+
+
 def test_rewards_that_score_nothing_end_the_run(tmp_path):
     (tmp_path / "silent.py").write_text(
         "def silent(images, prompts, metadata):\n    return [None] * len(images)\n"

@@ -169,24 +169,33 @@ def test_the_learning_rate_rises_at_the_start_and_falls_at_the_end(tmp_path):
     assert rates == pytest.approx([4e-3, 8e-3, 8e-3, 6e-3, 4e-3, 2e-3])
 
 
-def test_copies_follow_by_the_updates_so_far(tmp_path, monkeypatch):
+RELEASED_DECAYS = {
+    "nft": {"old": [0.002, 0.004]},
+    "awm": {"old": [0.002, 0.004]},
+    "crd": {"old": [0.26, 0.27], "sampler": [0.0, 0.0]},
+    # The one loop that follows in every update, and counts the updates before it.
+    "dgpo": {"old": [0.0, 0.001, 0.002, 0.003]},
+}
+"""The first decays of the released code, in two steps of two updates."""
+
+
+@pytest.mark.parametrize("name", RELEASED_DECAYS)
+def test_copies_follow_by_the_updates_made_as_in_the_released_code(name, tmp_path, monkeypatch):
     followed, follow = [], Policy.update_copy
 
-    def following(policy, name, decay):
-        followed.extend([decay] if name == "old" else [])
-        follow(policy, name, decay)
+    def following(policy, copy, decay):
+        followed.append((copy, decay))
+        follow(policy, copy, decay)
 
+    counts = ["train.updates_per_step=2", "train.images_per_pass=3", "train.ema.decay=0"]
+    config = small_config(tmp_path / "run", f"objective={{name: {name}}}", *counts)
+    run = trainer.prepare(config)
     monkeypatch.setattr(Policy, "update_copy", following)
-    objective = "objective={name: nft, old: {slope: 0.1, end: 0.5}}"
-    config = small_config(
-        tmp_path / "run",
-        objective,
-        "train.updates_per_step=2",
-        "train.images_per_pass=3",
-        "train.steps=4",
-    )
-    trainer.train(config)
-    assert followed == pytest.approx([0.0, 0.0, 0.2, 0.4, 0.5])  # the first as it begins
+    monkeypatch.setattr(trainer.Run, "evaluation_due", False)
+    trainer.fit(run)
+    for copy, decays in RELEASED_DECAYS[name].items():
+        assert [decay for other, decay in followed if other == copy] == pytest.approx(decays)
+    assert len(followed) == sum(map(len, RELEASED_DECAYS[name].values()))
 
 
 def test_another_experiment_in_the_same_folder_is_refused_and_leaves_it_unlocked(run):
