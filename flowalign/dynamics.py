@@ -143,6 +143,11 @@ class Window(Settings):
         first, end = self.range
         return range(first, min(end or count - 1, count - 1))
 
+    def starts(self, count: int) -> builtins.range:
+        """Return the steps at which the window starts, one as often as the other."""
+        reach = self.reach(count)
+        return reach[: len(reach) - self.size + 1] if self.size else reach[:1]
+
     def steps(self, count: int, step: int, seed: int) -> builtins.range:
         """Return the stochastic steps of a path of `count` steps in a training step.
 
@@ -163,11 +168,10 @@ class Window(Settings):
             )
         if not self.size:
             return range(first, end)
+        starts = self.starts(count)
         # The key is the same on all processes, so that one window serves the whole step.
         move = WINDOW_STARTS[self.moves]
-        start = first + move(
-            end - self.size - first + 1, step // self.stay, step * 1_000_003 + seed
-        )
+        start = starts[move(len(starts), step // self.stay, step * 1_000_003 + seed)]
         return range(start, start + self.size)
 
 

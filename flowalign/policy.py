@@ -267,18 +267,29 @@ class Policy:
         dynamics: Dynamics = self.sampler.dynamics if stochastic else ode
         return dynamics(x, v, t, s)
 
-    def generate(self, batch: Batch, purpose: str = "rollout", steps: range = range(0)) -> Path:
+    def generate(
+        self,
+        batch: Batch,
+        purpose: str = "rollout",
+        steps: range = range(0),
+        beginning: Latent | None = None,
+    ) -> Path:
         """Sample from noise to x0. The noise of every step comes from the keys of the batch.
 
         Args:
             batch: One row per image.
             purpose: Names the stream of noise, so that evaluations differ from rollouts.
             steps: The stochastic steps; the others are steps of the ODE.
+            beginning: The first latents of each path (B, k + 1, *latent), if they are known. The
+                steps that led to them must be steps of the ODE.
         """
         shape, device = self.model.latent_shape, self.model.device
-        x = self.initial_noise(batch, purpose)
-        path, log_probs = [x], []
-        for k in range(self.sampler.steps):
+        if beginning is None:
+            beginning = self.initial_noise(batch, purpose)[:, None]
+        path = list(beginning.unbind(1))
+        x = path[-1]
+        log_probs = [x.new_zeros(len(x)) for _ in path[1:]]
+        for k in range(len(path) - 1, self.sampler.steps):
             gaussian = self.step(x, k, batch.cond, k in steps)
             if k in steps:
                 # Draw 0 is the initial noise, so step k takes draw k + 1.
@@ -289,6 +300,13 @@ class Policy:
                 log_probs.append(x.new_zeros(len(x)))
             path.append(x)
         return Path(torch.stack(path, 1), torch.stack(log_probs, 1), steps)
+
+    def beginning(self, batch: Batch, purpose: str, count: int) -> Latent:
+        """Return the latents (B, count + 1, *latent) of the first ODE steps from noise."""
+        path = [self.initial_noise(batch, purpose)]
+        for k in range(count):
+            path.append(self._ode_step(path[-1], k, batch.cond))
+        return torch.stack(path, 1)
 
     def std(self, k: int) -> float:
         """Return the standard deviation of the noise that stochastic step k adds."""

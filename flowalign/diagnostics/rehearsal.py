@@ -148,6 +148,7 @@ def rehearse_update(config: Config, policy: Policy, model: MetaModel) -> UpdateC
     objective, ledger = config.objective, model.ledger
     with ledger.part() as batch_cost:
         batch, _ = source_of(objective.learns_from, blank_context(config, policy))(0)
+    batch_cost.work = mean_batch_work(config, policy, model) or batch_cost.work
     with ledger.part() as terms_cost:
         passes = split(policy, objective, batch, batch_plan(config).images_per_pass)
     first = next(iter(passes))
@@ -166,6 +167,23 @@ def rehearse_update(config: Config, policy: Policy, model: MetaModel) -> UpdateC
         passes=draws * len(passes.batch) / len(first.batch),
         held=waiting + held_bytes([batch, passes.batch], model),
     )
+
+
+def mean_batch_work(config: Config, policy: Policy, model: MetaModel) -> Work:
+    """Return the mean work of a batch over the places of a window; none if all need the same."""
+    sampler, total = policy.sampler, Work()
+    starts = sampler.window.starts(sampler.steps)
+    if not sampler.same_noise or len(starts) < 2:
+        return total
+    # Steps before the window are taken once for each prompt. The work falls by the same amount from
+    # place to place, so that the mean of the first and the last place is that of all.
+    for start in (starts[0], starts[-1]):
+        window = replace(sampler.window, range=(start, start + sampler.window.size))
+        view = policy.sampling(replace(sampler, window=window))
+        with model.ledger.part() as cost:
+            source_of(config.objective.learns_from, blank_context(config, view))(0)
+        total += cost.work
+    return scaled(total, 0.5)
 
 
 class BlankLatents(LatentCache):

@@ -86,6 +86,18 @@ def test_the_work_of_a_step_depends_neither_on_updates_nor_on_passes():
     assert all(halves[name] == 2 * work[name] for name in CALLS)
 
 
+def test_steps_before_the_window_are_planned_once_for_each_prompt():
+    """A window of one of steps 0, 1 and 2: 12, 10 and 8 calls in passes of 2 of 6 images."""
+    shared, passes = "sampler.same_noise=true", "train.images_per_pass=2"
+    places = [f"sampler.window={{size: 1, range: [{k}, {k + 1}]}}" for k in range(3)]
+    works = [planned(shared, passes, place).work for place in places]
+    assert [work["forwards without gradient"] for work in works] == [12, 10, 8]
+    moving = planned(shared, passes, "sampler.window={size: 1, range: [0, 3]}").work
+    assert moving["forwards without gradient"] == 10
+    assert moving["float32"] == pytest.approx(sum(work["float32"] for work in works) / 3, rel=1e-6)
+    assert works[1]["float32"] < works[0]["float32"]
+
+
 @pytest.mark.parametrize(("name", "compares"), [("dpo", True), ("sft", False)])
 def test_training_on_given_pictures_is_planned_without_encoding_them(name, compares):
     counts = ["train.images_per_prompt=1", "train.images_per_pass=2"]

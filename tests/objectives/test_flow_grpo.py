@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from flowalign.batch import Cond, Keys, Rollout
 from flowalign.dynamics import flow_sde, Gaussian, ode
 from flowalign.errors import UserError
 from flowalign.objectives.draws import PathSteps
-from flowalign.objectives.flow_grpo import FlowGRPO
+from flowalign.objectives.flow_grpo import FlowGRPO, log_ratio, normalised_log_ratio
 
 STEPS, MEAN, VARIANCE = 10, 1.5, 0.25
 TIMES = [3 * t / (1 + 2 * t) for t in (1 - k / STEPS for k in range(STEPS))] + [0.0]
@@ -90,6 +90,30 @@ def test_the_ratio_is_one_before_the_first_update():
         assert (stats["ratio/mean"].values == 1).all()
         assert (stats["ratio/max_log_error"].values == 0).all()
         assert (stats["ratio/clipped"].values == 0).all()
+
+
+def test_the_normalised_ratio_of_an_image_does_not_depend_on_its_company():
+    """GRPO-Guard's released script adds the mean ‖Δμ‖² of a pass, which shifts the log-ratio."""
+    count, k, std = 4, 3, BiasedPolicy().step(torch.zeros(1, 1), 3, Cond({}, {})).std
+    rollout = sampled(BiasedPolicy(), count)
+    noise = rollout.step_noise(k)
+    mean = BiasedPolicy().step(rollout.path[:, k], k, rollout.cond).mean
+    path = rollout.path.clone()
+    path[:, k + 1] = mean + std * noise
+    log_prob = rollout.log_prob.clone()
+    log_prob[:, k] = Gaussian(mean, std).log_prob(path[:, k + 1])
+    rollout = replace(rollout, path=path, log_prob=log_prob)
+    delta = torch.tensor([[0.1], [-0.2], [0.3], [0.5]])
+    moved = Gaussian(mean + delta, std)
+
+    plain, squares = log_ratio(moved, rollout, k), delta.square().flatten()
+    ours = normalised_log_ratio(moved, rollout, k)
+    torch.testing.assert_close(ours, std * (plain + squares / (2 * std**2)))
+    torch.testing.assert_close(ours, (noise * delta).flatten())
+    alone = normalised_log_ratio(Gaussian(moved.mean[:2], std), rollout[:2], k)
+    torch.testing.assert_close(alone, ours[:2])
+    released = std * (plain + squares.mean() / (2 * std**2))
+    torch.testing.assert_close(released - ours, (squares.mean() - squares) / (2 * std))
 
 
 @pytest.mark.parametrize("k", [0, 4, 8])

@@ -128,6 +128,15 @@ def test_what_a_step_takes_depends_on_the_step_alone(make, pairs):
     assert not torch.equal(first.keys.table(), third.keys.table())
 
 
+def test_a_prompt_that_occurs_twice_in_a_step_makes_two_groups():
+    """The released code of Flow-GRPO makes one group of its images, by the prompt's text."""
+    rollout, _ = scored_rollouts(context(prompts_per_step=8, images_per_prompt=2), 0)
+    assert {rollout.prompts.count(caption) for caption in CAPTIONS} == {4}
+    assert rollout.group.tolist() == [slot for slot in range(8) for _ in range(2)]
+    assert rollout.advantage.abs().max() > 0.1
+    assert rollout.advantage.view(8, 2).sum(1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("make", SOURCES)
 def test_every_entry_comes_once_before_any_comes_again(make, pairs):
     given = make in (given_pairs, given_examples)
