@@ -138,10 +138,11 @@ def win_rate(
     epsilon: NonNegative = 1e-4,
     clip: Positive = 5.0,
 ) -> PerImage:
-    """Return Pref-GRPO's advantages (arXiv 2508.20751): the share of the group that an image beats.
+    """Return advantages from ranks: the share of the group that an image's reward beats.
 
     Ties count half, and the share is normalised. Only the order of the combined rewards counts, so
-    tiny differences are not enlarged by their own deviation.
+    tiny differences are not enlarged by their own deviation. Pref-GRPO (arXiv 2508.20751) has win
+    rates too, but its judge compares images in pairs: a pairwise reward and `group_advantage`.
     """
     reward = rewards.combined
     scored = ~reward.isnan()

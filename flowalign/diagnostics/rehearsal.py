@@ -4,7 +4,6 @@ The code that trains (source, policy, objective) runs on a `MetaModel`, whose le
 real model would allocate and compute. The whole run follows from one update.
 """
 
-import copy
 import inspect
 import os
 from collections import Counter
@@ -26,6 +25,7 @@ from flowalign.flow import Latent, PerImage
 from flowalign.policy import Policy
 from flowalign.rewards import REWARDS
 from flowalign.rewards.base import Reward
+from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.registry import reward_entry, RewardEntry
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
@@ -212,9 +212,9 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
     plan = replace(plan, prompts_per_step=plan.prompts_per_update, updates_per_step=1)
     entries = [reward_entry(name, value) for name, value in config.rewards.items()]
     scorer = RolloutScorer(
-        [Reward(entry.name, different_scores, entry.weight) for entry in entries],
-        # A combination may keep statistics of the rewards, and the run must start without any.
-        copy.deepcopy(config.combine),
+        [Reward(entry.name, different_scores) for entry in entries],
+        # The run's combination may keep statistics, or want scores of a certain range.
+        WeightedSum(),
         config.advantage,
         plan.images_per_pass,
         policy.model.device,

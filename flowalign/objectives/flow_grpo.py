@@ -73,7 +73,10 @@ class FlowGRPO(PathObjective[Rollout]):
     """Flow-GRPO. It needs a stochastic sampler: `sampler: {dynamics: {name: flow_sde}}`."""
 
     clip_range: Positive = 1e-4
-    """The range ε of the ratio. With means over latent elements, 1e-5 to 1e-3 are usual."""
+    """The range ε of the ratio.
+
+    Usual are 1e-5 to 1e-3 for the plain ratio, and 2e-6 to 4e-6 for the normalised one.
+    """
     kl_weight: NonNegative = 0.0
     """The weight β of the KL. At 0 the reference is never evaluated."""
     kl: Literal["exact", "per_time"] = "exact"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 from transformers import (
     AutoTokenizer,
     BlipTextConfig,
@@ -29,7 +30,7 @@ from flowalign.rewards.preprocessing import (
     at_least_float32,
     normalise,
     PromptTokenizer,
-    resize_and_crop,
+    resize_shorter,
 )
 from flowalign.rewards.weights import affine, read_weights, renamed, with_weights
 
@@ -84,7 +85,9 @@ class ImageReward:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
         for encoder in (self.vision, self.text):
             encoder.to(images.device)
-        square = resize_and_crop(images, self.vision.config.image_size)
+        size = self.vision.config.image_size
+        # torchvision's crop, as published: it rounds half a pixel to even, CLIP's processor down.
+        square = center_crop(resize_shorter(images, size), [size, size])
         pixels = normalise(square, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         tokens = self.tokenize(prompts).to(images.device)
         outputs = self.text(

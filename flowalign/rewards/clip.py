@@ -23,6 +23,7 @@ from flowalign.rewards.base import traits
 from flowalign.rewards.features import Backbone, BUNDLED_CLIP, check_bundled_size
 from flowalign.rewards.preprocessing import (
     normalise,
+    plain_text,
     PromptTokenizer,
     resize_and_crop,
     resize_and_pad,
@@ -146,7 +147,7 @@ class HPSv2(Clip):
     name: ClassVar[str] = "hps"
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
-        return self.cosine(images, prompts)
+        return self.cosine(images, [plain_text(prompt) for prompt in prompts])
 
     def _network(self) -> CLIPModel:
         if not self.path.endswith(WEIGHT_FILES):

@@ -11,9 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
-from flowalign.settings.types import NonNegative, Positive, Settings
+from flowalign.settings.types import NonNegative, Positive, Settings, Share
+
+CEILING = "at_most/"
+"""Comes before the names of ceilings in a checkpoint."""
 
 
 class Combine(Settings):
@@ -86,8 +89,8 @@ class Uncertainty(Combine):
 class Gate(Combine):
     """A weighted sum in which bonus rewards count only above thresholds of the base rewards.
 
-    The bonus rewards are those that `base` does not name. Their negative values always count:
-    otherwise an image would gain by missing a threshold.
+    The bonus rewards are those that `base` does not name. They count in full or not at all.
+    Their negative values always count: otherwise an image would gain by missing a threshold.
     """
 
     base: dict[str, float] = field(default_factory=dict)
@@ -112,6 +115,49 @@ class Gate(Combine):
         full = weighted(bonus, weights)
         allowed = torch.where(reached, full, full.clamp(max=0))
         return total(torch.cat([weighted(base, weights), allowed]))
+
+
+@dataclass
+class Modulated(Combine):
+    """FIRM's product: base · (floor + (1 - floor) · the worst other score) (arXiv 2603.12247).
+
+    The base says whether an image follows its prompt, and the others say how good it looks. So a
+    good look never makes up for a wrong image. All scores must be in [0, 1]. A missing score counts
+    as 1 (released: 0, except in the mode `mix`).
+    """
+
+    base: str = ""
+    """The name of the base reward."""
+    floor: Share = 0.5
+    """The factor at a worst score of 0. The released code has 0.5, and 0.4 in its mode `mix`."""
+
+    def check(self, weights: dict[str, float]) -> None:
+        if self.base not in weights:
+            raise UserError(
+                f"combine.base is {self.base!r}, which is not a reward of this run. "
+                f"Choose from {', '.join(weights)}."
+            )
+        if len(weights) == 1:
+            raise UserError(
+                f"combine.name is modulated, but {self.base} is the only reward. "
+                "Add a reward whose scores are in [0, 1]."
+            )
+        for name, weight in weights.items():
+            if weight != 1:
+                raise UserError(
+                    f"rewards.{name} has weight {weight:g}, but modulated multiplies scores in "
+                    "[0, 1]. Leave the weight out."
+                )
+
+    def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
+        for name, score in scores.items():
+            _check_unit_interval(name, score)
+        base = scores[self.base]
+        others = torch.stack([score for name, score in scores.items() if name != self.base])
+        # 1 instead of NaN: a score that is missing never is the worst, and lowers nothing.
+        worst = others.nan_to_num(nan=1).min(0).values
+        product = base.nan_to_num(nan=1) * (self.floor + (1 - self.floor) * worst)
+        return torch.where(base.isnan() & others.isnan().all(0), math.nan, product)
 
 
 @dataclass
@@ -157,57 +203,96 @@ class Normalised(Combine):
 
 @dataclass
 class Constrained(Combine):
-    """Maximise some rewards while the mean of each reward in `at_least` stays above its threshold.
+    """Maximise some rewards while the means of others stay above floors or below ceilings.
 
-    The Lagrangian, with one multiplier λ per constraint, which every step updates by its mean:
-        Σ weight · score + Σ_j λ_j (score_j - threshold_j)
-        λ_j ← max(0, λ_j + rate · (threshold_j - mean_j))
+    The Lagrangian, with a multiplier λ for each constraint, which every step updates by its mean:
+        Σ weight · score + Σ_j λ_j (score_j - floor_j) - Σ_k λ_k (score_k - ceiling_k)
+        u_j ← max(0, u_j + rate · (floor_j - mean_j)),   λ = bound · tanh(u / bound)
+        u_k ← max(0, u_k + rate · (mean_k - ceiling_k))
+    Rewards with a floor enter by their multiplier alone; the others keep their weight, also below a
+    ceiling. Floors may hold all rewards. A ceiling keeps a reward from exceeding the point up to
+    which it is useful (arXiv 2310.04373).
+
+    Differences from that paper's code: multipliers are squashed by tanh and begin at 0 (there: by a
+    sigmoid, at half the bound), and the objective's own KL keeps its weight (there: it loses what
+    the multipliers gain).
     """
 
     at_least: dict[str, float] = field(default_factory=dict)
-    """The thresholds of the constrained rewards, by name."""
+    """The floors of the means, by reward."""
+    at_most: dict[str, float] = field(default_factory=dict)
+    """The ceilings of the means, by reward."""
     rate: Positive = 0.1
-    """The step size of the multipliers λ."""
+    """The step size of u, from which the multipliers λ follow."""
+    bound: Positive = math.inf
+    """The largest multiplier; infinite for none. Below a reward's weight, a ceiling only slows."""
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.multipliers: dict[str, float] = {}  # λ by reward
+        self.floors: dict[str, float] = {}  # u by reward
+        self.ceilings: dict[str, float] = {}  # u by reward
 
     def check(self, weights: dict[str, float]) -> None:
-        _check_thresholds("combine.at_least", self.at_least, weights)
-        for name in self.at_least:
+        if self.at_least or not self.at_most:
+            _check_thresholds("combine.at_least", self.at_least, weights)
+        if self.at_most:
+            _check_thresholds("combine.at_most", self.at_most, weights)
+        for name, floor in self.at_least.items():
             if weights[name] != 1:
                 raise UserError(
                     f"rewards.{name} has weight {weights[name]:g}, which would have no effect: "
                     "combine.at_least gives it a multiplier that adapts. Leave the weight out."
                 )
-        if len(self.at_least) == len(weights):
-            raise UserError("combine.at_least names all rewards. Leave out the one to maximise.")
+            if floor > self.at_most.get(name, math.inf):
+                raise UserError(
+                    f"combine.at_least.{name} is {floor:g}, but combine.at_most.{name} is "
+                    f"{self.at_most[name]:g}. Write a floor below the ceiling."
+                )
 
     def observe(self, scores: dict[str, PerImage]) -> None:
-        for name, threshold in self.at_least.items():
-            mean = scores[name].nanmean().item()
-            # If no image of the step was scored, the multiplier stays as it is.
-            if math.isfinite(mean):
-                multiplier = self.multipliers.get(name, 0.0) + self.rate * (threshold - mean)
-                self.multipliers[name] = max(0.0, multiplier)
+        for name, floor in self.at_least.items():
+            self._move(self.floors, name, floor - scores[name].nanmean().item())
+        for name, ceiling in self.at_most.items():
+            self._move(self.ceilings, name, scores[name].nanmean().item() - ceiling)
+
+    def _move(self, side: dict[str, float], name: str, violation: float) -> None:
+        # If no image of the step was scored, the multiplier stays as it is.
+        if math.isfinite(violation):
+            side[name] = max(0.0, side.get(name, 0.0) + self.rate * violation)
+
+    def multiplier(self, side: dict[str, float], name: str) -> float:
+        """Return λ of a reward's floor or ceiling."""
+        u = side.get(name, 0.0)
+        return u if math.isinf(self.bound) else self.bound * math.tanh(u / self.bound)
 
     def __call__(self, scores: dict[str, PerImage], weights: dict[str, float]) -> PerImage:
-        free = {name: score for name, score in scores.items() if name not in self.at_least}
-        slack = {name: scores[name] - threshold for name, threshold in self.at_least.items()}
-        multipliers = {name: self.multipliers.get(name, 0.0) for name in slack}
-        return total(torch.cat([weighted(free, weights), weighted(slack, multipliers)]))
+        terms = [
+            weights[name] * score for name, score in scores.items() if name not in self.at_least
+        ]
+        for name, floor in self.at_least.items():
+            terms.append(self.multiplier(self.floors, name) * (scores[name] - floor))
+        for name, ceiling in self.at_most.items():
+            terms.append(self.multiplier(self.ceilings, name) * (ceiling - scores[name]))
+        return total(torch.stack(terms))
 
     def metrics(self) -> dict[str, float]:
-        return {f"multiplier/{name}": value for name, value in self.multipliers.items()}
+        # A ceiling's multiplier is subtracted, so its metric is below 0.
+        values = dict.fromkeys([*self.floors, *self.ceilings], 0.0)
+        for name in values:
+            floor, ceiling = (self.multiplier(u, name) for u in (self.floors, self.ceilings))
+            values[name] = floor - ceiling
+        return {f"multiplier/{name}": value for name, value in values.items()}
 
     def state(self) -> dict[str, Tensor]:
-        values = self.multipliers.items()
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values}
+        values = self.floors | {CEILING + name: u for name, u in self.ceilings.items()}
+        return {name: torch.tensor(u, dtype=torch.float64) for name, u in values.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.multipliers = {name: value.item() for name, value in state.items()}
+        values = {name: u.item() for name, u in state.items()}
+        ceilings = {name for name in values if name.startswith(CEILING)}
+        self.ceilings = {name.removeprefix(CEILING): values.pop(name) for name in ceilings}
+        self.floors = values
 
 
 COMBINE: dict[str, type[Combine]] = {
@@ -215,6 +300,7 @@ COMBINE: dict[str, type[Combine]] = {
     "minimum": Minimum,
     "uncertainty": Uncertainty,
     "gate": Gate,
+    "modulated": Modulated,
     "normalised": Normalised,
     "constrained": Constrained,
 }
@@ -242,3 +328,12 @@ def _check_thresholds(key: str, thresholds: dict[str, float], weights: dict[str,
                 f"{key} names {name!r}, which is not a reward of this run. "
                 f"Choose from {', '.join(weights)}."
             )
+
+
+def _check_unit_interval(name: str, score: PerImage) -> None:
+    outside = score[(score < 0) | (score > 1)]
+    if len(outside):
+        raise RunError(
+            f"rewards.{name} gave {outside[0].item():g}, but combine modulated multiplies scores "
+            "in [0, 1]. Scale the reward, or choose another combine."
+        )

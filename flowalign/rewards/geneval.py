@@ -180,10 +180,12 @@ def graded(spec: PromptSpec, detections: Detections) -> float:
     """Return Flow-GRPO's dense reward (arXiv 2505.05470): the mean over all parts of the spec.
 
     A count or a colour gives 1 - |asked - present| / asked, a position 1 or 0. Colours and
-    positions give 0 if the count is not exact. The mean is not below 0.
+    positions give 0 if the count is not exact. The mean is below 0 if there are far too many
+    objects: three cats where one was asked for give -1.
     """
     # Flow-GRPO's server gives a failed position both 0 and 1, and leaves it out where the colours
-    # are wrong. Here it always counts once.
+    # are wrong. Here it always counts once. A wrong count gives one 0 there for a colour and a
+    # position of one clause, and two here; GenEval's clauses never have both.
     values: list[float] = []
     groups: Groups = []
     for clause in spec.include:
@@ -196,7 +198,7 @@ def graded(spec: PromptSpec, detections: Detections) -> float:
         if clause.position:
             values.append(float(holds))
         groups.append(objects if holds else None)
-    return max(sum(values) / len(values), 0.0)
+    return sum(values) / len(values)
 
 
 class GenEvalScorer:
@@ -292,10 +294,13 @@ class GenEval:
         return torch.tensor([verdict.correct for verdict in verdicts])
 
 
+# The lowest score is that of 16 objects where one was asked for: 1 - 15.
+@traits(range=(2 - MAX_PER_CLASS, 1))
 class GenEvalGraded(GenEval):
-    """Share of its prompt that an image shows, in [0, 1], as Flow-GRPO trains on.
+    """Share of its prompt that an image shows, at most 1, as Flow-GRPO trains on.
 
-    Models, weights and licences are those of geneval.
+    It is below 0 if an image shows far more objects than its prompt asks for. Models, weights and
+    licences are those of geneval.
     """
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:

@@ -4,6 +4,9 @@ Images are (B, 3, H, W) in [0, 1] throughout. The functions do to tensors what t
 transformers do to PIL images, so that gradients pass.
 """
 
+import html
+import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -16,6 +19,27 @@ from torchvision.transforms import InterpolationMode
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Key = TypeVar("Key", bound=Hashable)
+
+STRAIGHT_QUOTES = str.maketrans(
+    dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+)
+WIDE = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\u3000\uff01-\uffef]")
+"""Ligatures, and characters of a full or half width."""
+CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+"""Characters that show nothing."""
+
+
+def plain_text(prompt: str) -> str:
+    """Return a prompt with straight quotes, without HTML entities and ligatures, as open_clip.
+
+    open_clip also repairs text that was decoded as the wrong encoding, and this does not.
+    """
+    # Twice: captions from the web are often escaped twice.
+    text = html.unescape(html.unescape(prompt))
+    text = WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = CONTROLS.sub("", text.translate(STRAIGHT_QUOTES))
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 class PromptTokenizer:
@@ -81,24 +105,36 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Scale the shorter side to `size` and return the square in the center."""
-    images = resize(images, [size])
+    """Scale the shorter side to `size` and return the square in the center, as CLIP's processor.
+
+    Where the margins differ by a pixel, the one before the square is the smaller.
+    """
+    images = resize_shorter(images, size)
     top, left = ((side - size) // 2 for side in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
 
 
+def resize_shorter(images: Tensor, size: int) -> Tensor:
+    """Scale the shorter side to `size` with PIL's antialiased bicubic filter."""
+    # Bicubic filters overshoot at edges, where PIL's bytes saturate.
+    return resize(images, [size]).clamp(0, 1)
+
+
 def resize_and_pad(images: Tensor, size: int) -> Tensor:
-    """Scale the longer side to `size` and return a square with black margins."""
-    longer = max(images.shape[-2:])
-    images = resize(images, [round(size * side / longer) for side in images.shape[-2:]])
+    """Scale the longer side to `size` and return a square with black margins, as HPSv2's package.
+
+    That package resizes tensors, so values that overshoot [0, 1] at edges stay.
+    """
+    # The package's order of operations: another rounds some sides to one pixel less.
+    scale = size / max(images.shape[-2:])
+    images = resize(images, [round(side * scale) for side in images.shape[-2:]])
     height, width = (size - side for side in images.shape[-2:])
     return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
 def resize(images: Tensor, sides: list[int]) -> Tensor:
-    """Resize with PIL's antialiased bicubic filter. A single side is the shorter one."""
-    # Bicubic filters overshoot at edges, where PIL's bytes saturate.
-    return vision.resize(images, sides, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    """Resize with an antialiased bicubic filter. A single side is the shorter one."""
+    return vision.resize(images, sides, InterpolationMode.BICUBIC, antialias=True)
 
 
 def normalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:

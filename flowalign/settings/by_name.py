@@ -37,7 +37,7 @@ RELATIVES = {
     "draft": "objective: {name: alignprop, depth: K}, K the number of steps; sampler.steps for all",
     "draftk": "objective: {name: alignprop, depth: K}, K the number of steps",
     "gdpo": "advantage: {name: gdpo}",
-    "prefgrpo": "advantage: {name: win_rate}",
+    "prefgrpo": 'a reward with @traits(level="pairwise"), and advantage: {std: group}',
     "paco": "advantage: {name: log_tamed}",
     "pacogrpo": "advantage: {name: log_tamed}",
 }

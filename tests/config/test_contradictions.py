@@ -169,7 +169,11 @@ CONTRADICTIONS = [
         "Here it is objective: {name: flow_grpo, ratio: normalised, step_weight: inverse",
     ),
     ("nft", ["objective={name: gdpo}"], "Here it is advantage: {name: gdpo}"),
-    ("nft", ["advantage={name: Pref-GRPO}"], "Here it is advantage: {name: win_rate}"),
+    (
+        "nft",
+        ["advantage={name: Pref-GRPO}"],
+        'Here it is a reward with @traits(level="pairwise"), and advantage: {std: group}',
+    ),
     ("nft", ["objective={name: NFT}"], "Did you mean 'nft'?"),
     (
         "dpo",

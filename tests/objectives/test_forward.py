@@ -18,13 +18,14 @@ from flowalign.errors import UserError
 from flowalign.flow import add_noise, mean_square
 from flowalign.objectives.awm import AWM
 from flowalign.objectives.base import Loss, Mean, Objective
-from flowalign.objectives.crd import CRD
+from flowalign.objectives.crd import CRD, FORMS
 from flowalign.objectives.dgpo import DGPO
 from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.objectives.nft import NFT
 from flowalign.objectives.raft import RAFT
 from flowalign.objectives.rwr import RWR
 from flowalign.objectives.terms import adaptive_error, group_mean, optimality, VelocityKL
+from flowalign.policy import Decay
 from flowalign.training.gradient import split
 from tests.objectives.gaussian import (
     expectation,
@@ -600,11 +601,15 @@ class PromptsAreEasier(CRD):
         return super().error(v, target) - (3.0 * images().group if v.requires_grad else 0.0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.2])
-def test_a_constant_on_all_log_ratios_of_a_prompt_changes_nothing_in_crd(temperature):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.2}, {"centring": "hard"}, {"form": "bce"}],
+    ids=["equal", "soft", "hard", "cross-entropy"],
+)
+def test_a_constant_on_all_log_ratios_of_a_prompt_changes_nothing_in_crd(settings):
     policy, rollout = policy_at(torch.full((3,), 0.2), old=0.0), images()
-    plain = gradient(crd(temperature=temperature), policy, rollout)
-    shifted = PromptsAreEasier(adaptive=False, temperature=temperature, kl=NO_KL)
+    plain = gradient(crd(**settings), policy, rollout)
+    shifted = PromptsAreEasier(adaptive=False, kl_least=0.0, **settings, kl=NO_KL)
     torch.testing.assert_close(gradient(shifted, policy, rollout), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -658,15 +663,68 @@ def test_the_centre_of_crd_is_weighted_towards_the_good_and_then_the_bad():
     rho, reward = torch.tensor([0.5, -0.2, 0.1]), torch.tensor([0.8, 0.4, 0.5])
     expected = [((sign * reward / 0.25).softmax(0) * (2 * rho - reward)).sum() for sign in (1, -1)]
     centres = crd(beta=2.0, temperature=0.25).centres(rho, rollout)
-    torch.testing.assert_close(centres, torch.stack(expected).expand(3, 2))
+    torch.testing.assert_close(
+        2 * centres[..., 0] - centres[..., 1], torch.stack(expected).expand(3, 2)
+    )
 
 
 def test_the_coldest_centres_of_crd_are_the_best_and_the_worst_image():
     rollout = rollout_of(torch.zeros(3, 1), torch.tensor([5.0, -4.0, 0.0]))
     rho = torch.tensor([0.5, -0.2, 0.1])
     best, worst = crd(temperature=0.01).centres(rho, rollout).unbind(1)
-    torch.testing.assert_close(best, torch.full((3,), 0.5 - 1.0))
-    torch.testing.assert_close(worst, torch.full((3,), -0.2 - 0.1))
+    torch.testing.assert_close(best, torch.tensor([0.5, 1.0]).expand(3, 2))
+    torch.testing.assert_close(worst, torch.tensor([-0.2, 0.1]).expand(3, 2))
+
+
+def test_hard_centres_of_crd_are_over_the_better_and_over_the_worse_images():
+    """The released softmax(R), with thresholds at the average. It is not split there."""
+    advantage = torch.tensor([3.0, 1.0, 0.0, -4.0, 2.0, 0.0])
+    rollout = rollout_of(torch.zeros(6, 1), advantage, [0, 0, 0, 0, 1, 1])
+    rho, r = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.7, -0.5]), advantage / 10 + 0.5
+    values = torch.stack([rho, r], 1)
+    better, worse = crd(centring="hard").centres(rho, rollout).unbind(1)
+    torch.testing.assert_close(better[0], r[:2].softmax(0) @ values[:2])
+    torch.testing.assert_close(worse[:4], values[3].expand(4, 2))
+    torch.testing.assert_close(better[4:], values[4].expand(2, 2))
+    # No image of the second prompt is worse than average: its weights are equal.
+    torch.testing.assert_close(worse[4:], values[4:].mean(0).expand(2, 2))
+
+
+@pytest.mark.parametrize("centring", [{}, {"temperature": 0.2}, {"centring": "hard"}])
+def test_the_cross_entropy_of_crd_is_that_of_its_equation(centring):
+    """The mean over the choices of p of BCE(β ρ_c, σ(R_c)), times A_max / β, as released."""
+    policy, rollout = policy_at(torch.full((3,), 0.3), old=0.0), images()
+    objective = crd(beta=2.0, form="bce", **centring)
+    draw = same_for_all(rollout, 0.6, 0.4)
+    xt, target = add_noise(rollout.x0, draw.t, draw.noise)
+    errors = [
+        mean_square(view.velocity(xt, draw.t, rollout.cond) - target)
+        for view in (policy.at("old"), policy)
+    ]
+    rho, r = errors[0] - errors[1], optimality(rollout.advantage)
+    losses = []
+    for centre in objective.centres(rho.detach(), rollout).unbind(1):
+        p, goal = (2.0 * (rho - centre[:, 0])).sigmoid(), (r - centre[:, 1]).sigmoid()
+        losses.append(-(goal * p.log() + (1 - goal) * (1 - p).log()).mean())
+    torch.testing.assert_close(
+        objective.loss(policy, rollout, draw).total, 5.0 / 2.0 * torch.stack(losses).mean()
+    )
+
+
+@pytest.mark.parametrize(("form", "slope"), [("mse", -0.8), ("bce", -0.0987)])
+def test_the_forms_of_crd_have_the_slopes_of_their_papers_code(form, slope):
+    """At R_c = 0.4, ρ_c = 0 and β = 1. Both are flat where β ρ_c = R_c."""
+    target = torch.tensor(0.4)
+    for prediction, expected in ((0.0, slope), (0.4, 0.0)):
+        x = torch.tensor(prediction, requires_grad=True)
+        (found,) = torch.autograd.grad(FORMS[form](x, target), x)
+        assert found.item() == pytest.approx(expected, abs=5e-5)
+
+
+def test_a_copy_of_decay_1_keeps_crd_at_the_ratio_to_the_untouched_model():
+    """As the released `use_old_for_loss: false`: `old` begins as the model without adapter."""
+    old = CRD(old=Decay(value=1.0, end=1.0)).snapshots["old"]
+    assert {old(updates) for updates in (0, 1, 7, 1000)} == {1.0}
 
 
 def test_the_kl_of_crd_is_stronger_for_good_images():
@@ -692,6 +750,7 @@ def test_the_kl_of_crd_is_stronger_for_good_images():
 PASSES = [
     *(crd(GUIDED, temperature=temperature, kl_least=0.1) for temperature in (0.0, 0.2)),
     *(CRD(temperature=temperature) for temperature in (0.0, 0.2)),
+    CRD(form="bce", centring="hard"),
     dgpo(GUIDED, beta=2.0, clip_range=0.5),
     *(awm(GUIDED), nft(GUIDED), RWR(), RAFT(keep=3)),
 ]
@@ -731,6 +790,7 @@ def test_prompts_of_unequal_size_give_the_same_gradient_in_any_passes(objective,
     [
         (crd(), {"error_old", "centres"}),
         (crd(temperature=0.2), {"error_old", "centres"}),
+        (crd(centring="hard", form="bce"), {"error_old", "centres"}),
         (dgpo(), {"preference"}),
         (RWR(), {"weight"}),
         (AWM(), set()),
@@ -910,12 +970,47 @@ def test_single_times_have_the_quartiles_of_their_distribution(distribution, exp
     )
 
 
+def test_the_20_draws_of_crd_are_always_the_same():
+    """Of ten sampler times, the first and the fifth three times, the last never, others twice."""
+    times = ForwardTimes(count=20, distribution="discrete", points=10, shift=3.0)
+    schedule = [3 * u / (1 + 2 * u) for u in (1 - i / 10 for i in range(9))]
+    expected = [t for i, t in enumerate(schedule) for _ in range(3 if i in (0, 4) else 2)]
+    for batch in (images(), images(prompts=50, per_prompt=1)):
+        drawn = torch.stack([draw.t for draw in times(batch)], 1)
+        torch.testing.assert_close(drawn, torch.tensor(expected).expand(len(batch), 20))
+
+
+def test_discrete_times_are_drawn_within_strata_of_two():
+    """AWM's six times: of fourteen sampler times, one of each of six pairs of the first twelve."""
+    times = ForwardTimes(
+        count=6, distribution="discrete", points=14, low=0.25, shift=3.0, shared=False
+    )
+    schedule = torch.tensor([3 * u / (1 + 2 * u) for u in (1 - i / 14 for i in range(14))])
+    for draw in times(images(prompts=50, per_prompt=2)):
+        pair = schedule[2 * draw.index : 2 * draw.index + 2]
+        torch.testing.assert_close(draw.t.unique().flip(0), pair)
+
+
+def test_discrete_times_begin_and_end_within_their_range():
+    times = ForwardTimes(count=4, distribution="discrete", points=10, low=0.4, high=0.9)
+    drawn = torch.stack([draw.t for draw in times(images(prompts=50, per_prompt=1))])
+    torch.testing.assert_close(drawn.unique(), torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9]))
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"count": 0}, {"low": 0.5, "high": 0.5}, {"low": -0.1}, {"high": 1.1}, {"shift": 0.0}],
+    [
+        {"count": 0},
+        {"low": 0.5, "high": 0.5},
+        {"low": -0.1},
+        {"high": 1.1},
+        {"shift": 0.0},
+        {"distribution": "discrete", "points": 1},
+        {"distribution": "discrete", "points": 10, "low": 0.55, "high": 0.65},
+    ],
 )
 def test_times_that_mean_nothing_are_refused(settings):
-    with pytest.raises(UserError, match=r"must be|Write low < high"):
+    with pytest.raises(UserError, match=r"must be|Write low < high|of 10 discrete times 1 lie"):
         ForwardTimes(**settings)
 
 
@@ -929,6 +1024,7 @@ def test_times_that_mean_nothing_are_refused(settings):
             "temperature is -1.0; it must be greater than or equal to 0",
         ),
         (lambda: CRD(kl=VelocityKL(0.1), kl_least=0.2), "kl.weight is 0.1"),
+        (lambda: CRD(centring="hard", temperature=0.1), "centring is hard, which has none"),
         (lambda: DGPO(clip_range=0.0), "must be greater than 0"),
         (lambda: RWR(temperature=0.0), "must be greater than 0"),
         (lambda: RAFT(keep=0), "must be greater than or equal to 1"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torchvision import transforms
 from transformers import (
     BertTokenizer,
     BlipTextConfig,
@@ -14,9 +15,10 @@ from transformers import (
     BlipVisionConfig,
     BlipVisionModel,
 )
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flowalign.errors import UserError
-from flowalign.rewards.adapters import make_reward
+from flowalign.rewards.adapters import make_reward, to_pil
 from flowalign.rewards.blip import ImageReward
 from flowalign.settings.types import configure
 
@@ -182,6 +184,22 @@ def test_the_gradient_is_that_of_finite_differences(reward):
     assert ((high - low) / 2e-5).item() == pytest.approx(
         (gradient * direction).sum().item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [(64, 70), (70, 64), (512, 528), (64, 74), (32, 33), (50, 41)])
+def test_pictures_are_cropped_as_torchvision_crops_them(reward, size):
+    """A margin of half a pixel is rounded to the even number: 35 columns of 32 lose 2 and 1."""
+    images = F.interpolate(torch.rand(1, 3, 40, 40), size, mode="bilinear").mul(255).round() / 255
+    prepare = transforms.Compose(
+        [transforms.Resize(32, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(32)]
+    )
+    expected = transforms.functional.to_tensor(prepare(to_pil(images)[0]))
+    seen = []
+    reward.vision.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    reward(images, PROMPTS[:1], [{}])
+    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_STD, OPENAI_CLIP_MEAN))
+    # A level is 0.004: PIL rounds twice, after each direction.
+    torch.testing.assert_close(seen[0][0] * std + mean, expected, atol=0.012, rtol=0)
 
 
 def test_prompts_are_cut_after_35_tokens(reward):

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torchvision.transforms import functional as vision
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -28,7 +29,7 @@ from flowalign.rewards.clip import (
     PickScore,
 )
 from flowalign.rewards.features import BUNDLED_CLIP
-from flowalign.rewards.preprocessing import RowCache
+from flowalign.rewards.preprocessing import plain_text, RowCache
 from flowalign.rewards.weights import affine, read_weights
 from flowalign.settings.types import configure
 
@@ -327,6 +328,40 @@ def test_hps_puts_pictures_on_black(make):
     torch.testing.assert_close(pixels[0, :, :8], black.expand(3, 8, 32))
     torch.testing.assert_close(pixels[0, :, 8:24], white.expand(3, 16, 32))
     torch.testing.assert_close(pixels[0, :, 24:], black.expand(3, 8, 32))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (448, 448), (40, 80), (71, 41), (31, 64)])
+def test_hps_prepares_pixels_as_its_package(make, size):
+    """It resizes tensors, so the filter's overshoot at edges stays, and then pads."""
+    reward = make("hps")
+    images = (torch.arange(size[1]) > size[1] // 2).float().expand(1, 3, *size)
+    scale = 32 / float(max(size))
+    resized = [round(side * scale) for side in size]
+    pixels = vision.resize(images, resized, vision.InterpolationMode.BICUBIC)
+    height, width = (32 - side for side in resized)
+    margins = [width // 2, height // 2, width - width // 2, height - height // 2]
+    expected = vision.normalize(vision.pad(pixels, margins, fill=0), reward.mean, reward.std)
+    torch.testing.assert_close(reward._pixels(images), expected, atol=1e-6, rtol=0)
+    assert pixels.min() < -0.005
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a cat\u2019s \u201cred hat\u201d", 'a cat\'s "red hat"'),
+        ("salt &amp; pepper", "salt & pepper"),
+        ("salt &amp;amp; pepper &ldquo;mill&rdquo;", 'salt & pepper "mill"'),
+        ("  two\n words\t", "two words"),
+        ("\ufb01sh in \uff21\uff22\u3000C", "fish in AB C"),
+        ("cafe\u0301\x07", "caf\u00e9"),
+        ("a red circle", "a red circle"),
+    ],
+)
+def test_hps_reads_prompts_as_its_package_cleans_them(make, prompt, expected):
+    assert plain_text(prompt) == expected
+    reward = make("hps")
+    reward(pictures(1, 32, 32), [prompt], [{}])
+    assert list(reward.prompt_features.rows) == [expected]
 
 
 @pytest.mark.parametrize("name", CLASSES)

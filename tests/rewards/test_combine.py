@@ -1,5 +1,6 @@
 """Combinations of rewards, computed by hand, and the statistics they keep across a resume."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flowalign.config.load import load_config
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.files import read_tensors
 from flowalign.reporting.trackers import read_metrics
 from flowalign.rewards.combine import (
@@ -18,6 +19,7 @@ from flowalign.rewards.combine import (
     Constrained,
     Gate,
     Minimum,
+    Modulated,
     Normalised,
     Uncertainty,
     WeightedSum,
@@ -103,14 +105,105 @@ def test_a_multiplier_is_never_below_0():
     combine = Constrained(at_least={"b": 0.5}, rate=0.1)
     for mean, expected in ((0.0, 0.05), (9.0, 0.0), (9.0, 0.0), (0.4, 0.01), (NONE, 0.01)):
         combine.observe({"b": torch.full((2,), mean)})
-        assert combine.multipliers["b"] == pytest.approx(expected)
+        assert combine.metrics()["multiplier/b"] == pytest.approx(expected)
     assert combine({"a": torch.ones(1), "b": torch.ones(1)}, WEIGHTS).tolist() == pytest.approx(
         [2.005]
     )
 
 
+def observed(combine: Constrained, mean: float, steps: int) -> float:
+    """The multiplier of b after so many steps of one mean."""
+    for _ in range(steps):
+        combine.observe({"b": torch.full((2,), mean)})
+    return combine.metrics()["multiplier/b"]
+
+
+def test_a_multiplier_grows_to_its_bound_and_back_to_0():
+    combine = Constrained(at_least={"b": 0.5}, rate=1.0, bound=2.0)
+    assert observed(combine, 0.4, 1) == pytest.approx(2 * math.tanh(0.1 / 2))
+    assert 1.99 < observed(combine, 0.4, 100) <= 2
+    assert observed(combine, 0.9, 100) == 0
+
+
+def test_a_ceiling_takes_the_weight_of_a_reward_and_then_pushes_it_down():
+    combine = Constrained(at_most={"b": 0.5}, rate=0.1)
+    scores = {"a": torch.tensor([1.0, 2]), "b": torch.tensor([0.5, 1.5])}
+    assert observed(combine, 0.4, 5) == 0
+    assert_close(combine(scores, WEIGHTS), torch.tensor([2.25, 4.75]))
+    assert observed(combine, 1.5, 5) == pytest.approx(-0.5)
+    assert_close(combine(scores, WEIGHTS), torch.tensor([2.25, 4.25]))
+    assert observed(combine, 1.5, 5) == pytest.approx(-1.0)
+    assert_close(combine(scores, WEIGHTS), torch.tensor([2.25, 3.75]))
+
+
+def test_the_bound_of_a_ceiling_is_the_most_that_it_takes():
+    combine = Constrained(at_most={"b": 0.5}, rate=10.0, bound=0.5)
+    assert observed(combine, 9.0, 50) == pytest.approx(-0.5)
+    scores = {"a": torch.tensor([1.0, 1]), "b": torch.tensor([0.5, 7])}
+    assert_close(combine(scores, WEIGHTS), torch.tensor([2.25, 2.25]))
+
+
+def test_floors_may_hold_all_rewards_and_a_ceiling_the_same_one():
+    combine = Constrained(at_least={"a": 1.0, "b": 0.5}, at_most={"b": 0.6}, rate=1.0)
+    combine.check({"a": 1.0, "b": 1.0})
+    combine.observe({"a": torch.full((2,), 0.5), "b": torch.full((2,), 0.9)})
+    assert combine.metrics() == {
+        "multiplier/a": pytest.approx(0.5),
+        "multiplier/b": pytest.approx(-0.3),
+    }
+    scores = {"a": torch.tensor([1.0, 2]), "b": torch.tensor([0.6, 1.6])}
+    assert_close(combine(scores, {"a": 1.0, "b": 1.0}), torch.tensor([0.0, 0.5 - 0.3]))
+
+
 @pytest.mark.parametrize(
-    "kind", [Normalised, lambda: Constrained(at_least={"b": 50})], ids=["normalised", "constrained"]
+    ("floor", "instruction", "quality", "expected"),
+    [
+        (0.4, 1.0, [0.25, 0.9], 0.55),
+        (0.5, 1.0, [0.25, 0.9], 0.625),
+        (0.4, 0.5, [1.0, 1.0], 0.5),
+        (0.5, 0.5, [1.0, 1.0], 0.5),
+        (0.5, 0.0, [1.0, 1.0], 0.0),
+        (0.5, 0.8, [NONE, 0.5], 0.6),
+        (0.5, 0.8, [NONE, NONE], 0.8),
+        (0.5, NONE, [0.5, 0.6], 0.75),
+        (0.5, NONE, [NONE, NONE], NONE),
+    ],
+)
+def test_modulated_scales_the_base_by_the_worst_quality(floor, instruction, quality, expected):
+    """The first values are FIRM's: its modes mix and legacy at instruction 1 and quality 1/4."""
+    names = ("match", "look", "detail")
+    scores = dict(zip(names, torch.tensor([instruction, *quality])[:, None], strict=True))
+    combine, weights = Modulated(base="match", floor=floor), dict.fromkeys(names, 1.0)
+    combine.check(weights)
+    assert_close(combine(scores, weights), torch.tensor([expected]), equal_nan=True)
+
+
+def test_modulated_passes_the_gradient_to_the_base_and_to_the_worst_quality():
+    scores = {
+        name: torch.tensor([value], requires_grad=True)
+        for name, value in (("match", 0.8), ("look", 0.5), ("detail", 0.6))
+    }
+    Modulated(base="match")(scores, dict.fromkeys(scores, 1.0)).sum().backward()
+    slopes = [0.0 if score.grad is None else score.grad.item() for score in scores.values()]
+    assert slopes == pytest.approx([0.75, 0.4, 0.0])
+
+
+def test_modulated_refuses_scores_outside_0_to_1():
+    scores = {"match": torch.tensor([0.5]), "look": torch.tensor([1.5])}
+    with pytest.raises(
+        RunError, match=r"rewards\.look gave 1\.5, but combine modulated multiplies"
+    ):
+        Modulated(base="match")(scores, {"match": 1.0, "look": 1.0})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Normalised,
+        lambda: Constrained(at_least={"b": 50}),
+        lambda: Constrained(at_least={"b": 50}, at_most={"a": 0.1, "b": 60}, bound=3),
+    ],
+    ids=["normalised", "constrained", "ceilings"],
 )
 def test_a_restored_state_continues_bit_for_bit(kind, tmp_path):
     steps = [{"a": torch.rand(5), "b": 7 * torch.rand(5)} for _ in range(4)]
@@ -137,7 +230,9 @@ def test_a_negative_bonus_counts_below_a_threshold_too():
 
 
 @pytest.mark.parametrize(
-    "combine", [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1})], ids=repr
+    "combine",
+    [WeightedSum(), Minimum(), Uncertainty(), Gate(base={"a": 1}), Modulated(base="a")],
+    ids=repr,
 )
 def test_the_others_keep_no_statistics(combine: Combine):
     combine.observe(SCORES)
@@ -182,8 +277,29 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
             "combine.at_least names 'size', which is not a reward of this run. Choose from",
         ),
         (
-            ["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: 1}}"],
-            "at_least names all rewards",
+            [TWO, "combine={name: constrained, at_most: {size: 1}}"],
+            "combine.at_most names 'size', which is not a reward of this run. Choose from",
+        ),
+        (
+            [TWO, "combine={name: constrained, at_least: {jpeg_size: 2}, at_most: {jpeg_size: 1}}"],
+            "combine.at_least.jpeg_size is 2, but combine.at_most.jpeg_size is 1. Write a floor",
+        ),
+        (
+            [TWO, "combine={name: constrained, at_least: {brightness: 1}, bound: 0}"],
+            "combine.bound is 0; it must be greater",
+        ),
+        ([TWO, "combine={name: modulated}"], "combine.base is '', which is not a reward of"),
+        (
+            [TWO, "combine={name: modulated, base: brightness, floor: 1.5}"],
+            "combine.floor is 1.5; it must be less than or equal to 1",
+        ),
+        (
+            ["rewards={brightness: 1}", "combine={name: modulated, base: brightness}"],
+            "brightness is the only reward. Add a reward",
+        ),
+        (
+            ["rewards={brightness: 1, contrast: 2}", "combine={name: modulated, base: brightness}"],
+            "rewards.contrast has weight 2, but modulated multiplies scores in [0, 1]. Leave",
         ),
         (
             [TWO, "combine={name: constrained, at_least: {brightness: 1}, rate: 0}"],
@@ -204,7 +320,7 @@ TWO = "rewards={brightness: 1, jpeg_size: 1}"
         ),
         (
             ["rewards={brightness: 1}", "combine={name: normalised}", "ALIGN"],
-            "choose from weighted_sum, minimum, uncertainty, gate",
+            "choose from weighted_sum, minimum, uncertainty, gate, modulated",
         ),
     ],
 )

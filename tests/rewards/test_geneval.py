@@ -100,7 +100,7 @@ NO_CAT = {**ONE_DOG, "exclude": [{"class": "cat", "count": 1}, {"class": "cup", 
         (TWO_CUPS, [], (0, 0)),
         (TWO_CUPS, [an("cup")] * 3, (0, 0.5)),
         (TWO_CUPS, [an("cup")] * 4, (0, 0)),
-        (TWO_CUPS, [an("cup")] * 7, (0, 0)),
+        (TWO_CUPS, [an("cup")] * 7, (0, -1.5)),
         (TWO_CUPS, [an("cup"), an("dog")], (0, 0.5)),
         (TWO_CUPS, [an("cup"), an("cup", score=0.89)], (0, 0.5)),
         (TWO_CUPS, [an("cup"), an("cup", score=0.9)], (0, 0.5)),
@@ -112,13 +112,15 @@ NO_CAT = {**ONE_DOG, "exclude": [{"class": "cat", "count": 1}, {"class": "cup", 
         (ONE_DOG, [an("dog", score=0.3)], (0, 0)),
         (ONE_DOG, [an("dog"), an("cup"), an("cat")], (1, 1)),
         (ONE_DOG, [an("dog")] * 2, (1, 0)),
-        (ONE_DOG, [an("dog")] * 5, (1, 0)),
+        (ONE_DOG, [an("dog")] * 3, (1, -1)),
+        (ONE_DOG, [an("dog")] * 5, (1, -3)),
+        (ONE_DOG, [an("dog")] * 20, (1, -14)),
         (ONE_DOG, [an("cat")], (0, 0)),
         (DOG_AND_CUP, [an("dog"), an("cup")], (1, 1)),
         (DOG_AND_CUP, [an("cup")], (0, 0.5)),
         (DOG_AND_CUP, [an("dog"), an("dog"), an("cup")], (1, 0.5)),
         (DOG_AND_CUP, [an("dog")] * 3 + [an("cup")], (1, 0)),
-        (DOG_AND_CUP, [an("dog")] * 5 + [an("cup")], (1, 0)),
+        (DOG_AND_CUP, [an("dog")] * 5 + [an("cup")], (1, -1)),
         (NO_CAT, [an("dog")], (1, 1)),
         (NO_CAT, [an("dog"), an("cat")], (0, 1)),
         (NO_CAT, [an("dog"), an("cat", score=0.3)], (1, 1)),
@@ -175,7 +177,7 @@ RED, BLUE = an("car", color="red"), an("car", color="blue")
         (RED_CAR_BLUE_CUP, [BLUE, an("cup", color="red")], (0, 0.5)),
         (RED_CAR_BLUE_CUP, [RED, an("cup", color="red")], (0, 0.75)),
         (RED_CAR_BLUE_CUP, [RED], (0, 0.5)),
-        (RED_CAR_BLUE_CUP, [RED, *[an("cup", color="blue")] * 5], (1, 0)),
+        (RED_CAR_BLUE_CUP, [RED, *[an("cup", color="blue")] * 5], (1, -1 / 4)),
     ],
 )
 def test_colours_count_if_the_number_of_objects_is_right(entry, detections, expected):
@@ -758,7 +760,7 @@ def test_a_configuration_loads_both(paths):
     )
     mice = {"tag": "counting", "include": [{"class": "computer mouse", "count": 4}]}
     assert [reward(noise(1), ["four mice"], [mice]).tolist() for reward in both] == [[1], [0.75]]
-    assert [reward.traits.range for reward in both] == [(0, 1), (0, 1)]
+    assert [reward.traits.range for reward in both] == [(0, 1), (-14, 1)]
 
 
 @pytest.mark.parametrize("key", ["detector", "clip"])
