@@ -26,6 +26,7 @@ SETTINGS = [
     "train.save_every=3",
     "train.stop={}",
     "evaluation.images_per_prompt=2",
+    "evaluation.guidance_sweep=[]",
 ]
 
 

@@ -36,6 +36,7 @@ SMALL = [
     "train.ema.decay=0.5",
     "sampler.steps=4",
     "evaluation.images_per_prompt=1",
+    "evaluation.guidance_sweep=[]",
     "evaluation.prompts=tests/prompts.jsonl",
 ]
 

@@ -77,7 +77,8 @@ def train(config: "Config | str | Path", overrides: Overrides = ()) -> "Summary"
 
     Returns:
         `before` and `after`: the mean of each evaluation reward. `difference`: low end, mean and
-        high end of the 95 % interval of its change. Further keys: `images`, `seconds`,
+        high end of the 95 % interval of its change. `baseline_guided`: the model without adapter at
+        its best guidance, and what training adds to that. Further keys: `images`, `seconds`,
         `peak_memory_bytes`, `stopped`, `weights`, `step`.
 
     Raises:
@@ -87,7 +88,12 @@ def train(config: "Config | str | Path", overrides: Overrides = ()) -> "Summary"
     Example:
         >>> config = flowalign.load_config(
         ...     "configs/tiny/crd.yaml",
-        ...     ["train.steps=1", "evaluation.images_per_prompt=1", "output=outputs/first"],
+        ...     {
+        ...         "train.steps": 1,
+        ...         "evaluation.images_per_prompt": 1,
+        ...         "evaluation.guidance_sweep": [],
+        ...         "output": "outputs/first",
+        ...     },
         ... )
         >>> summary = flowalign.train(config)
         >>> summary["stopped"], summary["step"]
@@ -247,6 +253,7 @@ def sample_to_folder(
     with screen.shown():
         _import_sampling()
     from flowalign.reporting.header import plural
+    from flowalign.reporting.summary import Baseline
     from flowalign.sampling import generate
 
     # The folder is checked first: an hour of sampling must not end with a refusal.
@@ -259,9 +266,8 @@ def sample_to_folder(
     sheet = result.save(folder)
     if result.difference:
         assert result.before is not None
-        screen.print_differences(
-            result.before.means, result.means, result.difference, result.prompt_count
-        )
+        base = Baseline(label="base", means=result.before.means, difference=result.difference)
+        screen.print_differences(result.means, [base], result.prompt_count)
     pictures = plural(len(result.images), "picture")
     console.print(f"Pictures: {sheet} and {pictures} in {folder}", soft_wrap=True)
     return folder

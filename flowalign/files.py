@@ -80,6 +80,11 @@ def _fsync(descriptor: int) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> Path:
+    """Return the folder of all caches: `$FLOWALIGN_CACHE`, or `~/.cache/flowalign`."""
+    return Path(os.environ.get("FLOWALIGN_CACHE", "~/.cache/flowalign")).expanduser()
+
+
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with file.open("rb") as stream:

@@ -7,6 +7,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True, scope="session")
+def caches(tmp_path_factory) -> None:
+    """Caches of this session: tests neither read nor fill those of the user."""
+    os.environ["FLOWALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
 def scoring_thread() -> None:
     """Small tensors: threads cost more than they bring, and sums stay in one order."""
     torch.set_num_threads(1)

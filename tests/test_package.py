@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ONE_STEP = [
     *("train.steps=1", "train.prompts_per_step=2", "train.images_per_prompt=2"),
     *("train.images_per_pass=4", "evaluation.images_per_prompt=1", "evaluation.sampler.steps=2"),
-    "evaluation.prompts=two.txt",
+    *("evaluation.prompts=two.txt", "evaluation.guidance_sweep=[]"),
 ]
 
 

@@ -15,6 +15,7 @@ SMALL = [
     *("train.steps=1", "train.prompts_per_step=2", "train.images_per_prompt=2"),
     *("train.images_per_pass=4", "sampler.steps=2"),
     *("evaluation.images_per_prompt=1", "evaluation.sampler.steps=2"),
+    "evaluation.guidance_sweep=[]",
 ]
 SECTIONS = [
     "Install, and train on a CPU",

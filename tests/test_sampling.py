@@ -77,7 +77,7 @@ def test_a_run_gives_a_sheet_single_pictures_and_scores(run, capsys):
     after = [entry["scores"]["scene_match"] for entry in scores if "after/" in entry["file"]]
     assert sum(after) / len(after) == pytest.approx(rewards["after"]["scene_match"])
     out = capsys.readouterr().out
-    assert "The intervals rest on 2 prompts." in out
+    assert "rest on 2 prompts." in out
     assert f"Pictures: {folder / 'before-after.png'}" in out
 
 

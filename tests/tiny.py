@@ -49,6 +49,7 @@ SMALL = [
         "evaluation.sampler.steps=4",
         "evaluation.prompts=tests/prompts.jsonl",
         "evaluation.images_per_prompt=1",
+        "evaluation.guidance_sweep=[]",
         "train.evaluate_every=0",
     ),
 ]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from flowalign.advantages import ADVANTAGES
 from flowalign.batch import Pairs, Rollout
 from flowalign.config.checks import uses_advantages
-from flowalign.config.sections import Config, DEFAULTS
+from flowalign.config.sections import Config, DEFAULTS, Evaluation
 from flowalign.dynamics import is_stochastic, Window
 from flowalign.rewards.combine import COMBINE
 from flowalign.rollouts.ranking_settings import Ranking
@@ -58,7 +58,14 @@ def settings_of_images(config: Config) -> list[Setting]:
 def others(config: Config) -> list[Setting]:
     """Return the settings that another setting turns off."""
     sampler, ema, model = config.sampler, config.train.ema, config.model
+    sweep = config.evaluation.guidance_sweep
     return [
+        Setting(
+            "evaluation.guidance_sweep",
+            sweep not in ([], Evaluation().guidance_sweep),
+            bool(config.evaluation.rewards),
+            "without evaluation.rewards, because a reward chooses the scale",
+        ),
         Setting(
             "sampler.window",
             sampler.window != Window(),

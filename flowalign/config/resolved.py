@@ -15,6 +15,8 @@ MAY_CHANGE = (
     "train.keep",
     "train.stop",
     "train.max_bad_steps",
+    # What the result is compared with.
+    "evaluation.guidance_sweep",
     # What a user adjusts after looking at the first curves.
     "train.learning_rate",
     "train.cooldown",

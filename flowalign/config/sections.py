@@ -15,7 +15,7 @@ from flowalign.evaluation.early_stopping import StopRule
 from flowalign.rewards.registry import reward_name
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.settings.merging import Section
-from flowalign.settings.types import Count, CountOrZero, Positive, Settings, Share
+from flowalign.settings.types import Count, CountOrZero, Guidance, Positive, Settings, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +128,8 @@ class Evaluation(Settings):
 
     They are steps, guidance and embedded_guidance.
     """
+    guidance_sweep: list[Guidance] = field(default_factory=lambda: [2.0, 3.0, 4.5, 7.0])
+    """Guidance scales to try without the adapter; the best is a second baseline. Empty for none."""
 
 
 @dataclass
@@ -223,6 +225,18 @@ class Config:
         if self.objective.learns_from is Pairs:
             return "eval/chosen_preferred", 1
         return "eval/reconstruction_error", -1
+
+    @property
+    def target_reward(self) -> tuple[str, int] | None:
+        """The evaluated reward that a run is about, and 1 if more of it is better or -1 if less is.
+
+        It is the reward that ranks evaluations, or else the first one; None without a reward.
+        """
+        metric, sign = self.selection_metric
+        names = [reward_name(name) for name in self.evaluation.rewards]
+        if metric.removeprefix("eval/") in names:
+            return metric.removeprefix("eval/"), sign
+        return (names[0], 1) if names else None
 
     @property
     def evaluation_sampler(self) -> "Sampler":

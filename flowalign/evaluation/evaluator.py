@@ -1,5 +1,6 @@
 """Score fixed prompts from fixed noise, so that weights can be compared image by image."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,6 +23,8 @@ from flowalign.rollouts.scoring import RolloutScorer
 
 SHOWN = 18
 """Images of an evaluation that are kept for people to see."""
+TUNING_PROMPTS, TUNING_IMAGES = 64, 2
+"""The most prompts, and images of each, that settings of an evaluation are chosen on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Evaluator:
     """How many images a result shows, spread over the prompts."""
     held_out: HeldOut | None = None
     """Pictures that are not trained on, or None."""
+    purpose: str = "evaluation"
+    """The stream that noise is drawn from. Another name gives other noise to the same images."""
 
     def __call__(self, policy: Policy) -> EvaluationResult:
         """Evaluate a policy: rewards, held-out figures and drift.
@@ -51,6 +56,23 @@ class Evaluator:
         result = self._result(rollout, scores)
         held_out = self.held_out(policy) if self.held_out else {}
         return replace(result, held_out=held_out, figures=drift_metrics(policy, rollout))
+
+    def for_tuning(self, reward: str) -> "Evaluator":
+        """Return a cheaper evaluator, which settings of an evaluation are chosen with.
+
+        It has fewer prompts and images, one reward, and other noise: a choice by the images of a
+        report would be flattered by the luck of their noise.
+        """
+        rewards = [entry for entry in self.scorer.rewards if entry.name == reward]
+        return replace(
+            self,
+            prompts=self.prompts[:: math.ceil(len(self.prompts) / TUNING_PROMPTS)],
+            # At least two if there are two, because some rewards compare the images of a prompt.
+            images_per_prompt=min(TUNING_IMAGES, self.images_per_prompt),
+            scorer=replace(self.scorer, rewards=rewards),
+            held_out=None,
+            purpose="tuning",
+        )
 
     def score(self, rollouts: Iterable[Rollout]) -> EvaluationResult:
         """Score the images that `sample` makes. Raises RunError as a call does."""
@@ -79,7 +101,7 @@ class Evaluator:
     def _sample_pass(self, policy: Policy, members: list[tuple[int, int]]) -> Rollout:
         prompts = [self.prompts[prompt] for prompt, _ in members]
         batch = make_prompts(policy, prompts, Keys.evaluation(self.seed, members))
-        rollout = collect(policy, batch, self.images_per_pass, "evaluation")
+        rollout = collect(policy, batch, self.images_per_pass, self.purpose)
         # Paths and embeddings of thousands of images would fill a GPU; only the row count stays.
         cond = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
         return replace(rollout, path=rollout.path[:, -1:], cond=cond)

@@ -19,11 +19,12 @@ def paired_difference(before: EvaluationResult, after: EvaluationResult) -> dict
 
     Both evaluations must be of the same prompts and noise. Images of one prompt are not
     independent, so the interval is over prompts; with a single prompt it is over images. Images
-    without a score before or after do not count.
+    without a score before or after do not count. Held-out figures are left out if `before` has
+    none.
     """
     differences = {
-        name: _interval(values.double() - before.held_out[name].double())
-        for name, values in after.held_out.items()
+        name: _interval(after.held_out[name].double() - values.double())
+        for name, values in before.held_out.items()
     }
     for name, values in after.rewards.items():
         difference = values.double() - before.rewards[name].double()

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, TYPE_CHECKING, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn, Tensor
@@ -117,6 +117,11 @@ class FlowModel(ABC, Generic[C]):
     def has_distilled_guidance(self) -> bool:
         """True if guidance is distilled into this model, which takes its scale as an input."""
         return False
+
+    @property
+    def guidance_setting(self) -> Literal["guidance", "embedded_guidance"]:
+        """The key of `sampler` that guides this model, as a user of its pipeline does."""
+        return "embedded_guidance" if self.has_distilled_guidance else "guidance"
 
     def guide(self, v: Latent, v_null: Latent, guidance: float) -> Latent:
         """Return the guided velocity, from those of the prompt and of the empty prompt.

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flowalign import progress
-from flowalign.reporting.summary import Interval
+from flowalign.reporting.summary import Baseline, Interval
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -72,46 +72,59 @@ def print_facts(console: Console, title: str, facts: Mapping[str, str]) -> None:
 
 
 def print_differences(
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    difference: Mapping[str, Interval],
+    trained: Mapping[str, float],
+    baselines: Sequence[Baseline],
     prompts: int,
     console: Console | None = None,
 ) -> None:
-    """Print each reward before and after, and the 95 % interval of the difference.
+    """Print the mean of each reward, and what training adds to each baseline.
 
     Args:
-        before: Mean of each reward without the adapter.
-        after: Mean of each reward with the adapter.
-        difference: Low end, mean and high end of the paired difference.
+        trained: Mean of each reward with the adapter.
+        baselines: What it is compared with. The first has all rewards.
         prompts: Number of prompts that the intervals rest on.
         console: Where to print; standard output by default.
     """
+    heads = [*(baseline.label for baseline in baselines), "trained"]
+    heads += [f"trained - {baseline.label}" for baseline in baselines]
     table = Table(
         Column("reward", overflow="fold"),
-        *(Column(name, justify="right") for name in ("before", "after", "difference")),
-        Column("95 % interval", justify="right", no_wrap=True),
+        *(Column(head, justify="right") for head in heads),
         box=None,
         pad_edge=False,
         padding=(0, 2, 0, 0),
         header_style="bold",
     )
-    for name, (low, mean, high) in difference.items():
-        numbers = f"{before[name]:.3f}", f"{after[name]:.3f}", f"{mean:+.3f}"
-        # One image of one prompt has no spread, so nothing bounds its interval.
-        known = math.isfinite(low) and math.isfinite(high)
-        table.add_row(name, *numbers, f"{low:+.3f} to {high:+.3f}" if known else "unknown")
+    for name in baselines[0].difference:
+        means = [format_mean(baseline.means, name) for baseline in baselines]
+        differences = [format_difference(baseline.difference, name) for baseline in baselines]
+        table.add_row(name, *means, format_mean(trained, name), *differences)
     console = console or make_console()
     console.print(table)
     console.print(interval_note(prompts), style="dim", soft_wrap=True)
 
 
+def format_mean(means: Mapping[str, float], name: str) -> str:
+    """Return a mean, or a dash if it was not measured."""
+    return f"{means[name]:.3f}" if name in means else "-"
+
+
+def format_difference(differences: Mapping[str, Interval], name: str) -> str:
+    """Return a difference and half the width of its interval, or a dash if it was not measured."""
+    if name not in differences:
+        return "-"
+    _, mean, high = differences[name]
+    # One image of one prompt has no spread, so nothing bounds its interval.
+    margin = f"{high - mean:.3f}" if math.isfinite(high) else "unknown"
+    return f"{mean:+.3f} ± {margin}"
+
+
 def interval_note(prompts: int) -> str:
-    """Say how many prompts an interval rests on, and warn if they are few."""
+    """Say how many prompts the intervals rest on, and warn if they are few."""
     if prompts == 1:
-        return "The intervals rest on 1 prompt. Use several prompts to compare models."
+        return "The 95 % intervals (±) rest on 1 prompt. Use several prompts to compare models."
     few = " Use 20 or more prompts for a narrow interval." if prompts < 20 else ""
-    return f"The intervals rest on {prompts} prompts.{few}"
+    return f"The 95 % intervals (±) rest on {prompts} prompts.{few}"
 
 
 class TerminalDisplay:

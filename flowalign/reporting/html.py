@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from flowalign.files import write_file
-from flowalign.reporting.summary import Summary
+from flowalign.reporting.console import format_difference, format_mean
+from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.reporting.trackers import read_metrics
 
 TEMPLATE = "report.html.jinja"
@@ -33,6 +34,10 @@ def write_report(run: Path, summary: Summary) -> None:
         summary=summary,
         stopped=stopped[:1].upper() + stopped[1:],
         sheet=_base64((run / "pictures" / "before-after.png").read_bytes()),
+        baselines=baselines(summary),
+        note=guidance_note(summary["baseline_guided"]) if summary["baseline_guided"] else "",
+        mean=format_mean,
+        difference=format_difference,
         curves=draw_curves(read_metrics(run), summary),
         config=(run / "config.yaml").read_text(),
         environment=json.dumps(json.loads((run / "environment.json").read_text()), indent=2),
@@ -48,10 +53,12 @@ def draw_curves(entries: Sequence[Mapping[str, float]], summary: Summary) -> lis
     last = max([entry[axis] for entry in entries], default=1)
     ends = [_evaluation(axis, 0, summary["before"]), _evaluation(axis, last, summary["after"])]
     points = sorted([*entries, *ends], key=lambda entry: entry[axis])
-    return [
-        (name, _curve(name, [(p[axis], p[name]) for p in points if name in p], axis, last))
-        for name in _names(points)
-    ]
+    heights = _guided_heights(summary)
+    curves = []
+    for name in _names(points):
+        values = [(point[axis], point[name]) for point in points if name in point]
+        curves.append((name, _curve(name, values, (axis, last), heights.get(name))))
+    return curves
 
 
 def _evaluation(axis: str, x: float, scores: Mapping[str, float]) -> dict[str, float]:
@@ -65,7 +72,15 @@ def _names(points: Sequence[Mapping[str, float]]) -> list[str]:
     return sorted(scores - NOT_DRAWN) + [name for name in FURTHER_CURVES if name in logged]
 
 
-def _curve(name: str, points: Points, axis: str, last: float) -> str:
+def _guided_heights(summary: Summary) -> dict[str, float]:
+    """Return the mean of the guided base by the names of the curves that show it."""
+    # The curve itself begins at the base, so only a second baseline needs a line.
+    others = baselines(summary)[1:]
+    return {f"eval/{name}": mean for other in others for name, mean in other.means.items()}
+
+
+def _curve(name: str, points: Points, axis: tuple[str, float], guided: float | None) -> str:
+    """Draw a curve over an axis with a name and a last value, and a line for the guided base."""
     # A figure of its own per metric, so that the page can arrange them for a phone. `Figure` does
     # without pyplot, whose global state is not safe in a thread.
     figure = Figure(figsize=(3.4, 2.4), layout="constrained")
@@ -74,9 +89,13 @@ def _curve(name: str, points: Points, axis: str, last: float) -> str:
     marker = "o" if len(points) < FEW_POINTS else None
     x, y = zip(*points, strict=True)
     axes.plot(x, y, color="#2d52d6", linewidth=1.2, marker=marker, markersize=3)
+    if guided is not None:
+        axes.axhline(guided, color="#777", linewidth=1, linestyle="--")
+        # At the left end, where a curve that begins at the base leaves room above the line.
+        axes.annotate("guided base", (0, guided), (3, 2), textcoords="offset points", fontsize=7)
     axes.set_title(name, fontsize=10)
-    axes.set_xlabel(axis, fontsize=9)
-    axes.set_xlim(0, last)
+    axes.set_xlabel(axis[0], fontsize=9)
+    axes.set_xlim(0, axis[1])
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()

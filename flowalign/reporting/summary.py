@@ -1,9 +1,32 @@
-"""The summary of a run: what `summary.json` holds and the report shows."""
+"""The summary of a run: what `summary.json` holds, and the table that is made of it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypedDict
 
 Interval = tuple[float, float, float]
 """Low end, mean and high end of a 95 % interval."""
+
+
+class GuidedSummary(TypedDict):
+    """The model without adapter at its best guidance, and what training adds to that."""
+
+    guidance: float
+    """The guidance that was chosen."""
+    own_guidance: float
+    """The guidance of `before` and `after`."""
+    setting: str
+    """The key of `sampler` that was varied: "guidance" or "embedded_guidance"."""
+    chosen_by: str
+    """The reward that chose it."""
+    chosen_on: int
+    """The number of prompts that it was chosen on, with other noise than that of `means`."""
+    sweep: dict[str, float]
+    """The mean of that reward at every guidance that was tried."""
+    means: dict[str, float]
+    """Mean of every reward at the chosen guidance."""
+    difference: dict[str, Interval]
+    """Low end, mean and high end of the 95 % interval of `after` minus `means`, paired."""
 
 
 class Summary(TypedDict):
@@ -14,7 +37,9 @@ class Summary(TypedDict):
     after: dict[str, float]
     """The same with the exported weights; empty for an interrupted run."""
     difference: dict[str, Interval]
-    """Low end, mean and high end of the 95 % interval of the paired difference."""
+    """Low end, mean and high end of the 95 % interval of `after` minus `before`, paired."""
+    baseline_guided: GuidedSummary | None
+    """The model without adapter at its best guidance; None if that is not evaluated."""
     images: int
     """Images that were generated for training."""
     seconds: float
@@ -27,3 +52,44 @@ class Summary(TypedDict):
     """The exported weights: "policy" or "ema"."""
     step: int
     """The training step of the exported weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A model that trained weights are compared with: two columns of a table."""
+
+    label: str
+    """The head of the column."""
+    means: Mapping[str, float]
+    """Mean of every reward."""
+    difference: Mapping[str, Interval]
+    """Low end, mean and high end of the interval of the trained mean minus this one."""
+
+
+def baselines(summary: Summary) -> list[Baseline]:
+    """Return what a run is compared with: the base, and the guided base if it is another one."""
+    base = Baseline(label="base", means=summary["before"], difference=summary["difference"])
+    guided = summary["baseline_guided"]
+    if guided is None or guided["guidance"] == guided["own_guidance"]:
+        return [base]
+    return [
+        base,
+        Baseline(label="guided base", means=guided["means"], difference=guided["difference"]),
+    ]
+
+
+def guidance_note(guided: GuidedSummary) -> str:
+    """Say which guidance the columns of a table stand for, and how that of the base was chosen."""
+    best, own, setting = guided["guidance"], guided["own_guidance"], guided["setting"]
+    setting = setting.replace("_", " ")
+    scales = [f"{scale:g}" for scale in sorted(map(float, guided["sweep"]))]
+    reason = (
+        f"the best of {', '.join(scales)} by {guided['chosen_by']} on {guided['chosen_on']} "
+        "prompts with other noise"
+    )
+    if best == own:
+        return f"All have {setting} {own:g}, which suits the base too: {reason}."
+    note = f"Base and trained have {setting} {own:g}, the guided base {best:g}: {reason}."
+    if best == max(map(float, guided["sweep"])):
+        note += " No larger one was tried: add one to evaluation.guidance_sweep."
+    return note

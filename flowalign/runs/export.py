@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from flowalign.config.sections import Config
 from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import read_prompts
-from flowalign.evaluation.results import EvaluationResult
 from flowalign.files import to_json, write_file, write_folder
 from flowalign.policy import Policy
 from flowalign.reporting.html import write_report
-from flowalign.reporting.images import save_before_after
+from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import save_adapter
 from flowalign.runs.adapter_card import card_head
@@ -41,14 +42,17 @@ def write_summary(run: Path, summary: Summary) -> None:
 
 
 def write_results(
-    run: Path,
-    summary: Summary,
-    before: EvaluationResult,
-    after: EvaluationResult,
-    captions: Sequence[str],
+    run: Path, summary: Summary, pictures: Mapping[str, Tensor], captions: Sequence[str]
 ) -> None:
-    """Write the sheet of pictures, `summary.json` and `report.html`."""
-    save_before_after(before.images, after.images, captions, run / PICTURES)
+    """Write the sheet of pictures, `summary.json` and `report.html`.
+
+    Args:
+        run: The run folder.
+        summary: The content of `summary.json`.
+        pictures: Pictures (B, 3, H, W) in bytes by the label of their row.
+        captions: One text per column of pictures.
+    """
+    save_sheet(pictures, captions, run / PICTURES)
     write_summary(run, summary)
     write_report(run, summary)
 

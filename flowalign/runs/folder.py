@@ -26,6 +26,8 @@ from flowalign.settings.yaml_files import dump_yaml
 
 BEFORE = Path("evaluation") / "before.safetensors"
 """The evaluation of the model without adapter, below the run folder."""
+GUIDED = Path("evaluation") / "guided"
+"""The evaluation of the model without adapter at its best guidance, below the run folder."""
 ANOTHER_FOLDER = "Choose another folder: output=outputs/NAME"
 
 

@@ -1,11 +1,14 @@
 """The end of a run: evaluate the trained weights, export them, and say where everything is."""
 
+from torch import Tensor
+
 from flowalign import distributed
+from flowalign.evaluation.guidance import GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.progress import say
 from flowalign.reporting.console import print_differences
-from flowalign.reporting.summary import Summary
+from flowalign.reporting.summary import baselines, guidance_note, GuidedSummary, Summary
 from flowalign.runs.environment import peak_memory
 from flowalign.runs.export import (
     ADAPTER,
@@ -33,13 +36,16 @@ def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
         return summary
     step = run.exported_step()
     after = run.evaluate_step(step)
+    # Only now: an interrupted run does not wait for it, and training begins sooner.
+    guided = run.evaluate_guided(before)
     summary["step"] = step
     summary["after"] = after.means
     summary["difference"] = paired_difference(before, after)
+    summary["baseline_guided"] = summarize_guided(guided, after) if guided else None
     if distributed.is_main():
-        weights = run.exported_weights
+        weights, captions = run.exported_weights, run.evaluator.captions(after)
         export_adapter(run.state.policy, run.folder / ADAPTER, weights, run.config)
-        write_results(run.folder, summary, before, after, run.evaluator.captions(after))
+        write_results(run.folder, summary, sheet_rows(before, guided, after), captions)
         announce(run, summary)
     return summary
 
@@ -50,6 +56,7 @@ def summarize(run: Run, before: EvaluationResult, reason: str) -> Summary:
         before=before.means,
         after={},
         difference={},
+        baseline_guided=None,
         images=run.progress.images,
         seconds=round(run.progress.seconds, 1),
         peak_memory_bytes=peak_memory(run.state.policy.model.device),
@@ -59,11 +66,38 @@ def summarize(run: Run, before: EvaluationResult, reason: str) -> Summary:
     )
 
 
+def summarize_guided(guided: GuidedBaseline, after: EvaluationResult) -> GuidedSummary:
+    """Return what the summary says about the guided base and the evaluation after training."""
+    choice = guided.choice
+    return GuidedSummary(
+        guidance=choice.best,
+        own_guidance=choice.own,
+        setting=choice.setting,
+        chosen_by=choice.target,
+        chosen_on=choice.prompts,
+        sweep={f"{scale:g}": score for scale, score in choice.scores.items()},
+        means=guided.result.means,
+        difference=paired_difference(guided.result, after),
+    )
+
+
+def sheet_rows(
+    before: EvaluationResult, guided: GuidedBaseline | None, after: EvaluationResult
+) -> dict[str, Tensor]:
+    """Return the pictures of the sheet by the label of their row."""
+    rows = {"base": before.images}
+    if guided and guided.choice.best != guided.choice.own:
+        rows["guided\nbase"] = guided.result.images
+    return {**rows, "trained": after.images}
+
+
 def announce(run: Run, summary: Summary) -> None:
     """Print the results and where they are."""
     if summary["stopped"] != "finished":
         say(f"Stopped after step {run.progress.step} by train.stop: {summary['stopped']}.")
     prompts = len(run.evaluator.prompts)
-    print_differences(summary["before"], summary["after"], summary["difference"], prompts=prompts)
+    print_differences(summary["after"], baselines(summary), prompts=prompts)
+    if summary["baseline_guided"]:
+        say(guidance_note(summary["baseline_guided"]))
     for name, path in (("Pictures", PICTURES), ("Report", "report.html"), ("Adapter", ADAPTER)):
         say(f"{name + ':':10}{run.folder / path}")

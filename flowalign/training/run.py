@@ -9,6 +9,7 @@ from flowalign.config.sections import Config
 from flowalign.errors import RunError
 from flowalign.evaluation.early_stopping import best_step, stop_reason, within_limits
 from flowalign.evaluation.evaluator import Evaluator
+from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.models import load_model
 from flowalign.policy import Policy
@@ -25,7 +26,7 @@ from flowalign.runs.checkpoint import (
     TrainState,
 )
 from flowalign.runs.failures import FAILURES, SkippedUpdate, write_failure
-from flowalign.runs.folder import BEFORE, open_folder
+from flowalign.runs.folder import BEFORE, GUIDED, open_folder
 from flowalign.runs.interrupt import Interrupt
 from flowalign.runs.lock import FolderLock
 from flowalign.training.preflight import require_preflight
@@ -180,6 +181,29 @@ class Run:
             distributed.barrier()
         # Read back on every rank, so that a resumed run compares with exactly the same numbers.
         return EvaluationResult.load(file)
+
+    def evaluate_guided(self, before: EvaluationResult) -> GuidedBaseline | None:
+        """Evaluate the model without adapter at its best guidance, once per run.
+
+        All ranks call this together. Returns None if `evaluation.guidance_sweep` is empty, or if no
+        reward is evaluated.
+
+        Args:
+            before: What `evaluate_reference` returned.
+        """
+        scales, target = self.config.evaluation.guidance_sweep, self.config.target_reward
+        if not scales or target is None:
+            return None
+        name, sign = target
+        find = GuidanceSweep(
+            evaluator=self.evaluator,
+            policy=self.evaluation_view("reference"),
+            before=before,
+            scales=scales,
+            target=name,
+            sign=sign,
+        )
+        return find(self.folder / GUIDED)
 
     def evaluate_step(self, step: int) -> EvaluationResult:
         """Evaluate the weights of a saved step, and leave them in place."""

@@ -21,7 +21,7 @@ def train(config: Config) -> Summary:
         config: What `load_config` returned.
 
     Returns:
-        The content of `summary.json`: means before and after, and the interval of the difference.
+        The content of `summary.json`: means of base and trained model, and what training adds.
 
     Raises:
         UserError: The configuration cannot work.

@@ -18,6 +18,7 @@ from flowalign.reporting.console import (
     print_facts,
     shown,
 )
+from flowalign.reporting.summary import Baseline
 
 
 def plain_console():
@@ -122,17 +123,38 @@ def test_progress_on_standard_error_is_for_terminals_alone(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_table_of_differences_fits_80_columns_and_says_what_it_rests_on():
+LONG = "a_reward_with_a_name_that_is_far_longer_than_a_column_of_the_table"
+
+
+def table(*baselines):
+    """The lines of a table of these baselines, each with what training adds to it."""
     console = plain_console()
-    name = "a_reward_with_a_name_that_is_far_longer_than_a_column_of_the_table"
-    scores = {"scene_match": 0.25, name: 12.5}
-    difference = {"scene_match": (0.1, 0.2, 0.3), name: (-math.inf, 0.5, math.inf)}
-    print_differences(scores, scores, difference, 43, console)
-    lines = console.file.getvalue().splitlines()
+    scores = {"scene_match": 0.25, LONG: 12.5}
+    columns = [Baseline(label=label, means=scores, difference=gain) for label, gain in baselines]
+    print_differences({name: score + 1 for name, score in scores.items()}, columns, 43, console)
+    return console.file.getvalue().splitlines()
+
+
+GAIN = {"scene_match": (0.1, 0.2, 0.3), LONG: (-math.inf, 0.5, math.inf)}
+
+
+def test_the_table_of_differences_fits_80_columns_and_says_what_it_rests_on():
+    lines = table(("base", GAIN))
     assert max(map(len, lines)) <= 80
-    assert lines[1].split() == ["scene_match", *"0.250 0.250 +0.200 +0.100 to +0.300".split()]
-    assert "unknown" in console.file.getvalue()
-    assert lines[-1] == "The intervals rest on 43 prompts."
+    assert lines[0].split() == ["reward", "base", "trained", "trained", "-", "base"]
+    assert lines[1].split() == ["scene_match", *"0.250 1.250 +0.200 ± 0.100".split()]
+    assert any("+0.500 ± unknown" in line for line in lines)
+    assert lines[-1] == "The 95 % intervals (±) rest on 43 prompts."
+
+
+def test_the_table_of_a_run_has_a_column_and_an_interval_for_each_baseline():
+    lines = table(("base", GAIN), ("guided base", {"scene_match": (-0.2, -0.1, 0.0)}))
+    assert max(map(len, lines)) <= 80
+    row = next(line for line in lines if line.startswith("scene_match"))
+    assert row.split()[1:] == "0.250 0.250 1.250 +0.200 ± 0.100 -0.100 ± 0.100".split()
+    # What the guided base has no figure for is a dash, such as the error of held-out pictures.
+    long = next(line for line in lines if "12.500" in line)
+    assert long.split()[-1] == "-"
 
 
 @pytest.mark.parametrize(

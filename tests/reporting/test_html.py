@@ -9,6 +9,7 @@ import torch
 
 from flowalign.reporting.html import draw_curves, write_report
 from flowalign.reporting.images import save_picture
+from flowalign.reporting.summary import guidance_note
 from flowalign.reporting.trackers import JsonLines
 
 HOSTILE = "<script>alert('x')</script>"
@@ -20,6 +21,7 @@ def summary(name="scene_match", **changes):
         "after": {name: 0.75},
         "difference": {name: (0.4, 0.5, 0.6)},
     }
+    scores["baseline_guided"] = None
     return {**scores, "images": 14400, "seconds": 90.0, "stopped": "finished", **changes}
 
 
@@ -38,15 +40,56 @@ def run(tmp_path):
 def test_the_report_shows_figures_pictures_and_settings(run):
     write_report(run, summary())
     page = (run / "report.html").read_text()
-    for text in ("Finished after 14,400 images in 1.5 minutes", "+0.500", "+0.400 to +0.600"):
+    for text in ("Finished after 14,400 images in 1.5 minutes", "+0.500 ± 0.100"):
         assert text in page
     # The sheet, and curves of the reward, the evaluation and the loss.
     assert page.count('src="data:image/png;base64,') == 1 + 3
     assert 'name="viewport"' in page
 
 
+def guided(name="scene_match", guidance=3.0):
+    """A base at a guidance of its own, beside a policy that samples without guidance."""
+    return {
+        "guidance": guidance,
+        "own_guidance": 1.0,
+        "setting": "guidance",
+        "chosen_by": name,
+        "chosen_on": 43,
+        "sweep": {"1": 0.25, "7": 0.3, "3": 0.35},
+        "means": {name: 0.375},
+        "difference": {name: (0.25, 0.375, 0.5)},
+    }
+
+
+def test_the_guided_base_is_a_column_a_line_and_a_sentence(run):
+    write_report(run, summary())
+    without = draw_curves([], summary())
+    write_report(run, summary(baseline_guided=guided()))
+    page = (run / "report.html").read_text()
+    for text in (
+        "<th>guided base</th>",
+        "<td>0.375</td>",
+        "<td>+0.375 ± 0.125</td>",
+        "Base and trained have guidance 1, the guided base 3: the best of 1, 3, 7 by scene_match",
+    ):
+        assert text in page
+    assert draw_curves([], summary(baseline_guided=guided())) != without
+
+
+def test_a_base_whose_own_guidance_is_best_is_one_column(run):
+    write_report(run, summary(baseline_guided=guided(guidance=1.0)))
+    page = (run / "report.html").read_text()
+    assert "guided base" not in page
+    assert "All have guidance 1, which suits the base too: the best of 1, 3, 7" in page
+
+
+def test_the_largest_scale_that_was_tried_may_not_be_the_best():
+    assert "add one to evaluation.guidance_sweep" in guidance_note(guided(guidance=7.0))
+    assert "add one" not in guidance_note(guided(guidance=3.0))
+
+
 def test_whatever_the_user_wrote_is_escaped(run):
-    write_report(run, summary(name=HOSTILE))
+    write_report(run, summary(name=HOSTILE, baseline_guided=guided(HOSTILE)))
     page = (run / "report.html").read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 3
