@@ -84,6 +84,7 @@ def train(config: "Config | str | Path", overrides: Overrides = ()) -> "Summary"
     Raises:
         UserError: The configuration cannot work. The message says what to write instead.
         RunError: The run failed, for example because a reward raised an error.
+        SystemExit: SIGTERM stopped the run. Its finished steps are saved.
 
     Example:
         >>> config = flowalign.load_config(
@@ -185,6 +186,7 @@ def evaluate(
             # A user may compare other weights with those of the run, from the same noise.
             if adapter:
                 origin = replace(origin, adapter=Path(adapter).expanduser())
+        _check_launch(origin.model)
         return generate.evaluate(origin)
 
 
@@ -230,6 +232,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
 
         settings = generate.SampleSettings(images=images, seed=seed, steps=steps, guidance=guidance)
         origin, texts = sources.find_source(str(source), model), sources.read_texts(prompts)
+        _check_launch(origin.model)
         facts = generate.describe_source(origin, texts, settings)
         screen.print_facts(console, "flowalign sample", facts)
         return generate.sample(origin, texts, settings)
@@ -335,13 +338,22 @@ def _checked_config(config: "Config | str | Path", overrides: Overrides) -> "Ite
             raise UserError(
                 "A loaded configuration takes no overrides. Give the overrides to load_config."
             )
+        _check_launch(config.model)
         yield config
         return
     from flowalign.errors import naming
 
     checked = load_config(config, overrides)
     with naming(config):
+        _check_launch(checked.model)
         yield checked
+
+
+def _check_launch(model: "ModelConfig") -> None:
+    """Refuse settings of the launcher that would have no effect. Processes connect after this."""
+    from flowalign.config.launch import check_launch
+
+    check_launch(model.dtype, os.environ)
 
 
 def _import_sampling() -> None:

@@ -43,6 +43,19 @@ def bundled_candidates(path: str) -> list[Path]:
     return candidates
 
 
+def portable(path: str) -> str:
+    """Return the name under which another machine may find a file or folder.
+
+    That is `assets/...` for what comes with flowalign, wherever it is installed. A path in the
+    working directory becomes relative to it. Any other text is returned as it is.
+    """
+    if not os.path.exists(path):
+        return path  # a repository on the hub
+    absolute = Path(os.path.abspath(path))
+    base = ROOT if absolute.is_relative_to(ASSETS) else Path.cwd()
+    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else path
+
+
 def locate_spec(spec: str, folders: Iterable[Path] = ()) -> str:
     """Return `file.py:name` with its file located; any other text as it is."""
     file, colon, name = spec.rpartition(":")

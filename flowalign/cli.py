@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from flowalign import __version__
+from flowalign.commands.output import keep_writing
 from flowalign.commands.reward import add_reward
 from flowalign.commands.runs import add_check, add_config, add_plan, add_train
 from flowalign.commands.sample import add_sample
@@ -17,6 +18,7 @@ from flowalign.errors import RunError, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status. Wrong options end the process with status 2."""
+    keep_writing()
     options = _parse(make_parser(), argv)
     # Tokenizers warn once for every forked process otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,14 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         # A reward can fail on one process alone, so each process prints its own message.
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough. Python would report the closed pipe
-        # once more at exit, so standard output is replaced.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        saved = " The last checkpoint is complete." if options.command == "train" else ""
-        print(f"Stopped at once.{saved}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        # A run that had begun says where its finished steps are.
+        nothing = "Nothing was trained." if options.command == "train" else ""
+        print(f"Stopped at once. {str(stop) or nothing}".rstrip(), file=sys.stderr)
         return 1
 
 
@@ -71,8 +69,17 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for words in lists:
-        words.extend(rest)
+        words[:] = [_as_utf8(word) for word in [*words, *rest]]
     return options
+
+
+def _as_utf8(word: str) -> str:
+    """Return a word of the command line as it was typed on a terminal that writes UTF-8.
+
+    In a locale without UTF-8, such as `LC_ALL=C`, Python stores its bytes as lone surrogates, which
+    neither a file nor a tokenizer takes.
+    """
+    return word.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_first_process() -> bool:

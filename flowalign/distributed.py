@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather as accelerate_gather
 from accelerate.utils import gather_object as accelerate_gather_object
-from accelerate.utils import pad_across_processes
+from accelerate.utils import pad_across_processes, parse_flag_from_env
 from accelerate.utils import reduce as accelerate_reduce
 from torch import Tensor
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 def state() -> PartialState:
     """Return accelerate's state, which connects the processes when it is first asked for."""
-    connected = PartialState(cpu=not torch.cuda.is_available())
+    connected = PartialState(cpu=not uses_gpus())
     if connected.num_processes > 1:
         _disconnect_at_exit()
     return connected
@@ -46,12 +46,17 @@ def device() -> torch.device:
         UserError: More processes were started on this machine than it has GPUs.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+    if uses_gpus() and processes > torch.cuda.device_count():
         raise UserError(
             f"{processes} processes were started, but this machine has "
             f"{torch.cuda.device_count()} GPUs. Start one process for each GPU."
         )
     return cast(torch.device, state().device)
+
+
+def uses_gpus() -> bool:
+    """Return True if the machine has GPUs, unless the run was started by `launch --cpu`."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def rank() -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from flowalign import __version__, api
 from flowalign.cli import main, make_parser
+from flowalign.commands.output import patient
 from flowalign.errors import RunError, UserError
 from tests.tiny import ROOT
 
@@ -102,17 +103,109 @@ def test_of_several_processes_the_first_says_what_the_user_got_wrong(monkeypatch
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_second_ctrl_c_ends_with_status_1_and_names_the_checkpoint(monkeypatch, capsys):
-    monkeypatch.setattr(api, "train", raising(KeyboardInterrupt()))
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        (KeyboardInterrupt(), "Nothing was trained."),
+        (KeyboardInterrupt("It is in X."), "It is in X."),
+    ],
+    ids=["before training", "in training"],
+)
+def test_stopping_at_once_ends_with_status_1_and_says_what_is_saved(
+    stop, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(api, "train", raising(stop))
     assert main(["train", "a.yaml"]) == 1
-    assert capsys.readouterr().err == "Stopped at once. The last checkpoint is complete.\n"
+    assert capsys.readouterr().err == f"Stopped at once. {told}\n"
+
+
+def test_stopping_another_command_claims_nothing_about_training(monkeypatch, capsys):
+    monkeypatch.setattr(api, "check", raising(KeyboardInterrupt()))
+    assert main(["check", "a.yaml"]) == 1
+    assert capsys.readouterr().err == "Stopped at once.\n"
+
+
+def piped_to_nobody(code):
+    """Run Python code whose standard output is closed by its reader; its status and its errors."""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | true; "
+    command += "exit ${PIPESTATUS[0]}"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
+    return ended.returncode, ended.stderr.decode()
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
-    command = f"{shlex.quote(sys.executable)} -m flowalign.cli reward list | true; "
-    command += "exit ${PIPESTATUS[0]}"
-    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    code = "import sys; from flowalign.cli import main; sys.exit(main(['reward', 'list']))"
+    assert piped_to_nobody(code) == (0, "")
+
+
+TALKATIVE = """
+import sys
+import time
+from flowalign import api, cli
+from flowalign.errors import RunError
+from flowalign.progress import say
+from flowalign.reporting.console import shown
+
+
+def train(*_):
+    with shown():
+        for number in range(20):
+            say(f"step {{number}}")
+            print("a reward's own line")
+            time.sleep(0.02)
+    {end}
+
+
+api.train = train
+sys.exit(cli.main(["train", "a.yaml"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "error"),
+    [("return", 0, ""), ("raise RunError('failed')", 1, "failed\n")],
+    ids=["finished", "failed"],
+)
+def test_the_result_of_a_run_counts_whoever_reads_its_output(end, status, error):
+    assert piped_to_nobody(TALKATIVE.format(end=end)) == (status, error)
+
+
+def test_text_that_a_terminal_cannot_print_is_replaced(tmp_path):
+    for errors, written in (
+        ("replace", b"a caf? sign\n"),
+        ("backslashreplace", rb"a caf\xe9 sign"),
+    ):
+        with (tmp_path / errors).open("w", encoding="ascii") as file:
+            stream = patient(file, errors)
+            print("a caf\xe9 sign", file=stream)
+            print("\u7ea2", file=stream)
+        assert (tmp_path / errors).read_bytes().startswith(written)
+
+
+def test_a_word_is_read_as_utf8_in_a_locale_without_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(api, "sample_to_folder", lambda *words, **_: calls.append(words))
+    # Python keeps the bytes of é like this if the locale is ASCII.
+    assert main(["sample", "a", "caf\udcc3\udca9", "caf\xe9", "\u7ea2"]) == 0
+    assert calls == [("a", ["caf\xe9", "caf\xe9", "\u7ea2"], None)]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--images", "0"), ("--images", "1000001"), ("--steps", "9" * 5_000), ("--seed", "1.5")],
+)
+def test_a_number_out_of_range_is_named(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "a", option, value])
+    assert ended.value.code == 2
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "much"])
+def test_memory_is_a_number_above_0(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "a.yaml", f"--memory={value}"])
+    assert "argument --memory: " in capsys.readouterr().err
 
 
 def raising(error):

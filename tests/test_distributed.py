@@ -3,8 +3,12 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,8 +18,8 @@ from flowalign import distributed
 from flowalign.reporting.trackers import read_metrics
 from flowalign.runs.adapter import ADAPTER_FILE
 from flowalign.runs.checkpoint import checkpoints
-from tests.processes import run_process, start, TORCHRUN
-from tests.tiny import SMALL, TINY
+from tests.processes import ENVIRONMENT, run_process, start, TORCHRUN
+from tests.tiny import ROOT, SMALL, TINY
 
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -133,6 +137,34 @@ def test_a_run_resumes_on_another_number_of_processes_with_the_same_prompts_and_
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
         adapter = load_file(checkpoints(run)[-1] / ADAPTER_FILE)
         assert distance(adapter, end) <= 0.01 * last_update
+
+
+@pytest.mark.slow
+def test_sigterm_of_torchrun_saves_the_step_of_both_processes(tmp_path):
+    """torchrun passes the signal on to both, and a scheduler would send it to each of them too."""
+    run = tmp_path / "run"
+    command = ["train.py", str(TINY), *SMALL, "train.images_per_pass=3", f"output={run}"]
+    launch = [*TORCHRUN, *command, "train.steps=1000"]
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        launch, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not read_metrics(run):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        for receiver in (process, *workers):
+            receiver.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("Finishing this step, then saving.") == 1
+    (saved,) = checkpoints(run)
+    done = read_metrics(run)[-1]["step"]
+    assert saved.name == f"step-{done:06d}"
+    assert f"Stopped after step {done}. The same command resumes from there." in output
+    output = run_process([*TORCHRUN, *command, f"train.steps={done + 1}"])
+    assert f"Resuming from {saved}" in output
 
 
 FAILS_ON_ONE = """

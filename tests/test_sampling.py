@@ -1,11 +1,13 @@
 """Pictures from a run, a checkpoint, an adapter or a model: which are made, and where they go."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -251,6 +253,27 @@ def test_a_tilde_is_the_home_folder_for_pictures_and_adapters(tmp_path, monkeypa
     assert from_config(config, "~/adapter").adapter == tmp_path / "adapter"
 
 
+def test_prompts_are_read_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text(f"{PROMPT}\n")
+    assert [prompt.text for prompt in read_texts("~/p.txt")] == [PROMPT]
+
+
+BOMB = "a: &a {k: 1}\n" + "\n".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}"
+    for before, name in itertools.pairwise("abcdefghi")
+)
+
+
+def test_the_card_of_a_stranger_is_measured_before_it_is_read(tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("aliases are written out")
+
+    monkeypatch.setattr(yaml.constructor.SafeConstructor, "flatten_mapping", never)
+    (tmp_path / "README.md").write_text(f"---\n{BOMB}\nbase_model: x\n---\n")
+    assert base_model(tmp_path) is None
+
+
 def test_a_damaged_adapter_is_named(tmp_path, capsys):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not tensors")
     assert main(["sample", str(tmp_path), PROMPT, "--model", "assets/tiny-sd3"]) == 2
@@ -272,6 +295,19 @@ def test_the_same_seed_gives_the_same_picture_however_many_are_made():
     other = flowalign.sample("assets/tiny-sd3", [PROMPT], seed=1, steps=2)
     assert torch.equal(one.images[0], three.images[0])
     assert not torch.equal(one.images[0], other.images[0])
+
+
+@pytest.mark.parametrize("seed", ["12345678901234567890", "-1"])
+def test_a_seed_out_of_range_is_answered_with_the_range(seed, capsys):
+    assert main(["sample", "assets/tiny-sd3", PROMPT, f"--seed={seed}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"seed is {seed}; it must be ")
+    assert str(2**63 - 1) in error or "equal to 0" in error
+
+
+def test_the_largest_seed_makes_pictures():
+    pictures = flowalign.sample("assets/tiny-sd3", [PROMPT], seed=2**63 - 1, steps=1)
+    assert pictures.names == [f"000-a-red-circle-image0-seed{2**63 - 1}"]
 
 
 def test_a_model_needs_prompts(capsys):

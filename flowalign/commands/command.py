@@ -1,12 +1,15 @@
 """The form of a command: its name, its help, and the function that carries it out."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Action = Callable[[argparse.Namespace], int]
+MANY = 10**6
+"""The largest count that a command takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,4 +44,14 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    if number > MANY:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MANY:,}")
+    return number
+
+
+def gigabytes(text: str) -> float:
+    """Convert an amount of memory on the command line."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from flowalign import api
-from flowalign.commands.command import Command, Commands
+from flowalign.commands.command import Command, Commands, gigabytes
 
 
 def add_train(commands: Commands) -> None:
@@ -58,7 +58,7 @@ def add_plan(commands: Commands) -> None:
     )
     parser.add_argument(
         "--memory",
-        type=float,
+        type=gigabytes,
         metavar="GB",
         help="memory that train.images_per_pass should fit (default: that of the GPU)",
     )

@@ -32,7 +32,9 @@ def add_sample(commands: Commands) -> None:
     parser.add_argument(
         "--images", type=positive, default=1, metavar="N", help="pictures per prompt (default: 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed, from 0 to 2^63 - 1 (default: 0)"
+    )
     _add_sampler_arguments(parser)
 
 

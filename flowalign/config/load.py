@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowalign.bundled import locate
-from flowalign.config.paths import locate_files
+from flowalign.config.paths import belongs_to_run, locate_files, started_in
 from flowalign.config.sections import (
     Config,
     Data,
@@ -22,7 +22,14 @@ from flowalign.config.sections import (
 )
 from flowalign.errors import did_you_mean, naming, UserError
 from flowalign.rewards.registry import checked_rewards
-from flowalign.settings.merging import check_written, interpolate, merge, overridden, Section
+from flowalign.settings.merging import (
+    check_written,
+    escape,
+    interpolate,
+    merge,
+    overridden,
+    Section,
+)
 from flowalign.settings.types import build
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
 
@@ -34,7 +41,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge and check a configuration. No weights are loaded.
 
     Args:
-        path: a YAML file; one that comes with flowalign may be named `tiny/crd.yaml`.
+        path: a YAML file; one that comes with flowalign may be named `tiny/crd.yaml`. That of a
+            run folder has this folder as its output.
         overrides: settings as `section.key=value`, which replace those of the file.
 
     Raises:
@@ -42,9 +50,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(locate(str(path)))
     file = read_yaml(path)
+    values, folders = file.values, file.folders
+    if belongs_to_run(path):
+        # The folder may have been moved, or be named from another working directory.
+        folder = path.parent if path.parent.name else path.absolute().parent
+        values["output"] = escape(str(folder))
+        folders = (*folders, *started_in(path.parent))
     with naming(path):
-        values = overridden(file.values, list(overrides or ()), parse_yaml)
-        return build_config(values, path, file.folders)
+        values = overridden(values, list(overrides or ()), parse_yaml)
+        return build_config(values, path, folders)
 
 
 def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> Config:
@@ -95,7 +109,10 @@ def check_names(values: Section) -> None:
 def check_output(output: object) -> str:
     """Return the run folder, with `~` expanded. UserError if it cannot be a folder."""
     if not isinstance(output, str) or not output:
-        raise UserError(f"output is {output!r}; write a folder, such as outputs/first.")
+        raise UserError(
+            f"output is {output!r}; write a folder, such as outputs/first, in quotes if it looks "
+            "like a number."
+        )
     output = os.path.expanduser(output)
     # os.stat and not Path.is_dir, which takes a name that is too long for a missing folder.
     try:

@@ -1,10 +1,12 @@
 """Locate the files that a configuration names: prompts, pairs, models, code and rewards' files."""
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flowalign.bundled import locate, locate_spec
-from flowalign.rewards.registry import locate_rewards
+from flowalign.rewards.registry import is_path, locate_rewards
 from flowalign.settings.merging import Section
 
 FILES = (
@@ -23,6 +25,8 @@ SPECS = (
     ("sampler", "dynamics", "name"),
 )
 """Keys whose value may be `my_file.py:name`."""
+ENVIRONMENT, STARTED_IN = "environment.json", "started_in"
+"""The file of a run folder, and its key, that say where relative paths of its YAML began."""
 
 
 def locate_files(values: Section, folders: Sequence[Path]) -> Section:
@@ -57,3 +61,74 @@ def with_text(values: Section, key: Sequence[str], change: Callable[[str], str])
     if not rest and isinstance(value, str):
         return values | {name: change(value)}
     return values
+
+
+def belongs_to_run(path: Path) -> bool:
+    """Return True for the `config.yaml` that a run wrote into its folder."""
+    return path.name == "config.yaml" and (path.parent / ENVIRONMENT).is_file()
+
+
+def started_in(run: Path) -> list[Path]:
+    """Return the working directory in which a run was started, or nothing if it is not known."""
+    try:
+        content = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    folder = content.get(STARTED_IN) if isinstance(content, dict) else None
+    # It is relative to the run folder, so that a project can be moved with its runs.
+    return [Path(os.path.normpath(run.resolve() / folder))] if isinstance(folder, str) else []
+
+
+def directory_seen_from(run: Path) -> str:
+    """Return the working directory relative to a run folder, for `started_in` to read."""
+    try:
+        return Path(os.path.relpath(Path.cwd().resolve(), run.resolve())).as_posix()
+    except ValueError:  # another drive of Windows
+        return Path.cwd().as_posix()
+
+
+def absolute_files(values: Section, base: Path) -> Section:
+    """Return a configuration whose existing files are absolute, to compare it with another.
+
+    Args:
+        values: the merged configuration; it does not change.
+        base: the working directory that relative paths refer to.
+    """
+    for key in FILES:
+        values = with_text(values, key, lambda text: _absolute(text, base))
+    for key in SPECS:
+        values = with_text(values, key, lambda text: _absolute_spec(text, base))
+    changed = dict(values)
+    evaluation = values.get("evaluation")
+    if "rewards" in values:
+        changed["rewards"] = _absolute_settings(values["rewards"], base)
+    if isinstance(evaluation, dict) and "rewards" in evaluation:
+        rewards = _absolute_settings(evaluation["rewards"], base)
+        changed["evaluation"] = evaluation | {"rewards": rewards}
+    return changed
+
+
+def _absolute_settings(value: object, base: Path) -> object:
+    """Return rewards and their settings with absolute files in keys and values."""
+    if isinstance(value, dict):
+        return {
+            _absolute_spec(str(name), base): _absolute_settings(entry, base)
+            for name, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [_absolute_settings(entry, base) for entry in value]
+    # The texts that are looked up as paths, and no other word that a folder may have as its name.
+    if isinstance(value, str) and is_path(value):
+        return _absolute(_absolute_spec(value, base), base)
+    return value
+
+
+def _absolute(text: str, base: Path) -> str:
+    path = os.path.join(base, text)
+    # Resolved, because a working directory may be reached through a link.
+    return os.path.realpath(path) if text and os.path.exists(path) else text
+
+
+def _absolute_spec(text: str, base: Path) -> str:
+    file, colon, name = text.rpartition(":")
+    return f"{_absolute(file, base)}:{name}" if colon and file.endswith(".py") else text

@@ -88,11 +88,16 @@ def _example_of_object(entry: Metadata, listing: Path, where: str) -> Example:
         )
     return Example(
         prompt=Prompt(prompt),
-        chosen=_reader(listing.parent / chosen, where),
-        rejected=_reader(listing.parent / str(rejected), where) if rejected else None,
+        chosen=_reader(_beside(listing, chosen), where),
+        rejected=_reader(_beside(listing, str(rejected)), where) if rejected else None,
         gap=_gap(entry, where),
         where=where,
     )
+
+
+def _beside(listing: Path, name: str) -> Path:
+    """Return the path of a picture: next to its listing, or in the home folder if it has a `~`."""
+    return listing.parent / os.path.expanduser(name)
 
 
 def _first_field(entry: Metadata, names: tuple[str, ...]) -> object:

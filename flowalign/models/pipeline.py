@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TYPE_CHECKING
 import torch
 from torch import nn, Tensor
 
+from flowalign import distributed
 from flowalign.errors import UserError
 from flowalign.flow import Latent
 from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
@@ -222,4 +223,4 @@ def picture_side(path: str) -> int:
 
 def dtype_for_device(half: Literal["float16", "bfloat16"]) -> Dtype:
     """Return the half precision that a family is published in on a GPU, and float32 on a CPU."""
-    return half if torch.cuda.is_available() else "float32"
+    return half if distributed.uses_gpus() else "float32"

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,8 +23,14 @@ FEW_POINTS = 20
 Points = list[tuple[float, float]]
 
 
-def write_report(run: Path, summary: Summary) -> None:
-    """Write `report.html` from the files of a run folder."""
+def write_report(run: Path, summary: Summary, captions: Sequence[str] = ()) -> None:
+    """Write `report.html` from the files of a run folder.
+
+    Args:
+        run: The run folder.
+        summary: The content of its `summary.json`.
+        captions: The prompts of the sheet of pictures, in their order.
+    """
     # Prompts, names of rewards and paths come from the user: the template escapes all of them.
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     stopped = summary["stopped"]
@@ -38,9 +43,10 @@ def write_report(run: Path, summary: Summary) -> None:
         note=guidance_note(summary["baseline_guided"]) if summary["baseline_guided"] else "",
         mean=format_mean,
         difference=format_difference,
+        captions=captions,
         curves=draw_curves(read_metrics(run), summary),
-        config=(run / "config.yaml").read_text(),
-        environment=json.dumps(json.loads((run / "environment.json").read_text()), indent=2),
+        config=(run / "config.yaml").read_text(encoding="utf-8"),
+        environment=(run / "environment.json").read_text(encoding="utf-8"),
     )
     write_file(run / "report.html", page.encode())
 

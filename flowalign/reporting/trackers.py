@@ -43,7 +43,7 @@ class JsonLines:
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a line."""
         # Opened for every line: a process that is killed loses nothing that was logged.
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(to_json({"step": step, **metrics}) + "\n")
 
     def images(self, step: int, name: str, images: Tensor, captions: Sequence[str]) -> None:

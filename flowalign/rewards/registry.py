@@ -140,9 +140,14 @@ def locate_settings(value: object, folders: Sequence[Path] = ()) -> object:
         return {name: locate_settings(entry, folders) for name, entry in value.items()}
     if isinstance(value, list):
         return [locate_settings(entry, folders) for entry in value]
-    if isinstance(value, str) and ("/" in value or Path(value).suffix):
+    if isinstance(value, str) and is_path(value):
         return locate(locate_spec(value, folders), folders)
     return value
+
+
+def is_path(text: str) -> bool:
+    """Return True for a text that a reward's settings mean as the path of a file or folder."""
+    return "/" in text or bool(Path(text).suffix)
 
 
 def load_reward(spec: str) -> "Reward":

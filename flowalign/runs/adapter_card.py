@@ -10,6 +10,7 @@ from safetensors import safe_open, SafetensorError
 from flowalign.errors import UserError
 from flowalign.models.config import Lora
 from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
+from flowalign.settings.yaml_files import parse_yaml
 
 
 def card_head(model: str) -> str:
@@ -28,11 +29,12 @@ def base_model(folder: Path) -> str | None:
     if not card.is_file():
         return None
     # The card of the Hugging Face hub begins with YAML between two lines of dashes.
-    _, _, rest = card.read_text(encoding="utf-8").partition("---\n")
+    _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     header, closing, _ = rest.partition("\n---")
     try:
-        entries = yaml.safe_load(header) if closing else None
-    except yaml.YAMLError:
+        # The adapter may come from a stranger, so the limits of every YAML file hold here too.
+        entries = parse_yaml(header, str(card)) if closing else None
+    except UserError:
         return None
     model = entries.get("base_model") if isinstance(entries, dict) else None
     return model if isinstance(model, str) else None

@@ -39,9 +39,12 @@ def keep_finished_steps(run: Path, save: Callable[[], None]) -> Iterator[None]:
 
     Raises:
         RunError: The run failed. The message ends with the last checkpoint.
+        KeyboardInterrupt: The user stopped the run at once. The message is the last checkpoint.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(describe_finished_steps(run)) from None
     except OutOfMemory as error:
         # Only this rank knows of the error, so nothing that all ranks do together may follow.
         raise RunError(f"{error}\n{describe_finished_steps(run)}") from error

@@ -1,5 +1,6 @@
 """Versions, machine and memory use of a run."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -76,5 +77,6 @@ def _git_state() -> str | None:
 def _git(*arguments: str) -> str:
     """Return what git prints about the folder of the package; nothing if it fails."""
     command = ["git", *arguments]
-    result = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+    result = subprocess.run(command, cwd=PACKAGE, capture_output=True, check=False)
+    # As a path, because git writes names in bytes of its own and not in those of the locale.
+    return os.fsdecode(result.stdout).strip()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from flowalign.bundled import portable
 from flowalign.config.sections import Config
 from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import read_prompts
@@ -54,7 +55,7 @@ def write_results(
     """
     save_sheet(pictures, captions, run / PICTURES)
     write_summary(run, summary)
-    write_report(run, summary)
+    write_report(run, summary, captions)
 
 
 def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -> None:
@@ -71,7 +72,7 @@ def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -
 
     def write(unfinished: Path) -> None:
         save_adapter(policy, unfinished, weights)
-        card = card_head(config.model.path) + readme
+        card = card_head(portable(config.model.path)) + readme
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(folder, write)
@@ -80,12 +81,13 @@ def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -
 def adapter_readme(policy: Policy, folder: Path, config: Config) -> str:
     """Return a README whose code makes pictures as the evaluation of the run does."""
     model, sampler = config.model, config.evaluation_sampler
+    path = portable(model.path)
     call = policy.model.pipeline_call(sampler.steps, sampler.guidance, sampler.embedded_guidance)
     if call is None:
-        return README_WITHOUT_PIPELINE.format(path=model.path, name=model.name, folder=folder)
+        return README_WITHOUT_PIPELINE.format(path=path, name=model.name, folder=folder)
     half = model.dtype != "float32"
     return README.format(
-        path=model.path,
+        path=path,
         torch="import torch\n" if half else "",
         pipeline=call.pipeline,
         loading=keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),

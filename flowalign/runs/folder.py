@@ -5,9 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flowalign import distributed
+from flowalign.config.paths import (
+    absolute_files,
+    directory_seen_from,
+    ENVIRONMENT,
+    locate_files,
+    STARTED_IN,
+    started_in,
+)
 from flowalign.config.resolved import differing, may_change, resolve
 from flowalign.config.sections import Config
 from flowalign.errors import UserError
@@ -22,7 +28,7 @@ from flowalign.runs.checkpoint import (
 )
 from flowalign.runs.environment import environment
 from flowalign.runs.lock import FolderLock
-from flowalign.settings.yaml_files import dump_yaml
+from flowalign.settings.yaml_files import dump_yaml, parse_yaml
 
 BEFORE = Path("evaluation") / "before.safetensors"
 """The evaluation of the model without adapter, below the run folder."""
@@ -70,7 +76,7 @@ def claim(folder: Path, lock: FolderLock) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if names and "environment.json" not in names and not checkpoints(folder):
+    if names and ENVIRONMENT not in names and not checkpoints(folder):
         raise UserError(f"output: {folder} holds {names[0]}, but not a run. {ANOTHER_FOLDER}.")
     lock.acquire()
 
@@ -90,7 +96,13 @@ def _resume(folder: Path, config: Config, resolved: dict[str, Any], state: Train
 
 
 def _refuse_other_settings(folder: Path, resolved: dict[str, Any]) -> None:
-    different = differing(read_config(folder), resolved)
+    # A run may be resumed from another working directory, in which its files have other names.
+    here = Path.cwd()
+    stored = read_config(folder)
+    for origin in started_in(folder):
+        stored = absolute_files(stored, origin)
+    stored = absolute_files(locate_files(stored, [folder]), here)
+    different = differing(stored, absolute_files(resolved, here))
     fixed = sorted(key for key in different if not may_change(key))
     if fixed:
         raise UserError(
@@ -147,9 +159,12 @@ def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:
     if is_new:
         (folder / BEFORE).unlink(missing_ok=True)
     remove_unfinished(folder)
-    about = environment(distributed.device(), distributed.count())
+    about = {
+        **environment(distributed.device(), distributed.count()),
+        STARTED_IN: directory_seen_from(folder),
+    }
     # environment.json comes first because it marks the folder as that of a run.
-    write_file(folder / "environment.json", json.dumps(about, indent=2).encode())
+    write_file(folder / ENVIRONMENT, json.dumps(about, indent=2).encode())
     write_file(folder / "config.yaml", dump_yaml(resolved).encode())
 
 
@@ -161,8 +176,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        # The folder may come from a stranger, so the limits of every YAML file hold here too.
+        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, ValueError, UserError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{file} is missing or damaged. {ANOTHER_FOLDER}, or remove {folder}.")

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: finish the step, save it, and stop."""
+"""Ctrl-C and SIGTERM during training: finish the step, save it, and stop."""
 
 import signal
 import threading
@@ -9,33 +9,47 @@ from types import FrameType
 from flowalign import distributed
 from flowalign.progress import say
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a run that SIGTERM stopped: the one that shells report for the signal."""
+
 
 class Interrupt:
     """A request to stop after the present step."""
 
     def __init__(self) -> None:
         self.requested = False
+        """True after Ctrl-C or SIGTERM."""
+        self.terminated = False
+        """True after SIGTERM, with which a scheduler asks the whole process to end."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Request a stop at the first Ctrl-C inside this context, and stop at once at the second.
+        """Request a stop at Ctrl-C or SIGTERM inside this context.
+
+        A Ctrl-C after the request stops at once, by KeyboardInterrupt.
 
         Python allows signal handlers in the main thread only. In another thread the context does
-        nothing, and Ctrl-C belongs to whoever started the thread.
+        nothing, and signals belong to whoever started the thread.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.signal(signal.SIGINT, self._on_signal)
+        signals = signal.SIGINT, signal.SIGTERM
+        previous = [signal.signal(number, self._on_signal) for number in signals]
         try:
             yield
         finally:
-            # A handler that was not installed from Python is reported as None.
-            signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+            for number, handler in zip(signals, previous, strict=True):
+                # A handler that was not installed from Python is reported as None.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        # A repeated SIGTERM changes nothing: a scheduler sends one to every process, and a launcher
+        # among them passes it on. A process that must not finish its step gets SIGKILL.
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        if distributed.is_main():
-            say("Finishing this step, then saving. Press Ctrl-C again to stop at once.")
+        first = not self.requested
+        self.requested, self.terminated = True, self.terminated or number == signal.SIGTERM
+        if first and distributed.is_main():
+            hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
+            say(f"Finishing this step, then saving.{hint}")

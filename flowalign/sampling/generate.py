@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from flowalign import distributed
 from flowalign.advantages import ADVANTAGES
@@ -21,21 +24,22 @@ from flowalign.runs.adapter import load_adapter
 from flowalign.runs.adapter_card import lora_settings
 from flowalign.sampling.result import free_folder, next_folder, SampleResult
 from flowalign.sampling.sources import default_prompts, enclosing_run, guidance_key, Source
+from flowalign.settings.types import Count, Settings
 from flowalign.training.setup import assemble, read_inputs
 
 IMAGES_PER_PASS = 16
 """For a model without a run."""
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """How many pictures to make, and how."""
+@dataclass
+class SampleSettings(Settings):
+    """How many pictures to make, and how. Raises WrongSetting for a value out of range."""
 
-    images: int = 1
+    images: Count = 1
     """Pictures per prompt."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """First part of the key that all noise is drawn from."""
-    steps: int | None = None
+    steps: Count | None = None
     """Sampler steps; those of the source if None."""
     guidance: float | None = None
     """Guidance scale; that of the source if None."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flowalign.bundled import locate
 from flowalign.config.load import load_config
+from flowalign.config.paths import belongs_to_run
 from flowalign.config.sections import Config
 from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import Prompt, read_prompts
@@ -123,7 +124,7 @@ def guidance_key(model: ModelConfig) -> str:
 def enclosing_run(folder: Path) -> Path | None:
     """Return the run folder that an adapter or a checkpoint lies in, or None."""
     for parent in folder.absolute().parents[:4]:  # RUN/checkpoints/step-000100/snapshots/ema
-        if (parent / "config.yaml").is_file() and (parent / "environment.json").is_file():
+        if (parent / "config.yaml").is_file() and belongs_to_run(parent / "config.yaml"):
             return parent
     return None
 

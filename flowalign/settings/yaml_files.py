@@ -143,6 +143,16 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that also quotes texts which `_Loader` would read as numbers."""
 
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        """Represent a text."""
+        # PyYAML writes these line breaks of Unicode as they are, and then reads them as spaces.
+        style = '"' if {*text} & {"\x85", "\u2028", "\u2029"} else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+# PyYAML looks representers up in a table, not on the class.
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 def _number_resolvers() -> None:
     """Replace YAML 1.1's numbers, in which 010 is 8, 1:30 is 90 and 1e-4 is a text."""
@@ -168,8 +178,11 @@ _number_resolvers()
 
 
 def dump_yaml(values: Section) -> str:
-    """Return a mapping as YAML that `parse_yaml` and every reader of YAML 1.1 reads as the same."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    """Return a mapping as YAML that `parse_yaml` and every reader of YAML 1.1 reads as the same.
+
+    OmegaConf is one of these readers. Text of any script stays as it is, so write it as UTF-8.
+    """
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, source: str) -> object:

@@ -26,6 +26,7 @@ def train(config: Config) -> Summary:
     Raises:
         UserError: The configuration cannot work.
         RunError: The run failed. The message says where its finished steps are.
+        SystemExit: SIGTERM stopped the run after a step, which is saved.
     """
     with advise_on_out_of_memory(config):
         run = prepare(config)
@@ -44,11 +45,14 @@ def execute(run: Run) -> Summary:
         with run.interrupt.listening():
             before = run.evaluate_reference()
             reason = fit(run)
-        return finish(run, before, reason)
+        summary = finish(run, before, reason)
+    if reason == "interrupted":
+        run.raise_if_terminated()
+    return summary
 
 
 def fit(run: Run) -> str:
-    """Train until the last step, a rule of `train.stop`, or Ctrl-C. Returns which of these."""
+    """Train until the last step, a rule of `train.stop`, or a signal. Returns which of these."""
     config, train, progress = run.config, run.config.train, run.progress
     with run.open_trackers() as trackers, task("training", train.steps, progress.step) as bar:
         # A run whose last evaluation failed begins with that evaluation.

@@ -77,6 +77,14 @@ def test_a_file_names_the_images_of_its_pairs(folder, better, worse):
     ]
 
 
+def test_images_are_found_in_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "lists").mkdir()
+    entry = {"prompt": "one", "chosen": "~/a.png", "rejected": "../b.png"}
+    path = write_lines(folder / "lists", entry)
+    assert colors(read_examples(path, "data.pairs", paired=True)) == [("one", "red", "blue")]
+
+
 def test_a_folder_is_read_through_its_metadata(folder):
     write_lines(
         folder,

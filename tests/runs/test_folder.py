@@ -7,12 +7,20 @@ import sys
 import pytest
 
 from flowalign.cli import main
+from flowalign.config.load import load_config
+from flowalign.config.paths import started_in
 from flowalign.config.resolved import resolve
 from flowalign.errors import UserError
+from flowalign.reporting.trackers import read_metrics
+from flowalign.runs.adapter_card import base_model
+from flowalign.runs.checkpoint import checkpoints
+from flowalign.runs.folder import read_config
 from flowalign.runs.lock import FolderLock
+from flowalign.sampling.sources import evaluation_prompts, find_source
+from flowalign.settings.yaml_files import dump_yaml
 from flowalign.training import trainer
 from tests.runs.damage import cut, same_adapter, tensors, train_again
-from tests.tiny import SMALL, small_config, TINY
+from tests.tiny import ROOT, SMALL, small_config, TINY
 
 
 def test_a_folder_without_a_run_is_left_alone(tmp_path, capsys):
@@ -118,6 +126,105 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path, caps
     assert "output" in error
     assert f"{tmp_path}/taken" in error
     assert "Traceback" not in error
+
+
+PROJECT = """
+extends: tiny/flow_grpo.yaml
+rewards: {"mine.py:brighter": 1.0}
+data: {prompts: prompts.txt}
+evaluation: {prompts: ""}
+"""
+REWARD = "def brighter(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+
+ONE_STEP = [
+    *(
+        setting
+        for setting in SMALL
+        if not setting.startswith(("train.steps", "evaluation.prompts"))
+    ),
+    *("train.steps=1", "output=outputs/run"),
+]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with a YAML file, prompts and a reward, in which a run of one step was trained."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(PROJECT)
+    (folder / "mine.py").write_text(REWARD)
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(folder)
+    assert main(["train", "mine.yaml", *ONE_STEP]) == 0
+    return folder
+
+
+def steps_of(run):
+    return [folder.name for folder in checkpoints(run)]
+
+
+def test_a_run_is_resumed_and_sampled_from_any_folder(project, monkeypatch, tmp_path):
+    run = project / "outputs" / "run"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    # By its own file, by the file it came from, and then again from where it began.
+    assert main(["train", str(run / "config.yaml"), "train.steps=2"]) == 0
+    settings = [*ONE_STEP, "train.steps=3", f"output={run}"]
+    assert main(["train", str(project / "mine.yaml"), *settings]) == 0
+    assert [prompt.text for prompt in evaluation_prompts(find_source(str(run)).config)] == [
+        "a red circle",
+        "a blue square",
+    ]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    monkeypatch.chdir(project)
+    assert main(["train", "mine.yaml", *ONE_STEP, "train.steps=4"]) == 0
+    assert steps_of(run) == ["step-000003", "step-000004"]
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_moved_with_its_project_is_resumed_where_it_is(project, monkeypatch, tmp_path):
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = moved / "outputs" / "run"
+    assert main(["train", str(run / "config.yaml"), "train.steps=2"]) == 0
+    assert steps_of(run) == ["step-000001", "step-000002"]
+    # The adapter names the model as it is found on any machine, and no folder of this one.
+    assert base_model(run / "adapter") == "assets/tiny-sd3"
+    assert str(ROOT) not in (run / "adapter" / "README.md").read_text()
+
+
+def test_another_file_of_the_same_name_is_refused_from_another_folder(
+    project, monkeypatch, tmp_path, capsys
+):
+    run = project / "outputs" / "run"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "mine.py").write_text(REWARD)
+    rewards = f'rewards={{"{tmp_path}/elsewhere/mine.py:brighter": 1.0}}'
+    settings = [*ONE_STEP, "train.steps=2", f"output={run}", rewards]
+    assert main(["train", str(project / "mine.yaml"), *settings]) == 2
+    assert "holds a run with another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", '{"started_in": 3}', "[" * 10_000, "\0"])
+def test_a_run_that_does_not_say_where_it_began_has_no_such_folder(content, tmp_path):
+    if content is not None:
+        (tmp_path / "environment.json").write_text(content)
+    assert started_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ['"1e5"', '"0x10"', '"on"', '"null"', '"2026-01-02"', "\u7ea2"])
+def test_the_name_of_a_folder_is_read_back_as_it_was_written(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = resolve(load_config(TINY, [f"output={text}"]))
+    (tmp_path / "config.yaml").write_text(dump_yaml(written), encoding="utf-8")
+    assert read_config(tmp_path) == written
+    assert load_config(tmp_path / "config.yaml").output == text.strip('"')
+
+
+def test_the_configuration_of_a_stranger_s_run_is_measured_before_it_is_read(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &a [1]\nb: [" + "*a, " * 9_000 + "]")
+    with pytest.raises(UserError, match=r"config\.yaml is missing or damaged"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["data.prompts", "evaluation.prompts"])

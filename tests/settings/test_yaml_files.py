@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from flowalign.errors import UserError
+from flowalign.settings.merging import escape
 from flowalign.settings.yaml_files import (
+    _Loader,
     dump_yaml,
     MAX_CHARACTERS,
     MAX_FILES,
@@ -50,6 +55,41 @@ LISTS, MERGES = bomb("[{}]"), bomb("{{<<: [{}]}}")
 def test_a_hostile_text_is_refused_by_its_size(text):
     with pytest.raises(UserError, match=r"^it is too large|^it has over"):
         parse_yaml(text, "it")
+
+
+NODES = ("compose_scalar_node", "compose_sequence_node", "compose_mapping_node")
+"""Methods of PyYAML's composer; each call makes one node."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(LISTS, id="aliases of lists"),
+        pytest.param(MERGES, id="aliases of merged mappings"),
+        pytest.param("\n".join(f"key{i}: 1" for i in range(30_000))[:MAX_CHARACTERS], id="keys"),
+        pytest.param("- " * 30_000, id="nested entries"),
+    ],
+)
+def test_a_hostile_text_costs_no_more_work_than_an_honest_one(text, monkeypatch):
+    """Counted, not timed: at most as many nodes as the limit, and none of them becomes a value."""
+    made = []
+
+    def counting(method):
+        def make(*arguments):
+            made.append(method)
+            return method(*arguments)
+
+        return make
+
+    def never(*_):
+        raise AssertionError("a value is built from the text")
+
+    for name in NODES:
+        monkeypatch.setattr(_Loader, name, counting(getattr(_Loader, name)))
+    monkeypatch.setattr(_Loader, "construct_document", never)
+    with pytest.raises(UserError, match="too large"):
+        parse_yaml(text, "it")
+    assert len(made) <= MAX_VALUES
 
 
 def test_bombs_are_small():
@@ -116,18 +156,55 @@ def test_a_decimal_number_is_read(text, number):
     assert (value, type(value)) == (number, type(number))
 
 
+LIKE_OTHER_TYPES = [
+    *("12345e67", "1e5", "1e-4", "0891234", "010", "1:30", "1:30.5", "0x10", "0b1", "0o7", "1_0"),
+    *("2026-01-02", "2026-01-02 10:00:00", "yes", "on", "off", "y", "null", "~", "", ".5e3", "._"),
+    *("-.inf", ".nan", "<<", "=", "!x", "&x", "*x", "# x", "a: b", "- a", "? a", "%", "@", "`"),
+    *("\u7ea2\u8272", "caf\xe9", "\U0001f600", "\x85", "\u2028", "\ufeff", "\x7f", "\x00", "a\nb"),
+    *(" a", "a ", "a\n", "\ta", "'", '"', "\\", "${a}", "\\${a}", "x" * 200, "a b " * 60),
+]
+"""Texts that some reader of YAML takes for something else, or that need care to be written."""
+TEXTS = st.sampled_from(LIKE_OTHER_TYPES) | st.text()
+SCALARS = TEXTS | st.integers() | st.floats() | st.booleans() | st.none()
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def same(one, other) -> bool:
+    """Equal in value and type, also for NaN and below lists and mappings."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        *("12345e67", "0891234", "010", "1:30", "1e-4", "0x1f", "2026-01-02", "yes", "null", ""),
-        *(1e-05, 1e16, 1.5, 12, -math.inf, True, None, [1, 2.0]),
-    ],
+    "value", [*LIKE_OTHER_TYPES, 1e-05, 1e16, 1.5, 12, -math.inf, -0.0, True, None, [1, 2.0]]
 )
 def test_a_value_is_written_so_that_every_reader_returns_it(value):
-    text = dump_yaml({"a": value})
+    text = dump_yaml({"a": value, str(value): 1})
     for read in (parse_yaml(text, "it"), yaml.safe_load(text)):
-        assert read == {"a": value}
-        assert type(read["a"]) is type(value)
+        assert same(read, {"a": value, str(value): 1})
+
+
+@given(VALUES)
+def test_what_is_written_is_read_back_as_the_same_value(value):
+    text = dump_yaml({"a": value})
+    assert same(parse_yaml(text, "it"), {"a": value})
+    assert same(parse_yaml(text.encode().decode("utf-8-sig"), "it"), {"a": value})
+
+
+@given(VALUES)
+def test_omegaconf_reads_what_is_written_as_the_same_value(value):
+    text = dump_yaml({"a": escape(value)})
+    # OmegaConf has no lone key of another type, and `???` is its mark for a missing value.
+    assume("???" not in text)
+    config = OmegaConf.create(text)
+    assert same(OmegaConf.to_container(config, resolve=True), {"a": value})
 
 
 def test_a_file_beside_is_extended_before_one_in_the_working_directory(tmp_path, monkeypatch):

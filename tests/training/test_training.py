@@ -216,21 +216,55 @@ def test_two_runs_train_one_after_the_other_in_a_thread(tmp_path):
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, capsys):
-    config = small_config(tmp_path / "run", "train.steps=50")
-    run = trainer.prepare(config)
+def sent_in_step(run, step, number):
+    """Let the run receive a signal while it makes the batch of a step."""
     source = run.source
 
-    def interrupted(step):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return source(step)
+    def interrupted(current):
+        if current == step:
+            os.kill(os.getpid(), number)
+        return source(current)
 
     run.source = interrupted
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, capsys):
+    run = trainer.prepare(small_config(tmp_path / "run", "train.steps=50"))
+    sent_in_step(run, 1, signal.SIGINT)
     summary = trainer.execute(run)
     assert summary["stopped"] == "interrupted"
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
     assert "The same command resumes from there" in capsys.readouterr().out
+
+
+def test_sigterm_saves_the_step_and_ends_the_process_with_143(tmp_path, capsys):
+    run = trainer.prepare(small_config(tmp_path / "run", "train.steps=50"))
+    sent_in_step(run, 1, signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        trainer.execute(run)
+    assert ended.value.code == 143
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "interrupted"
+    assert "The same command resumes from there" in capsys.readouterr().out
+    assert trainer.train(small_config(tmp_path / "run", "train.steps=3"))["stopped"] == "finished"
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_sigterm_in_the_last_step_leaves_a_finished_run(tmp_path):
+    run = trainer.prepare(small_config(tmp_path / "run", "train.steps=1"))
+    sent_in_step(run, 0, signal.SIGTERM)
+    assert trainer.execute(run)["stopped"] == "finished"
+
+
+def test_a_second_ctrl_c_names_the_last_checkpoint(tmp_path):
+    config = small_config(tmp_path / "run", "train.save_every=1")
+    for step, told in ((0, "No step is saved yet."), (1, "step-000001. The same command resumes")):
+        run = trainer.prepare(config)
+        run.interrupt.requested = True
+        run.stop_reason = lambda: ""
+        sent_in_step(run, step, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt, match=told):
+            trainer.execute(run)
 
 
 def test_ctrl_c_before_the_first_step_trains_none(tmp_path):
