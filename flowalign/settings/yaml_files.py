@@ -143,7 +143,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that also quotes texts which `_Loader` would read as numbers."""
 
-    def represent_str(self, text: str) -> yaml.ScalarNode:
+    def represent_text(self, text: str) -> yaml.ScalarNode:
         """Represent a text."""
         # PyYAML writes these line breaks of Unicode as they are, and then reads them as spaces.
         style = '"' if {*text} & {"\x85", "\u2028", "\u2029"} else None
@@ -151,7 +151,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 # PyYAML looks representers up in a table, not on the class.
-_Dumper.add_representer(str, _Dumper.represent_str)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _number_resolvers() -> None:

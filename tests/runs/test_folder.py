@@ -178,7 +178,7 @@ def test_a_run_is_resumed_and_sampled_from_any_folder(project, monkeypatch, tmp_
     assert not list((tmp_path / "elsewhere").iterdir())
     monkeypatch.chdir(project)
     assert main(["train", "mine.yaml", *ONE_STEP, "train.steps=4"]) == 0
-    assert steps_of(run) == ["step-000003", "step-000004"]
+    assert steps_of(run)[-1] == "step-000004"
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
 
 
