@@ -98,6 +98,13 @@ def test_steps_before_the_window_are_planned_once_for_each_prompt():
     assert works[1]["float32"] < works[0]["float32"]
 
 
+def test_a_combination_that_wants_scores_of_a_range_is_planned_like_another():
+    """A plan has no pictures to score, so its scores are in no range."""
+    rewards = "rewards={brightness: 1, contrast: 1}"
+    work = planned(rewards, "combine={name: modulated, base: brightness}").work
+    assert work == planned(rewards).work
+
+
 @pytest.mark.parametrize(("name", "compares"), [("dpo", True), ("sft", False)])
 def test_training_on_given_pictures_is_planned_without_encoding_them(name, compares):
     counts = ["train.images_per_prompt=1", "train.images_per_pass=2"]
