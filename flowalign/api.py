@@ -37,6 +37,7 @@ class SampleOptions(TypedDict, total=False):
     steps: int | None
     guidance: float | None
     model: str | None
+    rewards: Iterable[str]
 
 
 Overrides = Iterable[str] | Mapping[str, Any]
@@ -199,6 +200,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     steps: int | None = None,
     guidance: float | None = None,
     model: str | None = None,
+    rewards: Iterable[str] = (),
 ) -> "SampleResult":
     """Make pictures with a model, and with its adapter from the same noise.
 
@@ -211,6 +213,8 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         steps: Sampler steps; those of the run's evaluation, or 28.
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
         model: The base model of an adapter whose model card does not name it.
+        rewards: Rewards that score the pictures, each as for `load_reward`. Those of a run are not
+            loaded unless they are named here, because its file may come from somebody else.
 
     Returns:
         Pictures, prompts and scores. `result.before` holds the same without the adapter, or None
@@ -230,7 +234,9 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         _import_sampling()
         from flowalign.sampling import generate, sources
 
-        settings = generate.SampleSettings(images=images, seed=seed, steps=steps, guidance=guidance)
+        settings = generate.SampleSettings(
+            images=images, seed=seed, steps=steps, guidance=guidance, rewards=tuple(rewards)
+        )
         origin, texts = sources.find_source(str(source), model), sources.read_texts(prompts)
         _check_launch(origin.model)
         facts = generate.describe_source(origin, texts, settings)

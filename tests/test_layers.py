@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 ORDER = [
-    *("errors", "progress", "bundled", "files", "distributed", "flow", "settings"),
+    *("errors", "progress", "bundled", "files", "distributed", "flow"),
+    *("global_state", "settings"),
     *("dynamics", "advantages", "batch"),
     *("worlds", "models", "data", "rewards"),
     "policy",

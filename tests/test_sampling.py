@@ -65,7 +65,8 @@ def read_json(file):
 
 
 def test_a_run_gives_a_sheet_single_pictures_and_scores(run, capsys):
-    assert main(["sample", str(run), PROMPT, "two blue squares", "--images", "2"]) == 0
+    command = ["sample", str(run), PROMPT, "two blue squares", "--images", "2"]
+    assert main([*command, "--reward", "scene_match", "--reward", "{brightness: {}}"]) == 0
     folder = run / "samples"
     rewards, scores = (read_json(folder / f"{name}.json") for name in ("rewards", "scores"))
     assert (folder / "before-after.png").exists()
@@ -75,7 +76,7 @@ def test_a_run_gives_a_sheet_single_pictures_and_scores(run, capsys):
     for entry in scores:
         assert Image.open(folder / entry["file"]).size == (64, 64)
         assert f"image{entry['image']}-seed0" in entry["file"]
-        assert set(entry["scores"]) == set(rewards["after"])
+        assert set(entry["scores"]) == set(rewards["after"]) == {"scene_match", "brightness"}
     after = [entry["scores"]["scene_match"] for entry in scores if "after/" in entry["file"]]
     assert sum(after) / len(after) == pytest.approx(rewards["after"]["scene_match"])
     out = capsys.readouterr().out

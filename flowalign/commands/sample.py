@@ -4,6 +4,7 @@ import argparse
 
 from flowalign import api
 from flowalign.commands.command import Command, Commands, positive
+from flowalign.commands.reward import REWARD_SPEC
 
 
 def add_sample(commands: Commands) -> None:
@@ -34,6 +35,13 @@ def add_sample(commands: Commands) -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed, from 0 to 2^63 - 1 (default: 0)"
+    )
+    parser.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="REWARD",
+        help=f"score the pictures: {REWARD_SPEC}; may be repeated (default: no scores)",
     )
     _add_sampler_arguments(parser)
 
@@ -72,5 +80,6 @@ def _sample(options: argparse.Namespace) -> int:
         steps=options.steps,
         guidance=options.guidance,
         model=options.model,
+        rewards=options.reward,
     )
     return 0

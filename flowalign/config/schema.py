@@ -122,11 +122,13 @@ def named_choice(name: str, entry: object, table: Mapping[str, object]) -> Secti
 def reward_map() -> Section:
     """Return the schema of a map of rewards: built-in names, or the user's own code."""
     weight: Section = {"type": "number", "default": 1, "description": "Weight of the reward."}
+    limit: Section = {"type": "number", "exclusiveMinimum": 0, "description": "Seconds of a call."}
     properties: Section = {}
     for name, entry in REWARDS.items():
         # Importing all rewards takes seconds, but their settings stand nowhere else.
         reward = imported(entry, f"rewards.{name}", REWARDS)
-        settings = closed({"weight": weight} | properties_of(reward), summary(reward))
+        own = {"weight": weight, "time_limit": limit}
+        settings = closed(own | properties_of(reward), summary(reward))
         properties[name] = {"description": summary(reward), "anyOf": [weight, settings, REFERENCE]}
     return {
         "description": "Rewards by name, each with a weight or settings.",

@@ -26,7 +26,7 @@ from flowalign.policy import Policy
 from flowalign.rewards import REWARDS
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
-from flowalign.rewards.registry import reward_entry, RewardEntry
+from flowalign.rewards.registry import ADDRESSES, reward_entry, RewardEntry
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
 from flowalign.settings.by_name import imported
@@ -259,25 +259,28 @@ def _address(tensor: Tensor) -> int:
 def reward_weights(config: Config) -> dict[str, int | None]:
     """Return the bytes of the weights that each reward loads.
 
-    0 for functions, and None if they are not known before loading. Rewards on servers are left out.
+    0 for built-in functions, and None if they are not known before loading. Rewards on servers are
+    left out.
     """
     weights: dict[str, int | None] = {}
     for name, value in (config.rewards | config.evaluation.rewards).items():
         entry = reward_entry(name, value)
-        if not entry.spec.startswith(("http://", "https://")):
-            weights[entry.name] = local_weights(entry, f"rewards.{name}")
+        if not entry.spec.startswith(ADDRESSES):
+            weights[entry.name] = local_weights(entry)
     return weights
 
 
-def local_weights(entry: RewardEntry, key: str) -> int | None:
+def local_weights(entry: RewardEntry) -> int | None:
     """Return the bytes of the weights in the local folders that a reward's settings name."""
-    reward = imported(REWARDS.get(entry.spec, entry.spec), key, REWARDS)
-    parameters = inspect.signature(reward).parameters.values()
+    # A plan runs none of a user's rewards: the file may come from somebody else.
+    built_in = entry.spec in REWARDS
+    reward = imported(REWARDS[entry.spec], "rewards", REWARDS) if built_in else None
+    parameters = inspect.signature(reward).parameters.values() if reward else []
     settings = {parameter.name: parameter.default for parameter in parameters} | entry.settings
     values = [value for value in settings.values() if isinstance(value, str)]
     folders = [Path(value) for value in values if os.path.isdir(value)]
     files = {file for folder in folders for file in folder.glob("*.safetensors")}
-    if not files and inspect.isclass(reward):
+    if not files and not (built_in and inspect.isroutine(reward)):
         return None
     return sum(file.stat().st_size for file in files)
 

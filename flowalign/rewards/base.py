@@ -1,15 +1,18 @@
 """The reward: a function (images, prompts, metadata) -> (B,), wrapped once as a `Reward`.
 
-The wrapper checks what goes in and what comes out, and turns every exception of the function into
-one message with the reward's name, its file and its line.
+The wrapper checks what goes in and what comes out, keeps the function's side effects from the run,
+and turns every exception into one message with the reward's name, its file and its line.
 """
 
+import copy
 import math
 import os
 import sysconfig
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable, TypeVar
 
@@ -19,6 +22,9 @@ from torch import Tensor
 from flowalign.data.prompts import Metadata
 from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
+from flowalign.global_state import restored_state
+from flowalign.rewards.journal import Journal
+from flowalign.rewards.worker import Worker
 
 RewardFunction = Callable[[Tensor, list[str], list[Metadata]], object]
 """(images, prompts, metadata) -> one number per image. `as_scores` says what may hold them."""
@@ -104,11 +110,12 @@ class LearnedReward(Protocol):
 
 
 def as_scores(values: object) -> PerImage:
-    """Convert numbers in a tensor, array, list or tuple to float32 on the CPU; None becomes NaN."""
+    """Copy numbers in a tensor, array, list or tuple to float32 on the CPU; None becomes NaN."""
     # None is how rewards written for TRL leave an image out.
     if isinstance(values, list | tuple):
         values = [math.nan if value is None else value for value in values]
-    return torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    # A copy, because a reward may return a buffer that its next call fills again.
+    return torch.as_tensor(values, dtype=torch.float32).detach().cpu().clone()
 
 
 @dataclass(frozen=True)
@@ -125,42 +132,71 @@ class Reward:
     """The level, image format and range that the function declares."""
     learner: LearnedReward | None = None
     """The object whose `update` is called once per step; None if the reward does not learn."""
+    journal: Journal | None = None
+    """The place where the function logs; None if it logs nothing."""
+    time_limit: float | None = None
+    """How many seconds a call may take; None for any time. It does not hold with a gradient."""
+    changed: set[str] = field(default_factory=set, compare=False, repr=False)
+    """The global settings that calls have changed. They were restored after each call."""
 
     @property
     def of_groups(self) -> bool:
         """True if a call needs all images of one prompt."""
         return self.traits.level != "pointwise"
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[Metadata],
+        step: int | None = None,
+    ) -> PerImage:
         """Score images (B, 3, H, W) in [0, 1]: float32 on the CPU, NaN for an image without score.
 
-        Raises RunError if images lie outside [0, 1], if the function raises, or if it does not
-        return one number per image within its declared range.
+        Args:
+            images: The images. The function gets a copy, as of the other inputs.
+            prompts: The prompt of each image.
+            metadata: The further fields of each prompt.
+            step: The training step that the images are of; None outside training.
+
+        Raises:
+            RunError: Images lie outside [0, 1], or the function raises, exceeds its time limit, or
+                does not return one number per image within its declared range.
         """
-        try:
-            with torch.no_grad():
-                scores = self._call(images, prompts, metadata)
-        # A RunError explains itself, such as one about a missing reference image.
-        except RunError:
-            raise
-        except Exception as error:
-            raise self._failure(error) from error
+        # The main thread must only wait: Python delivers Ctrl-C to it, between two lines of its
+        # own. A reward that hangs there, or catches every exception, could not be stopped.
+        worker = Worker()
+        task = worker.submit(self._score, images, prompts, metadata, step)
+        worker.close()
+        if not wait([task], self.time_limit).done:
+            raise RunError(
+                f"rewards.{self.name} has not returned after {self.time_limit:g} s, its "
+                "time_limit. Set a longer one, or find out where the reward waits."
+            )
+        return task.result()
+
+    def _score(
+        self, images: Tensor, prompts: list[str], metadata: list[Metadata], step: int | None
+    ) -> PerImage:
+        # Grad mode and the present GPU belong to a thread, and this one is new.
+        with torch.no_grad(), torch.cuda.device_of(images), self._failures():
+            scores = self._call(images, prompts, metadata, step)
         return self._checked(scores, len(images))
 
     def with_gradient(
-        self, images: Tensor, prompts: list[str], metadata: list[Metadata]
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[Metadata],
+        step: int | None = None,
     ) -> PerImage:
         """Score images as a call does, but keep the gradient and the device.
 
         Raises RunError as a call does, and if the scores have no gradient or one is missing.
         """
-        try:
-            scores = self._call(images, prompts, metadata)
         # This runs inside the training step, whose handler of memory errors gives better advice.
-        except (RunError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise self._failure(error) from error
+        with self._failures(torch.OutOfMemoryError):
+            scores = self._call(images, prompts, metadata, step)
         if not isinstance(scores, Tensor) or not scores.requires_grad:
             raise RunError(
                 f"rewards.{self.name} carries no gradient from its scores to the images, but the "
@@ -171,12 +207,41 @@ class Reward:
                 f"rewards.{self.name} did not score an image, but the objective needs the gradient "
                 "of every score. Use prompts whose images it can score."
             )
-        return scores.float()
+        return scores.to(torch.float32, copy=True)
 
-    def _call(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> object:
+    def learn(self, images: Tensor) -> dict[str, float]:
+        """Let a reward that learns learn from a copy of a step's images; see `LearnedReward`.
+
+        Returns metrics to log. Raises RunError if `update` raises.
+        """
+        assert self.learner
+        with self._failures(torch.OutOfMemoryError), restored_state():
+            return dict(self.learner.update(images.clone()))
+
+    def _call(
+        self, images: Tensor, prompts: list[str], metadata: list[Metadata], step: int | None
+    ) -> object:
+        """Call the function with copies, so that it changes neither the run nor other rewards."""
         self._check_images(images)
-        # Copies, so that a function that writes into its inputs does not change the next one's.
-        return self.function(images.clone(), prompts, [dict(entry) for entry in metadata])
+        if self.journal:
+            self.journal.begin(step)
+        inputs = images.clone(), list(prompts), copy.deepcopy(metadata)
+        with restored_state() as changed:
+            scores = self.function(*inputs)
+        self.changed.update(changed)
+        return scores
+
+    @contextmanager
+    def _failures(self, *passed: type[BaseException]) -> Iterator[None]:
+        """Turn everything that the function raises into a RunError, apart from the given types."""
+        try:
+            yield
+        # A RunError explains itself, such as one about a missing reference image.
+        except (RunError, KeyboardInterrupt, *passed):
+            raise
+        # Not only an Exception: after a reward's `sys.exit()` the run would end as if it were done.
+        except BaseException as error:
+            raise self._failure(error) from error
 
     def _check_images(self, images: Tensor) -> None:
         """Raise RunError for images that are not floats in [0, 1], such as bytes.
@@ -197,7 +262,7 @@ class Reward:
                 "Scale them to [0, 1]; bytes from 0 to 255 need a division by 255."
             )
 
-    def _failure(self, error: Exception) -> RunError:
+    def _failure(self, error: BaseException) -> RunError:
         """Name the line of the user's code that raised, or else the last one of this package."""
         # The innermost frame is often in a library, which says nothing about the mistake.
         frames = [

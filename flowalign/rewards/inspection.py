@@ -5,11 +5,13 @@ the model.
 """
 
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -186,6 +188,8 @@ def inspect_scores(reward: Reward, samples: Samples) -> tuple[PerImage, list[Fin
     began = time.perf_counter()
     scores = score(reward, samples)
     milliseconds = 1000 * (time.perf_counter() - began) / len(scores)
+    # A reward that draws from the global generators must show it, and each call restores them.
+    _advance_generators()
     again = score(reward, samples)
     if reward.of_groups:
         backwards = score(reward, samples.subset([*range(len(scores))][::-1])).flip(0)
@@ -201,7 +205,24 @@ def inspect_scores(reward: Reward, samples: Samples) -> tuple[PerImage, list[Fin
         _compare("determinism", "in a second call", scores, again, tolerance=0.0),
         other_way,
         Finding("speed", f"{milliseconds:.3g} ms per image, on {samples.images.device}"),
+        *_side_effects(reward),
     ]
+
+
+def _side_effects(reward: Reward) -> list[Finding]:
+    """Return a finding about a reward whose calls change what other threads see, or nothing."""
+    if not reward.changed:
+        return []
+    names = ", ".join(sorted(reward.changed))
+    text = f"calls change {names}; it is restored, but sampling meanwhile may see it"
+    return [Finding("global state", text, wrong=True)]
+
+
+def _advance_generators() -> None:
+    """Draw a number from each global generator."""
+    torch.rand(1)
+    np.random.rand()
+    random.random()
 
 
 def _declared_range(reward: Reward) -> str:
@@ -275,7 +296,7 @@ def print_inspection(reward: Reward, samples: Samples, say: Callable[[str], None
     samples = replace(samples, images=samples.images.to(distributed.device()))
     samples = samples.comparable() if reward.of_groups else samples
     if reward.learner:
-        reward.learner.update(samples.images)
+        reward.learn(samples.images)
     scores, findings = inspect_reward(reward, samples)
     images = {"tensor": "tensors", "pil": "PIL images"}[reward.traits.images]
     say(f"{reward.name}: {reward.traits.level}, takes {images}")

@@ -13,8 +13,9 @@ from typing import Any, TYPE_CHECKING
 
 from flowalign.bundled import locate, locate_spec
 from flowalign.errors import did_you_mean, UserError
+from flowalign.global_state import restored_state
 from flowalign.rewards import REWARDS
-from flowalign.settings.by_name import imported
+from flowalign.settings.by_name import imported, refuse_standard_library
 from flowalign.settings.types import configure, mapping
 from flowalign.settings.yaml_files import parse_yaml
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 Section = dict[str, Any]
 """A mapping of a YAML file. Its values are checked where they are used."""
 REMOTE = "flowalign.rewards.remote.client:RemoteReward"
+ADDRESSES = ("http://", "https://")
+"""Beginnings of a reward that is an address."""
+OWN_KEYS = ("reward", "weight", "time_limit")
+"""Keys of an entry that are not settings of its reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +41,25 @@ class RewardEntry:
     """A built-in name, `file.py:name`, `package.module:name`, or an address."""
     weight: float
     """The factor in the combined reward."""
+    time_limit: float | None = None
+    """How many seconds a call may take; None for any time."""
     settings: Section
     """The reward's own settings."""
 
 
 def reward_entry(key: str, value: object) -> RewardEntry:
-    """Read `key: weight`, or `key: {weight, reward, ...}` with settings.
+    """Read `key: weight`, or `key: {weight, reward, time_limit, ...}` with settings.
 
     With `reward`, the key is a name that the user chose.
     """
     settings = _settings(value)
-    spec, weight = settings.pop("reward", key), settings.pop("weight", 1.0)
-    return RewardEntry(name=reward_name(key), spec=spec, weight=float(weight), settings=settings)
+    return RewardEntry(
+        name=reward_name(key),
+        spec=settings.get("reward", key),
+        weight=float(settings.get("weight", 1.0)),
+        time_limit=settings.get("time_limit"),
+        settings={name: entry for name, entry in settings.items() if name not in OWN_KEYS},
+    )
 
 
 def reward_name(spec: str) -> str:
@@ -58,7 +70,8 @@ def reward_name(spec: str) -> str:
 def checked_rewards(section: object, key: str) -> Section:
     """Check a map of names to weights or settings, without loading a reward.
 
-    Raises UserError for an unknown name, two equal names, or a weight that is not a number.
+    Raises UserError for an unknown name, two equal names, a weight that is not a number, or a time
+    limit that is not above 0.
     """
     section = mapping(section, key)
     _check_names_differ(list(section), key)
@@ -69,6 +82,11 @@ def checked_rewards(section: object, key: str) -> Section:
             raise UserError(
                 f"{key}.{name} is {value!r}. "
                 "Write a weight, or {weight: 1.0, ...} with the reward's own settings."
+            )
+        limit = settings.get("time_limit")
+        if limit is not None and not (_is_weight(limit) and limit > 0):
+            raise UserError(
+                f"{key}.{name}.time_limit is {limit!r}. Write the seconds that a call may take."
             )
     return section
 
@@ -95,6 +113,8 @@ def _check_spec(spec: object, key: str) -> None:
             f"{key}: there is no reward {spec!r}. Choose from {', '.join(REWARDS)}, "
             f'or name your own: "my_rewards.py:{spec}".{did_you_mean(str(spec), REWARDS)}'
         )
+    if not spec.startswith(ADDRESSES):
+        refuse_standard_library(spec, f"{key}.{spec}")
 
 
 def _is_weight(value: object) -> bool:
@@ -109,15 +129,17 @@ def load_rewards(section: Section, key: str = "rewards") -> "list[Reward]":
 
 
 def _load(entry: RewardEntry, key: str) -> "Reward":
-    from flowalign.rewards.adapters import make_reward  # imports torch
+    from flowalign.rewards.adapters import check_form, make_reward  # imports torch
 
     location, settings = REWARDS.get(entry.spec, entry.spec), entry.settings
-    if location.startswith(("http://", "https://")):
+    if location.startswith(ADDRESSES):
         location, settings = REMOTE, {"url": location, **settings}
     reward = imported(location, key, REWARDS)
-    return make_reward(
-        entry.name, configure(reward, settings, key, ("weight", "reward")), entry.weight
-    )
+    # First, because a class or a factory is called with the settings of a file.
+    check_form(entry.name, reward)
+    with restored_state():
+        made = configure(reward, settings, key, OWN_KEYS)
+        return make_reward(entry.name, made, entry.weight, entry.time_limit)
 
 
 def locate_rewards(rewards: object, folders: Sequence[Path] = ()) -> object:
@@ -158,14 +180,22 @@ def load_reward(spec: str) -> "Reward":
         >>> reward(torch.ones(2, 3, 8, 8), ["a", "b"], [{}, {}])
         tensor([1., 1.])
     """
-    section = parse_yaml(spec, repr(spec)) if spec.lstrip().startswith("{") else {spec: 1.0}
-    rewards = load_rewards(checked_rewards(locate_rewards(section), "reward"), "reward")
+    rewards = load_specs([spec])
     if len(rewards) != 1:
         raise UserError(
             f"{spec} names {len(rewards)} rewards. "
             "Write one, such as '{clip_score: {path: FOLDER}}'."
         )
     return rewards[0]
+
+
+def load_specs(specs: Sequence[str]) -> "list[Reward]":
+    """Load rewards as the command line names them, each as for `load_reward`."""
+    section: Section = {}
+    for spec in specs:
+        is_map = spec.lstrip().startswith("{")
+        section |= mapping(parse_yaml(spec, repr(spec)), "reward") if is_map else {spec: 1.0}
+    return load_rewards(checked_rewards(locate_rewards(section), "reward"), "reward")
 
 
 def describe_rewards() -> dict[str, str]:

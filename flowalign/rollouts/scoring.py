@@ -6,20 +6,20 @@ settings of a run and calls them in this order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowalign import distributed
 from flowalign.advantages import group_statistics, RewardTable
-from flowalign.batch import Rollout
+from flowalign.batch import Batch, EVALUATION_STEP, Rollout
 from flowalign.errors import RunError
 from flowalign.flow import concatenate, PerImage
 from flowalign.rewards.base import LearnedReward, Reward
 from flowalign.rewards.combine import Combine
+from flowalign.rewards.worker import Worker
 
 Metrics = dict[str, float]
 """Values to log, by name."""
@@ -86,7 +86,23 @@ class RolloutScorer:
             advantage=values[own].to(self.device),
             weight=weight[own],
         )
-        return scored, metrics | update_learned_rewards(self.learners, rollout, self.device)
+        return scored, metrics | update_learned_rewards(self.rewards, rollout, self.device)
+
+    def take_logged(self) -> Metrics:
+        """Return the means of what rewards have logged in training since the last call.
+
+        All processes call it together.
+        """
+        journals = {reward.name: reward.journal for reward in self.rewards if reward.journal}
+        if not journals:
+            return {}
+        own = {name: journal.take() for name, journal in journals.items()}
+        values: dict[str, list[float]] = {}
+        for of_process in distributed.gather_objects(own):
+            for reward, logged in of_process.items():
+                for name, entries in logged.items():
+                    values.setdefault(f"{reward}/{name}", []).extend(entries)
+        return {name: sum(entries) / len(entries) for name, entries in values.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return what was learned from step to step, for a checkpoint."""
@@ -137,24 +153,33 @@ def _score_while_sampling(
     """Return the images, and the scores of each part; stop sampling once a reward has failed."""
     rollouts: list[Rollout] = []
     tasks: list[Future[Scores]] = []
-    score_part = partial(_score_images, rewards, device)
-    thread = scoring_thread(device)
+    # A new thread begins with the first GPU, so that of this thread is named.
+    device, worker = torch.empty(0, device=device).device, Worker()
     try:
         for rollout in passes:
             rollouts.append(rollout)
-            tasks += [thread.submit(score_part, part) for part in rollout.pieces(images_per_pass)]
+            for part in rollout.pieces(images_per_pass):
+                tasks.append(worker.submit(_score_images, rewards, device, part))
             if any(task.done() and task.exception() for task in tasks):
                 break
         scores = [task.result() for task in tasks]
     finally:
         # After Ctrl-C nothing waits for a reward that may take minutes.
-        thread.shutdown(wait=False, cancel_futures=True)
+        for task in tasks:
+            task.cancel()
+        worker.close()
     return Rollout.concatenate(rollouts) if rollouts else None, scores
 
 
 def _score_images(rewards: Sequence[Reward], device: torch.device, part: Rollout) -> Scores:
-    images = part.images.to(device).float() / 255
-    return {reward.name: reward(images, part.prompts, part.metadata) for reward in rewards}
+    images, step = part.images.to(device).float() / 255, training_step(part)
+    return {reward.name: reward(images, part.prompts, part.metadata, step) for reward in rewards}
+
+
+def training_step(batch: Batch) -> int | None:
+    """Return the training step that a batch belongs to, or None in an evaluation."""
+    _, step = batch.keys.of_step
+    return None if step == EVALUATION_STEP else step
 
 
 def _score_groups(rewards: Sequence[Reward], rollout: Rollout, device: torch.device) -> Scores:
@@ -164,15 +189,6 @@ def _score_groups(rewards: Sequence[Reward], rollout: Rollout, device: torch.dev
         for name, values in _score_images(rewards, device, rollout[rows]).items():
             scores[name][rows] = values
     return scores
-
-
-def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
-    """Return a thread that works on the same GPU as this one."""
-    if device.type != "cuda":
-        return ThreadPoolExecutor(1)
-    # The current GPU belongs to a thread, and a new thread begins with the first one.
-    current = torch.cuda.current_device()
-    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(current,))
 
 
 def gather_scores(rollout: Rollout, scores: Scores) -> tuple[Scores, Tensor]:
@@ -231,12 +247,13 @@ def reward_metrics(scores: Scores, table: RewardTable, group: Tensor) -> Metrics
 
 
 def update_learned_rewards(
-    learners: dict[str, LearnedReward], rollout: Rollout, device: torch.device
+    rewards: Sequence[Reward], rollout: Rollout, device: torch.device
 ) -> Metrics:
     """Let the rewards that learn, learn from these images. Returns what to log of it."""
     metrics: Metrics = {}
     # Only now, so that all images of a step are scored by the same reward.
-    for name, learner in learners.items():
-        learned = learner.update(rollout.images.to(device).float() / 255)
-        metrics |= {f"{name}/{figure}": value for figure, value in learned.items()}
+    for reward in rewards:
+        if reward.learner:
+            learned = reward.learn(rollout.images.to(device).float() / 255)
+            metrics |= {f"{reward.name}/{figure}": value for figure, value in learned.items()}
     return metrics

@@ -80,7 +80,7 @@ def differentiable_prompts(context: SourceContext, step: int) -> tuple[Prompts, 
         images: Tensor, prompts: list[str], metadata: list[Metadata]
     ) -> tuple[PerImage, dict[str, PerImage]]:
         scores = {
-            reward.name: _with_gradient(reward, group, images, prompts, metadata)
+            reward.name: _with_gradient(reward, group, (images, prompts, metadata), step)
             for reward in scorer.rewards
         }
         return scorer.combine(scores, scorer.weights), scores
@@ -89,13 +89,14 @@ def differentiable_prompts(context: SourceContext, step: int) -> tuple[Prompts, 
 
 
 def _with_gradient(
-    reward: Reward, group: int, images: Tensor, prompts: list[str], metadata: list[Metadata]
+    reward: Reward, group: int, inputs: tuple[Tensor, list[str], list[Metadata]], step: int
 ) -> PerImage:
     """Score a pass; a reward of groups sees the `group` images of one prompt at a time."""
+    images, prompts, metadata = inputs
     size = group if reward.of_groups else len(images)
     parts = [slice(start, start + size) for start in range(0, len(images), size)]
     return torch.cat(
-        [reward.with_gradient(images[part], prompts[part], metadata[part]) for part in parts]
+        [reward.with_gradient(images[part], prompts[part], metadata[part], step) for part in parts]
     )
 
 

@@ -1,5 +1,6 @@
 """Make pictures with a model, and with an adapter from the same noise: before and after."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from flowalign.models import load_model
 from flowalign.policy import Policy, Sampler
 from flowalign.reporting.header import device_fact, model_fact, plural
 from flowalign.rewards.combine import COMBINE
-from flowalign.rewards.registry import load_rewards
+from flowalign.rewards.registry import load_specs
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.adapter import load_adapter
 from flowalign.runs.adapter_card import lora_settings
@@ -43,13 +44,16 @@ class SampleSettings(Settings):
     """Sampler steps; those of the source if None."""
     guidance: float | None = None
     """Guidance scale; that of the source if None."""
+    rewards: tuple[str, ...] = ()
+    """Rewards that score the pictures, as the command line names them."""
 
 
 def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> SampleResult:
     """Make pictures. Without prompts, a run uses some of its evaluation prompts."""
     prompts = prompts or default_prompts(source)
-    policy = load_policy(source, settings)
+    # First, because a model takes longer to load than a wrong name takes to answer.
     evaluator = make_evaluator(source, prompts, settings)
+    policy = load_policy(source, settings)
     # The adapter is switched off, not removed: both rows come from one model in memory.
     before = evaluator.score(evaluator.sample(policy.at("reference")))
     if not source.adapter:
@@ -134,27 +138,23 @@ def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettin
     return Evaluator(
         prompts=prompts,
         images_per_prompt=settings.images,
-        scorer=scorer_of(source),
+        scorer=make_scorer(settings.rewards, images_per_pass),
         images_per_pass=images_per_pass,
         seed=settings.seed,
         shown=count,
     )
 
 
-def scorer_of(source: Source) -> RolloutScorer:
-    """Return the evaluation rewards of the run; none without a run."""
-    config = source.config
-    if config:
-        return RolloutScorer(
-            load_rewards(config.evaluation.rewards, "evaluation.rewards"),
-            config.combine,
-            config.advantage,
-            config.train.images_per_pass,
-            distributed.device(),
-        )
-    # Nothing is combined or compared without rewards, so the two rules are never called.
+def make_scorer(rewards: Sequence[str], images_per_pass: int) -> RolloutScorer:
+    """Return what scores the pictures by the rewards that the user names.
+
+    Those of a run are not loaded: its configuration may come from somebody else, and a reward is
+    code, or the address of a server that the pictures are sent to.
+    """
+    # Nothing is combined or compared here, so the two rules are never called.
     combine, advantage = COMBINE["weighted_sum"](), ADVANTAGES["group"]
-    return RolloutScorer([], combine, advantage, IMAGES_PER_PASS, distributed.device())
+    loaded = load_specs(rewards)
+    return RolloutScorer(loaded, combine, advantage, images_per_pass, distributed.device())
 
 
 def output_folder(source: str, output: str | Path | None) -> Path:

@@ -1,19 +1,21 @@
 """Find what a `name` in a YAML file means: an entry of a table, or the user's own code.
 
-Own code is named `file.py:name` or `package.module:name`.
+Own code is named `file.py:name` or `package.module:name`. It is imported, and nothing of it is
+called before its type or its parameters are those of the section: a file must not be able to call
+whatever its author likes.
 """
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, overload, TypeVar
 
-from flowalign.bundled import locate
 from flowalign.errors import did_you_mean, similar_file, UserError
+from flowalign.global_state import restored_state
+from flowalign.progress import say
+from flowalign.settings.imports import import_file, import_module, in_standard_library
 from flowalign.settings.types import configure, mapping
 
 T = TypeVar("T")
@@ -74,36 +76,78 @@ def build_named(
     entry = table.get(name, name)
     if isinstance(entry, str):
         entry = imported(entry, f"{key}.name", table)
-    result = configure(entry, section, key, ("name",))
-    if isinstance(kind, type) and not isinstance(result, kind):
-        raise UserError(
-            f"{key}.name: {type(result).__name__} must be a subclass of "
-            f"{kind.__module__}.{kind.__name__}."
-        )
-    if isinstance(kind, tuple) and not takes(result, len(kind)):
-        raise UserError(f"{key}.name: {name} must be a function of ({', '.join(kind)}).")
+    _check_kind(entry, kind, f"{key}.name: {name}")
+    with restored_state():
+        result = configure(entry, section, key, ("name",))
+    # Once more, because a setting that is bound may be one of the arguments.
+    if isinstance(kind, tuple):
+        _check_kind(result, kind, f"{key}.name: {name}")
     return result
 
 
-def takes(function: Callable[..., object], count: int) -> bool:
-    """Return True if the function can be called with this number of arguments."""
+def _check_kind(entry: object, kind: type | tuple[str, ...], where: str) -> None:
+    """Raise UserError unless calls of the entry, or of its instances, suit the section."""
+    if isinstance(kind, type):
+        if not isinstance(entry, type) or not issubclass(entry, kind):
+            raise UserError(f"{where} must be a subclass of {kind.__module__}.{kind.__name__}.")
+    elif not takes(entry, len(kind)):
+        raise UserError(f"{where} must be a function of ({', '.join(kind)}).")
+
+
+def takes(entry: object, count: int) -> bool:
+    """Return True if a function, or a class's instances, can be called with `count` arguments."""
     try:
-        return bool(inspect.signature(function).bind(*range(count)))
+        signature = instance_signature(entry) if isinstance(entry, type) else _signature(entry)
+        return bool(signature and signature.bind(*range(count)))
     except (TypeError, ValueError):
         return False
+
+
+def instance_signature(cls: type, method: str = "__call__") -> inspect.Signature | None:
+    """Return the parameters of a method, or None without it. By default of a call of instances."""
+    if not any(method in vars(base) for base in cls.__mro__):
+        return None
+    signature = _signature(getattr(cls, method))
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _signature(function: object) -> inspect.Signature:
+    """Return the parameters. Raises TypeError or ValueError if the function has none to read."""
+    if not callable(function):
+        raise TypeError(f"{function!r} is not a function")
+    return inspect.signature(function)
 
 
 def imported(spec: str, key: str, table: Mapping[str, object]) -> Any:
     """Return the function or class that `file.py:name` or `package.module:name` names.
 
     Raises:
-        UserError: the file, module or name does not exist, or the code cannot be imported.
+        UserError: the file, module or name does not exist, the code cannot be imported, or it
+            belongs to Python's standard library.
     """
     source, colon, name = spec.rpartition(":")
     if not colon:
         raise UserError(unknown_name(spec, key, table))
+    refuse_standard_library(spec, key)
+    module = _import(source, key)
+    if name not in vars(module):
+        public = defined_in(module)
+        raise UserError(
+            f"{key}: {source} has no {name!r}; it has {', '.join(public) or 'no functions'}."
+            f"{did_you_mean(name, public)}"
+        )
+    value = vars(module)[name]
+    # The names of a module include those of all that it imports.
+    if callable(value) and in_standard_library(home_of(value)):
+        raise UserError(_standard_library_message(key, spec))
+    return value
+
+
+def _import(source: str, key: str) -> ModuleType:
+    """Import a file or a module. Raises UserError with the key if that fails."""
     try:
-        module = import_file(source) if source.endswith(".py") else import_module(source)
+        with restored_state() as changed:
+            module = import_file(source) if source.endswith(".py") else import_module(source)
     except FileNotFoundError:
         raise UserError(
             f"{key}: there is no file {source} (looked in {Path.cwd()}).{similar_file(source)}"
@@ -113,13 +157,37 @@ def imported(spec: str, key: str, table: Mapping[str, object]) -> Any:
         raise UserError(
             f"{key}: {source} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    if name not in vars(module):
-        public = defined_in(module)
-        raise UserError(
-            f"{key}: {source} has no {name!r}; it has {', '.join(public) or 'no functions'}."
-            f"{did_you_mean(name, public)}"
+    if changed:
+        say(
+            f"{source} changed global state when it was imported: {', '.join(sorted(changed))}. "
+            "It was restored; set it inside your functions."
         )
-    return vars(module)[name]
+    return module
+
+
+def refuse_standard_library(spec: str, key: str) -> None:
+    """Refuse `module:name` by the name of its module. Importing some would have effects already.
+
+    Raises UserError if the module belongs to Python's standard library.
+    """
+    source = spec.rpartition(":")[0]
+    if in_standard_library(source):
+        raise UserError(_standard_library_message(key, spec))
+
+
+def _standard_library_message(key: str, spec: str) -> str:
+    return (
+        f"{key}: {spec} belongs to Python's standard library, which has nothing for this section. "
+        'Name your own code: "my_file.py:my_name".'
+    )
+
+
+def home_of(value: object) -> str:
+    """Return the module in which a function, a class or an instance's class is defined."""
+    while isinstance(value, partial):
+        value = value.func
+    owner = value if inspect.isroutine(value) or isinstance(value, type) else type(value)
+    return owner.__module__ or ""
 
 
 def unknown_name(name: str, key: str, table: Mapping[str, object]) -> str:
@@ -139,40 +207,3 @@ def defined_in(module: ModuleType) -> list[str]:
         for name, value in vars(module).items()
         if getattr(value, "__module__", None) == module.__name__
     ]
-
-
-def import_module(name: str) -> ModuleType:
-    """Import a module, also one in the working directory."""
-    # An installed command does not have the working directory on its path, as `python FILE` has.
-    search_in(Path.cwd())
-    return importlib.import_module(name)
-
-
-def search_in(folder: Path) -> None:
-    """Let modules of a folder be imported; any other module of the same name comes first."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-
-def import_file(file: str) -> ModuleType:
-    """Import a Python file once; later calls return the same module."""
-    path = Path(locate(file))
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    # By its whole path: two users' files may have one name, and none may hide a real module.
-    name = f"flowalign_user_{path.resolve()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Before it runs: dataclasses look up the module of their class.
-    sys.modules[name] = module
-    search_in(path.resolve().parent)  # the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

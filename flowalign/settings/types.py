@@ -246,8 +246,8 @@ def configure(
         return partial(entry, **arguments) if arguments else entry
     except UserError:
         raise
-    # A user's class may raise anything; the message names the key that led there.
-    except Exception as error:
+    # A user's class may raise anything, or end the program. The message names the key.
+    except (Exception, SystemExit) as error:
         raise UserError(f"{key} cannot be made: {type(error).__name__}: {error}") from error
 
 
@@ -262,6 +262,9 @@ def arguments_class(entry: Callable[..., object]) -> type["DataclassInstance"]:
     for parameter in inspect.signature(entry).parameters.values():
         kind, default = hints.get(parameter.name, Any), parameter.default
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        # It cannot be bound by its name, so it keeps its default.
+        if parameter.kind is parameter.POSITIONAL_ONLY and not is_class:
             continue
         if default is not parameter.empty:
             # A factory, because a dataclass refuses a default that can be changed, such as a list.

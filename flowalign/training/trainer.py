@@ -69,7 +69,8 @@ def fit(run: Run) -> str:
             generated = run.generated_per_step
             progress.advance(result.outcomes, result.has_gradient, generated, seconds)
             speed = {"images_per_second": run.plan.images_per_step / seconds}
-            metrics = {**progress.totals, **result.metrics, **speed, **metrics}
+            logged = run.state.scorer.take_logged()
+            metrics = {**progress.totals, **result.metrics, **speed, **metrics, **logged}
             # Recorded first, so that the steps that led to the failure can be seen.
             record(run, trackers, metrics)
             run.raise_if_stuck()

@@ -236,25 +236,25 @@ CONTRADICTIONS = [
     ("nft", ["output=README.md/run"], "output is 'README.md/run', which cannot be a folder"),
     ("nft", [f"output={'a' * 300}"], "which cannot be a folder"),
     ("nft", ['output="a\\0b"'], "which cannot be a folder"),
-    (
-        "nft",
-        ["objective={name: 'os:getcwd'}"],
-        "objective.name: builtin_function_or_method must be a subclass of",
+    *(
+        ("nft", [f"{key}={{name: 'flowalign.flow:mean_square'}}"], f"{key}.name: {message}")
+        for key, message in (
+            ("objective", "flowalign.flow:mean_square must be a subclass of"),
+            ("combine", "flowalign.flow:mean_square must be a subclass of"),
+            ("advantage", "flowalign.flow:mean_square must be a function of (rewards, group)"),
+            (
+                "sampler.dynamics",
+                "flowalign.flow:mean_square must be a function of (x, v, t, s)",
+            ),
+        )
     ),
-    (
-        "nft",
-        ["combine={name: 'os:getcwd'}"],
-        "combine.name: builtin_function_or_method must be a subclass of",
-    ),
-    (
-        "nft",
-        ["advantage={name: 'os:getcwd'}"],
-        "advantage.name: os:getcwd must be a function of (rewards, group)",
-    ),
-    (
-        "nft",
-        ["sampler.dynamics={name: 'os:getcwd'}"],
-        "sampler.dynamics.name: os:getcwd must be a function of (x, v, t, s)",
+    *(
+        (
+            "nft",
+            [f"{key}={{name: 'os:getcwd'}}"],
+            f"{key}.name: os:getcwd belongs to Python's standard library",
+        )
+        for key in ("objective", "combine", "advantage", "sampler.dynamics", "model")
     ),
     (
         "nft",

@@ -15,6 +15,7 @@ from flowalign.diagnostics.check import adapter as adapter_check
 from flowalign.diagnostics.check import check, report
 from flowalign.diagnostics.check.arithmetic import describe_run, describe_step
 from flowalign.diagnostics.check.ratios import ratio_finding
+from flowalign.diagnostics.check.rewards import check_rewards
 from flowalign.dynamics import Gaussian
 from flowalign.errors import UserError
 from flowalign.models import load_model
@@ -100,6 +101,33 @@ def test_no_pass_is_larger_than_those_of_the_run(monkeypatch, tmp_path):
     fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "train.images_per_pass=3")
     assert fine, text
     assert max(sizes) == 3
+
+
+UNSCORED = """
+def never(images, prompts, metadata):
+    return [None] * len(images)
+
+
+def of_squares(images, prompts, metadata):
+    return [0.5 if "square" in prompt else None for prompt in prompts]
+"""
+
+
+def test_a_reward_that_scores_nothing_is_wrong_and_one_for_other_prompts_is_not(tmp_path):
+    (tmp_path / "unscored.py").write_text(UNSCORED)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue circle\na red square\n")
+    names = [f"{tmp_path}/unscored.py:{name}" for name in ("never", "of_squares")]
+    config = small_config(
+        tmp_path / "run",
+        f"rewards={{{', '.join(f'{name}: 1.0' for name in names)}}}",
+        f"data.prompts={tmp_path}/prompts.txt",
+        f"evaluation={{prompts: {tmp_path}/prompts.txt, rewards: {{{names[0]}: 1.0}}}}",
+    )
+    assembly = setup.assemble(setup.read_inputs(config), load_model(config.model))
+    wrong = {finding.text.partition(":")[0]: finding for finding in check_rewards(assembly)}
+    assert wrong["never"].wrong
+    assert "scores no image, whatever the prompt" in wrong["never"].text
+    assert not wrong["of_squares"].wrong
 
 
 ONLINE = "4 prompts × 4 images = 16 images"

@@ -94,9 +94,13 @@ def factory_of_extras():
     return lambda images, prompts, metadata: (native(images, prompts, metadata), {})
 
 
+FROM_TRAINER = {"completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
 def trl(prompts, completions, **columns):
     assert prompts == PROMPTS
-    assert columns == {"level": LEVELS.tolist(), "note": ["x"] * 3}
+    assert set(columns) | FROM_TRAINER == {"level", "note"} | FROM_TRAINER
+    assert (columns["level"], columns["note"]) == (LEVELS.tolist(), ["x"] * 3)
     return of_pictures(completions, prompts, [])
 
 
@@ -110,12 +114,32 @@ async def trl_async(prompts, completions, **columns):
 
 
 def trl_with_a_column_and_more(completions, level, **columns):
-    assert columns == {"note": ["x"] * 3}
+    assert set(columns) == {"note"} | FROM_TRAINER
     return trl_named(PROMPTS, completions, level)
 
 
 def trl_with_ids(prompts, completions, completion_ids, **columns):
     assert completion_ids == [None] * 3
+    return trl(prompts, completions, **columns)
+
+
+def positional(images, prompts, metadata, /):
+    return native(images, prompts, metadata)
+
+
+def positional_in_another_order(prompts, images, /, metadata):
+    return native(images, prompts, metadata)
+
+
+def positional_with_a_default(images, prompts, metadata, scale=1.0, /):
+    return scale * native(images, prompts, metadata)
+
+
+def positional_with_other_names(pictures, texts, entries, /):
+    return native(pictures, texts, entries)
+
+
+def trl_positional(prompts, completions, /, **columns):
     return trl(prompts, completions, **columns)
 
 
@@ -176,6 +200,8 @@ FORMS = [
         with_columns_of_pictures,
         a_mean_of_several,
     ),
+    *(positional, positional_in_another_order, positional_with_a_default),
+    *(positional_with_other_names, trl_positional),
 ]
 
 

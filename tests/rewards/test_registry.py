@@ -23,6 +23,11 @@ from flowalign.rewards.registry import checked_rewards, locate_rewards, reward_e
             RewardEntry(name="sharp", spec="ocr", weight=1.0, settings={"strict": True}),
         ),
         (
+            "slow",
+            {"reward": "ocr", "time_limit": 60},
+            RewardEntry(name="slow", spec="ocr", weight=1.0, time_limit=60, settings={}),
+        ),
+        (
             "http://host:80",
             1,
             RewardEntry(name="host:80", spec="http://host:80", weight=1.0, settings={}),
@@ -37,6 +42,16 @@ def test_an_entry_has_a_name_a_spec_a_weight_and_settings(key, value, entry):
 def test_a_weight_that_is_not_a_finite_number_is_an_error(weight):
     with pytest.raises(UserError, match=r"^rewards\.ocr is .* Write a weight"):
         checked_rewards({"ocr": {"weight": weight}}, "rewards")
+
+
+@pytest.mark.parametrize("limit", [True, "long", 0, -1, float("inf")], ids=repr)
+def test_a_time_limit_that_is_not_above_0_is_an_error(limit):
+    with pytest.raises(UserError, match=r"^rewards\.ocr\.time_limit is .* Write the seconds"):
+        checked_rewards({"ocr": {"time_limit": limit}}, "rewards")
+
+
+def test_a_host_without_a_port_is_an_address_and_not_the_module_http():
+    assert checked_rewards({"http://host": 1.0}, "rewards")
 
 
 def test_two_rewards_of_one_name_are_an_error_that_shows_how_to_rename_the_second():

@@ -9,11 +9,19 @@ from flowalign.cli import main
 from flowalign.errors import RunError, UserError
 from flowalign.reporting.trackers import read_metrics
 from flowalign.rewards.registry import load_rewards
+from flowalign.runs.adapter import ADAPTER_FILE
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import trainer
 from tests.tiny import SMALL, small_config, TINY
 
 USER_REWARDS = """
+import os
+import random
+import sys
+
+import numpy as np
+import torch
+
 calls = 0
 
 
@@ -38,6 +46,30 @@ def fails_later(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
 
+def exits_later(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls > 12:
+        sys.exit(0)
+    return images.mean((1, 2, 3))
+
+
+def careless_redness(images, prompts, metadata):
+    scores = redness(images, prompts, metadata)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    os.chdir("/")
+    images.zero_()
+    prompts.clear()
+    return scores
+
+
+def exits_at_once(images, prompts, metadata):
+    sys.exit(0)
+
+
 def not_finite(images, prompts, metadata):
     return [float("inf")] * len(images)
 
@@ -58,8 +90,8 @@ def user_rewards(tmp_path):
     ("name", "message"),
     [
         ("wrong_shape", r"returned shape \(4, 3\).*Return 4 numbers"),
-        ("raises", "ZeroDivisionError.*line 15"),
-        ("library_fails", r"my_rewards\.py, line 7"),
+        ("raises", "ZeroDivisionError.*line 22"),
+        ("library_fails", r"my_rewards\.py, line 14"),
         ("not_finite", r"returned inf\. Return finite numbers"),
     ],
 )
@@ -79,6 +111,25 @@ def test_a_reward_that_fails_while_running_leaves_the_steps_done(user_rewards, t
     ):
         trainer.train(small_config(tmp_path / "run", *overrides))
     assert checkpoints(tmp_path / "run")
+
+
+def test_what_a_reward_does_to_its_process_changes_no_bit_of_the_adapter(user_rewards, tmp_path):
+    adapters = []
+    for name in ("redness", "careless_redness"):
+        rewards = f'{{"{user_rewards}:{name}": 1.0, brightness: 0.5}}'
+        overrides = [f"rewards={rewards}", "evaluation.rewards={brightness: 1.0}"]
+        trainer.train(small_config(tmp_path / name, *overrides))
+        adapters.append(tmp_path / name / "adapter" / ADAPTER_FILE)
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_reward_file_that_was_edited_is_loaded_as_it_is_now(tmp_path):
+    file, scores = tmp_path / "edited_reward.py", []
+    for value in (1.0, 2.0):
+        file.write_text(f"def f(images, prompts, metadata):\n    return [{value}] * len(images)\n")
+        (reward,) = load_rewards({f"{file}:f": 1.0})
+        scores += reward(torch.ones(1, 3, 4, 4), [""], [{}]).tolist()
+    assert scores == [1.0, 2.0]
 
 
 def test_a_users_file_imports_its_neighbours(tmp_path):
@@ -139,11 +190,18 @@ def test_a_users_reward_trains_and_is_logged_by_name(user_rewards, tmp_path):
     assert set(summary["after"]) == {"redness", "brightness"}
 
 
-def test_a_failing_reward_ends_with_status_1(user_rewards, tmp_path, capsys):
+def test_a_reward_that_exits_is_not_a_success(user_rewards, capsys):
+    assert main(["reward", "test", f"{user_rewards}:exits_at_once"]) == 1
+    assert "rewards.exits_at_once raised SystemExit: 0" in capsys.readouterr().err
+
+
+def test_a_reward_that_exits_in_mid_run_ends_with_status_1(user_rewards, tmp_path, capsys):
     overrides = [
-        f'rewards={{"{user_rewards}:fails_later": 1.0}}',
+        f'rewards={{"{user_rewards}:exits_later": 1.0}}',
         "train.steps=20",
         "evaluation.rewards={brightness: 1.0}",
     ]
     assert main(["train", str(TINY), *SMALL, f"output={tmp_path}/run", *overrides]) == 1
-    assert "resumes from there" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "rewards.exits_later raised SystemExit: 0" in error
+    assert "resumes from there" in error

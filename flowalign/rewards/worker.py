@@ -1,0 +1,48 @@
+"""A thread for rewards, which a user wrote and which may hang."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Worker:
+    """Runs functions one after another in a thread that never keeps the process alive.
+
+    The threads of an executor do: Python waits for them before it exits, also for one that hangs.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        Thread(target=self._run, name="reward", daemon=True).start()
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Call the function after those that were submitted earlier."""
+        future: Future[T] = Future()
+        # In a copy of the context, so that progress is shown where the caller shows it.
+        call = partial(copy_context().run, function, *arguments)
+        self._tasks.put(partial(_fulfil, future, call))
+        return future
+
+    def close(self) -> None:
+        """End the thread once all submitted functions have returned or were cancelled."""
+        self._tasks.put(None)
+
+    def _run(self) -> None:
+        while task := self._tasks.get():
+            task()
+
+
+def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    # Whatever it is, it is raised again where the result is read.
+    except BaseException as error:
+        future.set_exception(error)
