@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 
 from flowalign.errors import similar_file, UserError
 
 CHECKSUMS = "sha256.json"
 """Name of the file that lists the SHA-256 of every other file in its folder."""
+CACHE_VARIABLE = "FLOWALIGN_CACHE"
+ANOTHER_CACHE = f"Set the environment variable {CACHE_VARIABLE} to a folder that can be written."
+CHECKSUM = "sha256"
+"""Name in the header of a safetensors file of the checksum of its tensors."""
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -81,8 +85,16 @@ def _fsync(descriptor: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of all caches: `$FLOWALIGN_CACHE`, or `~/.cache/flowalign`."""
-    return Path(os.environ.get("FLOWALIGN_CACHE", "~/.cache/flowalign")).expanduser()
+    """Return the folder of all caches: `$FLOWALIGN_CACHE`, or `~/.cache/flowalign`.
+
+    Raises UserError if the home folder is needed and not known.
+    """
+    # A user of a cluster may have no home folder, and then sets the variable.
+    folder = os.environ.get(CACHE_VARIABLE) or "~/.cache/flowalign"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"The cache {folder} cannot be found: {error} {ANOTHER_CACHE}") from None
 
 
 def sha256(file: Path) -> str:
@@ -158,7 +170,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it does not hold a JSON object.")
@@ -167,37 +179,87 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises UserError if it is missing or damaged."""
+    return _tensors_and_metadata(file)[0]
+
+
+def _tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
+            return tensors, content.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
 
 
+def with_checksum(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return a safetensors file of some tensors, whose header holds their checksum."""
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    return save(whole, {CHECKSUM: tensor_checksum(whole)})
+
+
+def read_with_checksum(file: Path) -> dict[str, Tensor]:
+    """Read a file that `with_checksum` made.
+
+    Raises UserError if it is missing or damaged, or if its tensors are not those of its checksum.
+    """
+    tensors, metadata = _tensors_and_metadata(file)
+    if CHECKSUM not in metadata:
+        raise UserError(f"{file} is damaged: its header holds no checksum.")
+    if metadata[CHECKSUM] != tensor_checksum(tensors):
+        raise UserError(f"{file} is damaged: its tensors are not those of its checksum.")
+    return tensors
+
+
+def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        # Only flat tensors can be viewed as bytes. A copy, because one of a single value may
+        # count as contiguous under a stride that no view accepts.
+        flat = value.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+        values = flat.view(torch.uint8)
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
 def read_matching_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Read a safetensors file whose names and shapes are known.
+    """Read a safetensors file of weights, whose names and shapes are known.
 
     Raises:
-        UserError: The file is missing or damaged, or a name or a shape differs.
+        UserError: The file is missing or damaged, a name or a shape differs, or a value is not
+            finite.
     """
     tensors = read_tensors(file)
-    shapes = {name: value.shape for name, value in tensors.items()}
-    different = sorted(
-        name for name in {*expected, *shapes} if shapes.get(name) != expected.get(name)
-    )
+    shapes = {name: str(tuple(value.shape)) for name, value in tensors.items()}
+    wanted = {name: str(tuple(shape)) for name, shape in expected.items()}
+    _require_equal(file, shapes, wanted)
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise UserError(f"{file} is damaged: {name} holds values that are not finite.")
+    return tensors
+
+
+def require_float32(file: Path) -> None:
+    """Raise UserError unless every tensor of a safetensors file is float32."""
+    tensors = read_tensors(file)
+    types = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+    _require_equal(file, types, dict.fromkeys(types, "float32"))
+
+
+def _require_equal(file: Path, stored: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise UserError if the descriptions of the tensors of a file are not the expected ones."""
+    names = {*stored, *expected}
+    different = sorted(name for name in names if stored.get(name) != expected.get(name))
     if different:
         name = different[0]
         raise UserError(
             f"{file} does not fit the model: {len(different)} tensors differ. For example, {name} "
-            f"is {_describe_shape(shapes, name)} in the file and "
-            f"{_describe_shape(expected, name)} in the model."
+            f"is {stored.get(name, 'missing')} in the file and "
+            f"{expected.get(name, 'missing')} in the model."
         )
-    return tensors
-
-
-def _describe_shape(shapes: Mapping[str, torch.Size], name: str) -> str:
-    return str(tuple(shapes[name])) if name in shapes else "missing"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

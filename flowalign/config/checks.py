@@ -233,8 +233,9 @@ def evaluation_metrics(config: Config) -> list[str]:
     names += ["velocity_norm", "velocity_moved"]
     if config.evaluation.images_per_prompt > 1:
         names.append("diversity")
-    if config.evaluation.pairs:
+    # Without pairs of its own, an evaluation has a part of the training data that is held out.
+    if config.evaluation.pairs or config.data.pairs:
         names.append("reconstruction_error")
         if config.objective.learns_from is Pairs:
-            names.append("chosen_preferred")
+            names += ["chosen_preferred", "margin"]
     return [f"eval/{name}" for name in names]

@@ -122,7 +122,7 @@ class Evaluation(Settings):
     rewards: dict[str, object] = field(default_factory=dict)
     """Rewards to report, written as the section `rewards`; the training rewards if empty."""
     pairs: str = ""
-    """Held-out pairs or pictures, written as `data.pairs`, for metrics of both."""
+    """Held-out pairs or pictures, written as `data.pairs`; a tenth of `data.pairs` if empty."""
     sampler: dict[str, object] = field(default_factory=dict)
     """Keys that differ from `sampler` in evaluations, as in {guidance: 4.5}.
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from flowalign.data.pictures import load_picture
+from flowalign.errors import UserError
+from flowalign.files import ANOTHER_CACHE, cache_folder, read_with_checksum, with_checksum
 from flowalign.flow import Latent
 from flowalign.models.base import FlowModel
 
@@ -18,40 +19,39 @@ class LatentCache:
     """Encodes images and caches their latents by image bytes, size and autoencoder.
 
     The files lie in `folder`, by default `latents/` below `$FLOWALIGN_CACHE` or
-    `~/.cache/flowalign`. Several processes may share it.
+    `~/.cache/flowalign`. Several processes may share it. Each holds a checksum.
+
+    Raises:
+        UserError: The folder cannot be made or written.
     """
 
-    def __init__(self, model: FlowModel, images_per_pass: int, folder: Path | None = None):
-        self.model, self.images_per_pass = model, images_per_pass
-        # A user of a cluster may have no home folder, and then sets the variable.
-        cache = os.environ.get("FLOWALIGN_CACHE", "~/.cache/flowalign")
-        self.folder = folder or Path(cache).expanduser() / "latents"
+    def __init__(self, model: FlowModel, folder: Path | None = None):
+        self.model, self.folder = model, folder or cache_folder() / "latents"
+        require_writable(self.folder)
         size = f"{model.config.height}x{model.config.width}"
         self.salt = f"{model.latent_fingerprint()}/{size}".encode()
 
     def __call__(self, images: Sequence[bytes], names: Sequence[str] = ()) -> Latent:
         """Return the latents (B, *latent) of image files, on the model's device.
 
-        `names` are what an error calls the images. Raises UserError if one cannot be decoded.
+        `names` are what an error calls the images. Raises UserError if one cannot be decoded, or
+        if the cache cannot be written.
         """
         names = names or ["data.pairs"] * len(images)
-        files = [self._file(data) for data in images]
-        latents = {file: self._read(file) for file in set(files)}
-        missing = [i for i, file in enumerate(files) if latents[file] is None]
-        for start in range(0, len(missing), self.images_per_pass):
-            part = missing[start : start + self.images_per_pass]
-            encoded = self._encode([images[i] for i in part], [names[i] for i in part])
-            for i, latent in zip(part, encoded, strict=True):
-                latents[files[i]] = latent
-                self._write(files[i], latent)
-        rows = [latents[file] for file in files]
-        return torch.stack([row for row in rows if row is not None]).to(self.model.device)
+        latents = [self._latent(data, name) for data, name in zip(images, names, strict=True)]
+        return torch.stack(latents).to(self.model.device)
 
-    def _encode(self, images: Sequence[bytes], names: Sequence[str]) -> Latent:
-        height, width = self.model.config.height, self.model.config.width
-        pairs = zip(images, names, strict=True)
-        pixels = torch.stack([load_picture(data, height, width, name) for data, name in pairs])
-        return self.model.encode_images(pixels).cpu()
+    def _latent(self, data: bytes, name: str) -> Latent:
+        file = self._file(data)
+        latent = self._read(file)
+        if latent is None:
+            height, width = self.model.config.height, self.model.config.width
+            pixels = load_picture(data, height, width, name)
+            # Each picture alone: in a batch it would be rounded in another way. Which pictures are
+            # missing depends on where a run was stopped, and its result must not.
+            latent = self.model.encode_images(pixels[None]).cpu()[0]
+            self._write(file, latent)
+        return latent
 
     def _file(self, data: bytes) -> Path:
         name = hashlib.blake2b(self.salt + data, digest_size=16).hexdigest()
@@ -60,14 +60,30 @@ class LatentCache:
     @staticmethod
     def _read(file: Path) -> Latent | None:
         try:
-            return load_file(file)["x0"]
-        except (FileNotFoundError, SafetensorError, KeyError):
+            return read_with_checksum(file).get("x0")
+        except UserError:
             return None  # encoded again, which also replaces a damaged file
 
-    @staticmethod
-    def _write(file: Path, latent: Latent) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Renaming is atomic, and the process id keeps processes that encode one image apart.
-        part = file.with_suffix(f".{os.getpid()}.part")
-        save_file({"x0": latent.contiguous()}, part)
-        part.replace(file)
+    def _write(self, file: Path, latent: Latent) -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Renaming is atomic, and the process id keeps processes that encode one image apart.
+            part = file.with_suffix(f".{os.getpid()}.part")
+            part.write_bytes(with_checksum({"x0": latent}))
+            part.replace(file)
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder. Raises UserError if it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"The cache {folder} cannot be written: {error}. {ANOTHER_CACHE}")

@@ -2,19 +2,24 @@
 
 Accepted are a `.jsonl` file, a folder with `metadata.jsonl`, and a Hugging Face dataset on disk
 (parquet, or `save_to_disk`) with the columns of Pick-a-Pic: caption, jpg_0, jpg_1, label_0.
-Images are not decoded here: an example holds functions that read the bytes when they are used.
+An example holds functions that read the bytes of its images when they are used. `check_pictures`
+reads and decodes all of them once.
 """
 
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowalign.data.pictures import named_picture
 from flowalign.data.prompts import Metadata, Prompt, read_objects
 from flowalign.errors import similar_file, UserError
+from flowalign.progress import task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +28,16 @@ ReadBytes = Callable[[], bytes]
 CHOSEN_FIELDS = ("chosen", "chosen_file_name", "image", "file_name")
 REJECTED_FIELDS = ("rejected", "rejected_file_name")
 PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0")
+WINNERS = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
+"""The columns of the chosen and the rejected image, by the label of the first."""
+TIE = 0.5
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in names of files and folders by which datasets tells splits, and the split of each."""
+OPENED_AT_ONCE = 256
 FORMATS = "a .jsonl file, a folder with metadata.jsonl, parquet files, or a split saved by datasets"
 
 
@@ -32,7 +47,7 @@ class Example:
 
     prompt: Prompt
     chosen: ReadBytes
-    """Reads the bytes of the better image, or of the only one."""
+    """Reads the bytes of the better image, or of the only one. Raises UserError if it cannot."""
     rejected: ReadBytes | None = None
     """Reads the bytes of the worse image; None for a single image."""
     gap: float = 1.0
@@ -109,7 +124,16 @@ def _reader(file: Path, where: str) -> ReadBytes:
     # False for a name that the file system refuses, where `Path.is_file` raises.
     if not os.path.isfile(file):
         raise UserError(f"{where}: the image {file} does not exist. Correct its name.")
-    return file.read_bytes
+    return partial(_file_bytes, file, where)
+
+
+def _file_bytes(file: Path, where: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{where}: the image {file} cannot be read: {error}. Restore the file."
+        ) from error
 
 
 def _gap(entry: Metadata, where: str) -> float:
@@ -143,20 +167,38 @@ def _examples_of_dataset(location: Path, key: str) -> list[Example]:
             f"{key}: {location} has no column {', '.join(missing)}; "
             f"it has {', '.join(table.column_names)}. Rename its columns as in Pick-a-Pic."
         )
-    winners = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
+    # A column alone, because reading a row decodes all its columns.
+    columns = {name: table.select_columns([name]) for name in ("jpg_0", "jpg_1")}
     examples = []
     for row, (label, caption) in enumerate(zip(table["label_0"], table["caption"], strict=True)):
-        if label in winners:
-            chosen, rejected = winners[label]
-            examples.append(
-                Example(
-                    prompt=Prompt(caption),
-                    chosen=partial(_cell_bytes, table, row, chosen),
-                    rejected=partial(_cell_bytes, table, row, rejected),
-                    where=f"{key}: {location}, row {row + 1}",
-                )
+        where = f"{key}: {location}, row {row + 1}"
+        if not _has_winner(label, where):
+            continue
+        if not isinstance(caption, str):
+            raise UserError(f"{where} has the caption {caption!r}. Write a text, or remove it.")
+        chosen, rejected = WINNERS[label]
+        examples.append(
+            Example(
+                prompt=Prompt(caption),
+                chosen=partial(_cell_bytes, columns[chosen], row, where),
+                rejected=partial(_cell_bytes, columns[rejected], row, where),
+                where=where,
             )
+        )
     return examples
+
+
+def _has_winner(label: object, where: str) -> bool:
+    """Return False for a tie or a row without a label. Raises UserError for another value."""
+    # A float column holds NaN where the label is missing.
+    if label is None or label == TIE or (isinstance(label, float) and math.isnan(label)):
+        return False
+    if not isinstance(label, int | float) or label not in WINNERS:
+        raise UserError(
+            f"{where} has label_0 {label!r}. Write 1 if jpg_0 is better, 0 if jpg_1 is, and 0.5 "
+            "for a tie."
+        )
+    return True
 
 
 def _open_dataset(location: Path, key: str) -> "Dataset":
@@ -169,9 +211,10 @@ def _open_dataset(location: Path, key: str) -> "Dataset":
         if (location / "state.json").is_file():
             table = datasets.load_from_disk(str(location))
         else:
-            is_folder = location.is_dir()
-            files = sorted(map(str, location.rglob("*.parquet"))) if is_folder else [str(location)]
+            files = _parquet_files(location, key)
             table = datasets.load_dataset("parquet", data_files=files, split="train")
+    except UserError:
+        raise
     except Exception as error:
         # `datasets` raises many types here, some of them only in its dependencies.
         raise UserError(
@@ -184,7 +227,57 @@ def _open_dataset(location: Path, key: str) -> "Dataset":
     return table
 
 
-def _cell_bytes(table: "Dataset", row: int, column: str) -> bytes:
+def _parquet_files(location: Path, key: str) -> list[str]:
+    """Return the files of a data set. Raises UserError if they belong to several splits."""
+    if not location.is_dir():
+        return [str(location)]
+    files = sorted(location.rglob("*.parquet"))
+    splits = {_split_of(file.relative_to(location)): file for file in files}
+    if len(splits) > 1:
+        names = " and ".join(str(file.relative_to(location)) for _, file in sorted(splits.items()))
+        raise UserError(
+            f"{key}: {location} holds files of several splits, such as {names}. Name one file, or "
+            "move the files of one split into a folder of their own."
+        )
+    return [str(file) for file in files]
+
+
+def _split_of(file: Path) -> str:
+    """Return the split that a file belongs to by its path in the folder, or an empty string."""
+    # A shard carries the name of its split, which may be any: validation_unique-00000-of-00001.
+    shard = re.match(r"(.+)-\d+-of-\d+", file.name)
+    words = re.split(r"[^a-z]+", file.with_suffix("").as_posix().lower())
+    known = [SPLITS[word] for word in words if word in SPLITS]
+    return shard[1] if shard else "".join(known[:1])
+
+
+def _cell_bytes(table: "Dataset", row: int, where: str) -> bytes:
+    """Return the bytes of an image file in a table of one column."""
+    (column,) = table.column_names
     # An image column holds {"bytes", "path"}; a binary column the bytes alone.
     cell = table[row][column]
-    return cell["bytes"] if isinstance(cell, dict) else cell
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(content, bytes):
+        held = "no bytes" if isinstance(cell, dict) else repr(cell)[:80]
+        raise UserError(
+            f"{where}: {column} holds {held}. Store the bytes of an image file there, or remove it."
+        )
+    return content
+
+
+def check_pictures(examples: Sequence[Example]) -> None:
+    """Read and decode every image of the examples, in threads.
+
+    Raises UserError that names the first entry with an image that cannot be opened.
+    """
+    images = [(read, e.where) for e in examples for read in (e.chosen, e.rejected) if read]
+    with task("opening pictures", len(images)) as work, ThreadPoolExecutor() as threads:
+        # In parts, because the threads would be given all images of the data set at once.
+        for start in range(0, len(images), OPENED_AT_ONCE):
+            part = images[start : start + OPENED_AT_ONCE]
+            work.advance(len(list(threads.map(_open, part))))
+
+
+def _open(image: tuple[ReadBytes, str]) -> None:
+    read, where = image
+    named_picture(read(), where)

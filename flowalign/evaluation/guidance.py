@@ -222,7 +222,10 @@ def _recall(folder: Path, key: str) -> bool:
     """Return True if the folder holds the baseline, or now holds what an earlier run kept."""
     if GuidedBaseline.load(folder, key):
         return True
-    kept = GuidedBaseline.load(_kept(key), key)
+    try:
+        kept = GuidedBaseline.load(_kept(key), key)
+    except UserError:
+        return False  # no folder for caches; `_remember` says so
     if kept:
         kept.save(folder)
     return kept is not None
@@ -230,7 +233,11 @@ def _recall(folder: Path, key: str) -> bool:
 
 def _remember(baseline: GuidedBaseline) -> None:
     """Keep a baseline for later runs, if the cache can be written."""
-    kept = _kept(baseline.choice.key)
+    try:
+        kept = _kept(baseline.choice.key)
+    except UserError as error:
+        say(f"Note: the guided baseline is not kept for other runs: {error}")
+        return
     # A name of its own: two runs may measure the same baseline at the same time.
     own = kept.with_name(f"{kept.name}.{uuid4().hex}")
     try:

@@ -14,7 +14,7 @@ from flowalign.policy import Policy
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The pictures of `evaluation.pairs`, compared at fixed times and noise, without guidance."""
+    """The held-out pictures, compared at fixed times and noise, without guidance."""
 
     batch: Examples | Pairs
     """The share of this rank: the entries whose number is its rank modulo the number of ranks."""
@@ -26,9 +26,9 @@ class HeldOut:
         """Return the figures (M,) of every entry on all ranks. All ranks call this together.
 
         `reconstruction_error` is ‖v - (noise - x0)‖² of the picture, or of the chosen one of a
-        pair; less is better. `chosen_preferred`, for pairs, is 1 if the error of the chosen
-        picture has risen less than that of the rejected one, compared with the model without
-        adapter; ½ if by as much, and 0 otherwise.
+        pair; less is better. `margin`, for pairs, is how much more the error of the rejected
+        picture has risen than that of the chosen one, compared with the model without adapter.
+        `chosen_preferred` is 1 if the margin is positive, ½ if it is 0, and 0 otherwise.
         """
         if isinstance(self.batch, Pairs):
             figures = self._pair_figures(policy, *self.batch.x0)
@@ -55,6 +55,7 @@ class HeldOut:
         return {
             "reconstruction_error": error,
             "chosen_preferred": (chosen_rise < rejected_rise).float() + tie,
+            "margin": (rejected_rise - chosen_rise) / self.times.count,
         }
 
     def _picture_figures(self, policy: Policy, x0: Latent) -> dict[str, PerImage]:

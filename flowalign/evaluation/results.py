@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
 from flowalign.errors import UserError
-from flowalign.files import read_tensors, write_file
+from flowalign.files import read_with_checksum, with_checksum, write_file
 from flowalign.flow import PerImage
 
 TENSORS = ("prompt", "images", "shown")
@@ -43,23 +42,21 @@ class EvaluationResult:
         return {f"eval/{name}": value for name, value in (self.means | self.figures).items()}
 
     def save(self, path: Path) -> None:
-        """Write everything but `figures` into a safetensors file."""
+        """Write everything but `figures` into a safetensors file with a checksum."""
         # Figures are logged but never compared with a later evaluation, so they are not saved.
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name, values in self.rewards.items():
-            tensors[f"reward/{name}"] = values.contiguous()
+            tensors[f"reward/{name}"] = values
         for name, values in self.held_out.items():
-            tensors[f"held_out/{name}"] = values.contiguous()
-        write_file(path, save(tensors))
+            tensors[f"held_out/{name}"] = values
+        write_file(path, with_checksum(tensors))
 
     @classmethod
     def load(cls, path: Path) -> "EvaluationResult":
         """Read what `save` wrote. Raises UserError if the file is missing or damaged."""
         try:
-            tensors = read_tensors(path)
-            missing = sorted(set(TENSORS) - set(tensors))
-            if missing:
-                raise UserError(f"{path} is damaged: the tensor {missing[0]} is missing.")
+            tensors = read_with_checksum(path)
+            _require_rows(tensors, path)
         except UserError as error:
             raise UserError(f"{error} Remove the file; the same command makes it again.") from None
         return cls(
@@ -69,6 +66,24 @@ class EvaluationResult:
             shown=tensors["shown"],
             held_out=_with_prefix(tensors, "held_out/"),
         )
+
+
+def _require_rows(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError unless every image has one score of each reward, and every picture a prompt.
+
+    A checksum says only that the file is as it was written, and other programs can write one.
+    """
+    missing = sorted(set(TENSORS) - set(tensors))
+    if missing:
+        raise UserError(f"{path} is damaged: the tensor {missing[0]} is missing.")
+    shapes = {f"reward/{name}": tensors["prompt"] for name in _with_prefix(tensors, "reward/")}
+    shapes["shown"] = tensors["images"]
+    for name, rows in shapes.items():
+        if tensors[name].shape != rows.shape[:1]:
+            raise UserError(
+                f"{path} is damaged: {name} has the shape {tuple(tensors[name].shape)} instead of "
+                f"{tuple(rows.shape[:1])}."
+            )
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

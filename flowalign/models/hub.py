@@ -93,7 +93,7 @@ def read_index(
         index = _download_index(path, revision, key)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: {index} is not JSON: {error}. Save the model again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{key}: {index} does not hold a mapping. Save the model again.")

@@ -132,7 +132,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     entries = []
     for line in file.read_bytes().splitlines() if file.exists() else []:
         # A process that was killed while writing leaves half a line.
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
     return [
         entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from flowalign.batch import Batch, Examples, Keys, Metadata, Pairs, Prompts, Rol
 from flowalign.data.latents import LatentCache
 from flowalign.data.preferences import Example, ReadBytes
 from flowalign.data.prompts import Prompt, prompts_of_step
+from flowalign.errors import RunError, UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
@@ -27,6 +29,7 @@ from flowalign.rollouts.ranking import rank
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import Metrics, RolloutScorer
 
+B = TypeVar("B", bound=Batch)
 Source = Callable[[int], tuple[Batch, Metrics]]
 """From a training step to this process's batch and what to log about it."""
 
@@ -48,7 +51,7 @@ class SourceContext:
     @cached_property
     def latents(self) -> LatentCache:
         """The encoded pictures of `data.pairs`."""
-        return LatentCache(self.policy.model, self.plan.images_per_pass)
+        return LatentCache(self.policy.model)
 
     def indices(self, count: int, step: int) -> dict[int, int]:
         """Return which of `count` prompts or examples this process uses in a step, by slot."""
@@ -114,15 +117,30 @@ def ranked_pairs(context: SourceContext, step: int) -> tuple[Pairs, Metrics]:
 
 
 def given_pairs(context: SourceContext, step: int) -> tuple[Pairs, Metrics]:
-    """Return pairs of `data.pairs`."""
+    """Return pairs of `data.pairs`. All ranks call it together; see `read_together`."""
     indices = context.indices(len(context.examples), step)
-    return make_pairs(context, context.examples, indices, step), {}
+    return read_together(lambda: make_pairs(context, context.examples, indices, step)), {}
 
 
 def given_examples(context: SourceContext, step: int) -> tuple[Examples, Metrics]:
-    """Return pictures of `data.pairs`; of pairs, the chosen."""
+    """Return pictures of `data.pairs`; of pairs, the chosen. See `read_together`."""
     indices = context.indices(len(context.examples), step)
-    return make_examples(context, context.examples, indices, step), {}
+    return read_together(lambda: make_examples(context, context.examples, indices, step)), {}
+
+
+def read_together(make: Callable[[], B]) -> B:
+    """Return the batch of given pictures that `make` reads in the middle of a run.
+
+    If a rank cannot read one, RunError is raised on all, so that the finished steps are saved.
+    """
+    batches, failure = [], None
+    try:
+        batches.append(make())
+    except UserError as error:
+        # Every picture was opened before the first step, so the user's input was right then.
+        failure = RunError(str(error))
+    distributed.raise_if_any_failed(failure)
+    return batches[0]
 
 
 Maker = Callable[[SourceContext, int], tuple[Batch, Metrics]]

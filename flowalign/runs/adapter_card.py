@@ -53,7 +53,7 @@ def lora_settings(folder: Path) -> Lora:
             metadata = json.loads((weights.metadata() or {}).get(METADATA_KEY, "{}"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing. Give a folder that holds an adapter.") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}). Copy the adapter again.") from None
     # PEFT can give each layer a rank of its own; the package trains one rank.
     if len(ranks) != 1:

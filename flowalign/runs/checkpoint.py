@@ -19,6 +19,7 @@ from flowalign.files import (
     read_json,
     read_matching_tensors,
     read_tensors,
+    require_float32,
     verify_checksums,
     write_checksums,
     write_folder,
@@ -152,13 +153,16 @@ def load_checkpoint(state: TrainState, folder: Path) -> Progress:
     """Restore what `save_checkpoint` wrote, bit for bit, and return the progress of that moment.
 
     Raises:
-        UserError: A file is missing or damaged, or belongs to another model or other rewards.
-            The message names it.
+        UserError: A file is missing or damaged, belongs to another model or other rewards, or
+            holds values of another type or weights that are not finite. The message names it.
     """
     policy = state.policy
     snapshots = {name: f"snapshots/{name}" for name in policy.snapshots}
     adapters = [ADAPTER_FILE, *(f"{path}/{ADAPTER_FILE}" for path in snapshots.values())]
     verify_checksums(folder, [*adapters, OPTIMIZER_FILE, REWARDS_FILE, PROGRESS_FILE])
+    # Weights of another type would be rounded as they are loaded, and the run would not be exact.
+    for name in (*adapters, OPTIMIZER_FILE):
+        require_float32(folder / name)
     load_adapter(policy, folder)
     for name, path in snapshots.items():
         load_adapter(policy, folder / path, name)
@@ -167,17 +171,32 @@ def load_checkpoint(state: TrainState, folder: Path) -> Progress:
     shapes = _moment_shapes(state.optimizer) if progress.updates else {}
     tensors = read_matching_tensors(folder / OPTIMIZER_FILE, shapes)
     load_optimizer_tensors(state.optimizer, tensors)
+    if state.updates != progress.updates:
+        raise UserError(
+            f"{folder / PROGRESS_FILE} is damaged: it counts {progress.updates} updates, but the "
+            f"optimizer has made {state.updates}."
+        )
     _load_rewards(state.scorer, folder / REWARDS_FILE)
     return progress
 
 
 def read_progress(file: Path) -> Progress:
-    """Read `state.json`. Raises UserError if a key is missing, unknown or of another type."""
+    """Read `state.json`.
+
+    Raises UserError if a key is missing or unknown, or a value is of another type or range.
+    """
     content = read_json(file)
     missing = [f.name for f in fields(Progress) if f.name not in content]
     if missing:
         raise UserError(f"{file} is damaged: the key {missing[0]} is missing.")
-    return build(Progress, content, str(file))
+    progress = build(Progress, content, str(file))
+    for number, entry in enumerate(progress.evaluations):
+        step = entry.get("step")
+        if not isinstance(step, int) or not 0 <= step <= progress.step:
+            raise UserError(
+                f"{file} is damaged: evaluations.{number} has the step {step} of {progress.step}."
+            )
+    return progress
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -219,8 +238,9 @@ def _load_rewards(scorer: RolloutScorer, file: Path) -> None:
     except (UserError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{file} does not fit the rewards: {error}") from error
     # What the rewards hold now is what they took from the file; a stranger's extra tensor is not.
-    loaded = {name: value.shape for name, value in scorer.state().items()}
-    stored = {name: value.shape for name, value in tensors.items()}
+    # Values may be NaN here: a reward decides what that means in its own state.
+    loaded = {name: (value.shape, value.dtype) for name, value in scorer.state().items()}
+    stored = {name: (value.shape, value.dtype) for name, value in tensors.items()}
     different = sorted(name for name in {*stored, *loaded} if stored.get(name) != loaded.get(name))
     if different:
         raise UserError(f"{file} does not fit the rewards: for example, {different[0]} differs.")

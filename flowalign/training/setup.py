@@ -12,8 +12,9 @@ import torch
 from flowalign import distributed
 from flowalign.batch import EVALUATION_STEP, Pairs, Prompts
 from flowalign.config.sections import Config
-from flowalign.data.preferences import Example, read_examples
-from flowalign.data.prompts import Prompt, read_prompts
+from flowalign.data.held_out import hold_out
+from flowalign.data.preferences import check_pictures, Example, read_examples
+from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models.base import FlowModel
@@ -44,7 +45,7 @@ class Inputs:
     examples: list[Example]
     """The pictures of `data.pairs`; empty if images are generated."""
     held_out: list[Example]
-    """The pictures of `evaluation.pairs`."""
+    """The pictures of `evaluation.pairs`, or else a tenth of `data.pairs`."""
     rewards: list[Reward]
     evaluation_rewards: list[Reward]
 
@@ -71,7 +72,7 @@ class Assembly:
 
 
 def read_inputs(config: Config) -> Inputs:
-    """Read prompts, pairs and rewards, and score noise with each reward.
+    """Read prompts, pairs and rewards, score noise with each reward, and open the pictures.
 
     Raises:
         UserError: A file cannot be read, or a reward does not work or does not fit the objective.
@@ -81,9 +82,9 @@ def read_inputs(config: Config) -> Inputs:
     if plan.note and distributed.is_main():
         say(plan.note)
     paired = learns_from is Pairs
-    examples = _read_examples(config.data.pairs, "data.pairs", paired)
-    held_out = _read_examples(config.evaluation.pairs, "evaluation.pairs", paired)
-    prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(examples)
+    given = _read_examples(config.data.pairs, "data.pairs", paired)
+    examples, held_out = divide(config, given, paired)
+    prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(given)
     path = config.evaluation.prompts
     evaluation_prompts = _read_prompts(path, "evaluation.prompts") or prompts
     # Many rewards load their weights at the first call, which the noise makes here.
@@ -94,6 +95,7 @@ def read_inputs(config: Config) -> Inputs:
         check_evaluation_rewards(config, evaluation_rewards)
         score_noise(rewards, prompts, config.model, needs_gradient=learns_from is Prompts)
         score_noise(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
+    check_pictures(_share([*used_examples(config, examples), *held_out]))
     return Inputs(
         config=config,
         plan=plan,
@@ -120,6 +122,38 @@ def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
     )
 
 
+def divide(
+    config: Config, given: list[Example], paired: bool
+) -> tuple[list[Example], list[Example]]:
+    """Return the entries of `data.pairs` to train on, and the held-out entries.
+
+    These are those of `evaluation.pairs`; without that key, a tenth of `data.pairs`.
+    """
+    if config.evaluation.pairs or not given:
+        return given, _read_examples(config.evaluation.pairs, "evaluation.pairs", paired)
+    examples, held_out = hold_out(given)
+    if distributed.is_main():
+        say(
+            f"{len(held_out)} of the {len(given)} entries of data.pairs are held out for "
+            "evaluations and not trained on, because evaluation.pairs is not given."
+        )
+    return examples, held_out
+
+
+def used_examples(config: Config, examples: list[Example]) -> list[Example]:
+    """Return the examples that the steps of a run take, in the order of the file."""
+    train = config.train
+    count = min(len(examples), train.steps * train.prompts_per_step)
+    # A step as large as the run takes the same examples as its steps one after another.
+    used = prompts_of_step(len(examples), 0, count, train.seed) if examples else []
+    return [examples[index] for index in sorted(used)]
+
+
+def _share(examples: list[Example]) -> list[Example]:
+    """Return this process's share of some examples: those that no other process opens."""
+    return examples[distributed.rank() :: distributed.count()]
+
+
 def _read_examples(path: str, key: str, paired: bool) -> list[Example]:
     return read_examples(path, key, paired) if path else []
 
@@ -141,7 +175,10 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     torch.manual_seed(train.seed)
     snapshots = [*objective.snapshots, *(["ema"] if train.ema.decay else [])]
     policy = Policy(model, config.sampler, snapshots, plan.images_per_pass)
-    model.remember([prompt.text for prompt in inputs.prompts])
+    # All prompts of the training steps, in an order of the data alone. Encoded later, in a batch
+    # with others that are missing then, they would be rounded in a way that depends on resuming.
+    prompts = [*inputs.prompts, *(example.prompt for example in inputs.examples)]
+    model.remember([prompt.text for prompt in prompts])
     scorer = make_scorer(config, plan, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
         policy=policy,
@@ -192,7 +229,7 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
 
 
 def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
-    """Return this rank's share of `evaluation.pairs`, or None without pairs."""
+    """Return this rank's share of the held-out pictures, or None if there are none."""
     if not inputs.held_out:
         return None
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples

@@ -1,12 +1,13 @@
 """Decoding image files: size, orientation, transparency, and files that are not images."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from flowalign.data.pictures import load_picture
+from flowalign.data.pictures import load_picture, open_picture
 from flowalign.errors import UserError
 from tests.data.image_files import encoded, halves, plain
 
@@ -72,3 +73,49 @@ def test_a_truncated_image_is_an_error(kind):
     data = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), kind)
     with pytest.raises(UserError, match=r"data\.pairs cannot be opened as an image"):
         load_picture(data[: len(data) // 2], 8, 8)
+
+
+RAMP = np.arange(65536).reshape(256, 256)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (RAMP.astype(np.uint16), "PNG"),
+        (RAMP.astype(np.uint16), "TIFF"),
+        (RAMP.astype(">u2"), "TIFF"),
+        ((RAMP / 65535).astype(np.float32), "TIFF"),
+    ],
+)
+def test_grey_values_of_more_than_8_bits_are_scaled(values, kind):
+    picture = open_picture(encoded(Image.fromarray(values), kind))
+    expected = (RAMP / 257).round().astype(np.uint8)
+    assert (np.asarray(picture) == expected[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (RAMP.astype(np.int32), "its values are 32-bit integers, whose range is not known"),
+        (RAMP.astype(np.float32), "its floating-point values reach from 0 to 65535"),
+        (np.array([[0.5, np.nan]], np.float32), "its floating-point values reach from nan"),
+    ],
+)
+def test_values_of_an_unknown_range_are_refused_by_name(values, message):
+    with pytest.raises(UserError, match=rf"^p\.jsonl, line 3 cannot be opened .*: {message}"):
+        load_picture(encoded(Image.fromarray(values), "TIFF"), 8, 8, "p.jsonl, line 3")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "TGA", "ICO"])
+def test_a_damaged_image_is_decoded_or_refused_but_raises_nothing_else(kind):
+    """Pillow's decoders raise many types."""
+    whole = encoded(Image.effect_noise((40, 40), 50).convert("RGB"), kind)
+    refused = 0
+    for position in range(0, min(len(whole), 600), 3):
+        for damaged in (whole[:position], whole[:position] + b"\xff" * 4 + whole[position + 4 :]):
+            try:
+                open_picture(damaged)
+            except ValueError:
+                refused += 1
+    assert refused

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flowalign.config.load import load_config
-from flowalign.data.preferences import Example, read_examples
+from flowalign.data.preferences import check_pictures, Example, read_examples
 from flowalign.errors import UserError
 from flowalign.training.trainer import train
 from tests.data.image_files import plain
@@ -241,8 +243,119 @@ def test_another_format_is_an_error_that_lists_the_formats(folder, name):
     assert "Use a .jsonl file, a folder with metadata.jsonl, parquet files" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption": ["one", None, "tie", "unlabelled"]}, "row 2 has the caption None. Write a"),
+        ({"label_0": [1.0, 2.0, 0.5, None]}, "row 2 has label_0 2.0. Write 1 if jpg_0 is better"),
+        ({"label_0": ["jpg_0"] * 4}, "row 1 has label_0 'jpg_0'. Write 1 if jpg_0 is better"),
+        ({"label_0": [[1.0]] * 4}, "row 1 has label_0 [1.0]. Write 1 if jpg_0 is better"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(folder, changes, message):
+    pick_a_pic(folder, **changes).to_parquet(folder / "train.parquet")
+    assert f"data.pairs: {folder}, {message}" in refusal(folder)
+
+
+def test_rows_without_a_winner_may_lack_a_caption(folder):
+    table = pick_a_pic(
+        folder, caption=["one", "two", None, None], label_0=[1.0, 0.0, 0.5, math.nan]
+    )
+    table.to_parquet(folder / "train.parquet")
+    assert len(read_examples(str(folder), "data.pairs", paired=True)) == 2
+
+
+CELLS = [
+    ([plain("red"), None], "jpg_0 holds None"),
+    (["a.png", "b.png"], "jpg_0 holds 'a.png'"),
+    ([{"bytes": None, "path": "a.png"}] * 2, "jpg_0 holds no bytes"),
+    ([plain("red"), b"text"], "cannot be opened as an image"),
+    ([plain("red"), plain("red")[:40]], "cannot be opened as an image"),
+]
+
+
+@pytest.mark.parametrize(("cells", "message"), CELLS)
+def test_a_cell_without_an_image_is_named_by_its_row(folder, cells, message):
+    other = [plain("blue")] * 2
+    rows = {"caption": ["one", "two"], "jpg_0": cells, "jpg_1": other, "label_0": [1.0, 0.0]}
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
+    examples = read_examples(str(folder), "data.pairs", paired=True)
+    with pytest.raises(UserError) as caught:
+        check_pictures(examples)
+    row = 1 if cells[0] != plain("red") else 2
+    assert f"data.pairs: {folder}, row {row}" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_every_image_is_opened_once(folder):
+    path = write_lines(folder, *[PAIR] * 300, {"prompt": "two", "image": "c.png"})
+    opened = []
+    examples = [
+        replace(
+            example,
+            chosen=lambda read=example.chosen: opened.append(1) or read(),
+            rejected=example.rejected
+            and (lambda read=example.rejected: opened.append(1) or read()),
+        )
+        for example in read_examples(path, "data.pairs", paired=False)
+    ]
+    check_pictures(examples)
+    assert len(opened) == 601
+
+
+@pytest.mark.parametrize("fault", [b"text", plain("red")[:40], None])
+def test_the_first_image_that_cannot_be_opened_is_named(folder, fault):
+    lines = [PAIR] * 10 + [{**PAIR, "rejected": "c.png"}] * 10
+    path = write_lines(folder, *lines)
+    examples = read_examples(path, "data.pairs", paired=True)
+    if fault is None:
+        (folder / "c.png").unlink()
+    else:
+        (folder / "c.png").write_bytes(fault)
+    with pytest.raises(UserError, match=rf"^data\.pairs: {path}, line 11"):
+        check_pictures(examples)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"),
+        ("validation-00000-of-00001.parquet", "validation_unique-00000-of-00001.parquet"),
+        ("train/0.parquet", "test/0.parquet"),
+        ("train.parquet", "more.parquet"),
+        ("train.parquet", "val_0.parquet"),
+    ],
+)
+def test_a_folder_with_several_splits_is_refused(folder, names):
+    location = write_files(folder, names)
+    message = refusal(location)
+    assert f"data.pairs: {location} holds files of several splits, such as" in message
+    assert all(name in message for name in names)
+    assert "move the files of one split into a folder of their own" in message
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.parquet", "train-00001-of-00002-abc.parquet"),
+        ("train/0.parquet", "train/1.parquet"),
+        ("a.parquet", "contest.parquet"),
+        ("eval-00000-of-00002.parquet", "eval-00001-of-00002.parquet"),
+    ],
+)
+def test_a_folder_with_the_files_of_one_split_is_read_whole(folder, names):
+    assert len(read_examples(str(write_files(folder, names)), "data.pairs", paired=True)) == 4
+
+
+def write_files(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        pick_a_pic(folder).to_parquet(folder / "data" / name)
+    return folder / "data"
+
+
 @pytest.mark.parametrize("role", ["chosen", "rejected"])
-def test_a_file_that_is_not_an_image_is_named_when_it_is_read(role, folder, tmp_path):
+def test_a_file_that_is_not_an_image_is_named_before_training(role, folder, tmp_path):
     (folder / "b.png").write_bytes(b"text")
     pair = {"prompt": "a red circle", "chosen": "a.png", "rejected": "c.png"}
     path = write_lines(folder, pair, {**pair, role: "b.png"})
@@ -258,3 +371,4 @@ def test_a_file_that_is_not_an_image_is_named_when_it_is_read(role, folder, tmp_
     message = rf"^(data|evaluation)\.pairs: {path}, line 2 cannot be opened as an image"
     with pytest.raises(UserError, match=message):
         train(config)
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig
 
 from flowalign.errors import UserError
-from flowalign.models.hub import explain_loading, pretrained
+from flowalign.models.hub import explain_loading, pretrained, read_index
 from tests.tiny import ROOT
 
 
@@ -61,3 +61,13 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     assert pretrained(AutoConfig, "key", "~/tiny-clip").model_type == "clip"
     with pytest.raises(UserError, match=f"key: there is no folder {Path.home()}/nowhere"):
         pretrained(AutoConfig, "key", "~/nowhere")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "{", "\udcff"])
+def test_a_model_index_that_is_not_json_is_named(content, tmp_path):
+    index = tmp_path / "model_index.json"
+    index.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(
+        UserError, match=rf"^model\.path: {index} is not JSON.* Save the model again"
+    ):
+        read_index(str(tmp_path))

@@ -1,6 +1,7 @@
 """What a step learns from, and whole runs of objectives that learn from it."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 from flowalign.advantages import gdpo, group_advantage
 from flowalign.batch import Batch, Examples, Pairs, Rollout
 from flowalign.config.load import load_config
+from flowalign.data.latents import LatentCache
 from flowalign.data.pictures import load_picture
 from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import Prompt
 from flowalign.dynamics import flow_sde
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.files import read_tensors
+from flowalign.models import load_model
 from flowalign.objectives.dpo import DPO
 from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.objectives.kto import KTO
@@ -49,6 +52,7 @@ from flowalign.rollouts.sources import (
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import trainer
 from flowalign.training.gradient import compute_gradient, Meter, split
+from flowalign.training.setup import assemble, read_inputs
 from tests.tiny import make_policy, ROOT, SMALL, TINY, two_groups
 
 CAPTIONS = ["a red circle", "a blue square", "a green triangle", "a circle and a square"]
@@ -153,7 +157,8 @@ def test_given_pairs_are_latents_of_their_pictures(pairs):
     for name, x0 in zip(("bright", "dark"), batch.x0, strict=True):
         files = [pairs.parent / f"{name}{CAPTIONS.index(prompt)}.png" for prompt in batch.prompts]
         pictures = torch.stack([load_picture(file.read_bytes(), 64, 64) for file in files])
-        assert torch.equal(x0, source.policy.model.encode_images(pictures))
+        encoded = [source.policy.model.encode_images(picture[None]) for picture in pictures]
+        assert torch.equal(x0, torch.cat(encoded))
     assert (metrics, batch.steps, len(batch)) == ({}, range(0), 2)
     assert batch.gap.tolist() == batch.weight.tolist() == [1, 1]
 
@@ -373,7 +378,7 @@ def test_an_objective_that_learns_from_given_pictures_runs(
     paired = "beta" in objective
     figures = {
         "reconstruction_error",
-        *(["chosen_preferred"] if paired else []),
+        *(["chosen_preferred", "margin"] if paired else []),
         *(["brightness"] if rewards != "{}" else []),
     }
     assert set(written["before"]) == set(written["after"]) == set(written["difference"]) == figures
@@ -381,6 +386,8 @@ def test_an_objective_that_learns_from_given_pictures_runs(
     if paired:
         assert written["before"]["chosen_preferred"] == 0.5
         assert written["after"]["chosen_preferred"] != 0.5
+        assert written["before"]["margin"] == 0
+        assert written["after"]["margin"] != 0
 
 
 def test_given_pictures_need_no_prompts(pairs, tmp_path):
@@ -395,6 +402,133 @@ def test_given_pictures_need_no_prompts(pairs, tmp_path):
     summary = trainer.train(load_config(TINY, [*SMALL, *changes, f"output={tmp_path / 'run'}"]))
     assert summary["stopped"] == "finished"
     assert CAPTIONS[0] in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+@pytest.fixture
+def many_pairs(tmp_path) -> Path:
+    """Twenty-four pairs, each with a caption of its own."""
+    lines = []
+    for i in range(24):
+        for name, level in (("bright", 150 + 4 * i), ("dark", 4 * i)):
+            Image.new("RGB", (32, 32), (level, level, level)).save(tmp_path / f"{name}{i}.png")
+        names = {"chosen": f"bright{i}.png", "rejected": f"dark{i}.png"}
+        lines.append(json.dumps({"prompt": f"a circle {i}", **names}))
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    return tmp_path / "many.jsonl"
+
+
+@pytest.mark.parametrize("objective", ["dpo, beta: 1", "sft"])
+def test_without_held_out_pairs_a_tenth_is_split_off(
+    objective, many_pairs, few_prompts, tmp_path, capsys
+):
+    changes = [f"data.pairs={many_pairs}", "rewards={}", *GIVEN, "train.evaluate_every=1"]
+    summary = run(tmp_path / "run", f"{{name: {objective}}}", few_prompts, *changes)
+    assert (
+        "3 of the 24 entries of data.pairs are held out for evaluations and not trained on, "
+        "because evaluation.pairs is not given." in capsys.readouterr().out
+    )
+    paired = "beta" in objective
+    figures = {"reconstruction_error", *(["chosen_preferred", "margin"] if paired else [])}
+    assert set(summary["before"]) == set(summary["after"]) == set(summary["difference"]) == figures
+    assert {f"eval/{name}" for name in figures} <= set(read_metrics(tmp_path / "run")[0])
+    if paired:
+        assert summary["after"]["chosen_preferred"] * 3 % 0.5 == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_held_out_is_never_trained_on(many_pairs, tmp_path):
+    changes = [f"data={{prompts: '', pairs: {many_pairs}}}", "rewards={}", *GIVEN]
+    overrides = [*SMALL, *changes, "objective={name: sft}", f"output={tmp_path / 'run'}"]
+    inputs = read_inputs(load_config(TINY, overrides))
+    context = replace(
+        assemble(inputs, load_model(inputs.config.model)).context,
+        plan=BatchPlan(
+            prompts_per_step=24, images_per_prompt=1, updates_per_step=1, max_images_per_pass=8
+        ),
+    )
+    trained = {prompt for step in range(3) for prompt in given_examples(context, step)[0].prompts}
+    held_out = {example.prompt.text for example in inputs.held_out}
+    assert len(held_out) == 3
+    assert len(trained) == 21
+    assert not trained & held_out
+
+
+def given_run(pairs: Path, few_prompts: Path, output: Path, *changes: str) -> Any:
+    """A run on given pairs, prepared but not trained."""
+    overrides = [
+        *SMALL,
+        "objective={name: dpo, beta: 1}",
+        f"data={{prompts: {few_prompts}, pairs: {pairs}}}",
+        f"evaluation={{prompts: {few_prompts}, rewards: {{}}}}",
+        "rewards={}",
+        *GIVEN,
+        "train.learning_rate=1e-2",
+        f"output={output}",
+        *changes,
+    ]
+    return trainer.prepare(load_config(TINY, overrides))
+
+
+@pytest.mark.parametrize("fault", ["removed", "truncated"])
+def test_a_picture_that_is_damaged_in_mid_run_costs_no_finished_step(
+    fault, pairs, few_prompts, tmp_path
+):
+    prepared = given_run(pairs, few_prompts, tmp_path / "run", "train.save_every=100")
+    in_step = [set(prepared.source(step)[0].prompts) for step in (0, 1)]
+    (caption,) = in_step[1] - in_step[0]
+    shutil.rmtree(tmp_path / "cache")
+    file = pairs.parent / f"bright{CAPTIONS.index(caption)}.png"
+    if fault == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(RunError) as caught:
+        trainer.execute(prepared)
+    saved = tmp_path / "run" / "checkpoints" / "step-000001"
+    line = CAPTIONS.index(caption) + 1
+    assert str(caught.value).startswith(f"data.pairs: {pairs}, line {line}")
+    assert f"The finished steps are in {saved}." in str(caught.value)
+    assert checkpoints(tmp_path / "run") == [saved]
+
+
+def adapter_of(output: Path) -> bytes:
+    return (output / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("encoded", [1, 4])
+def test_a_run_that_is_stopped_while_pictures_are_encoded_ends_the_same(
+    encoded, pairs, few_prompts, tmp_path, monkeypatch
+):
+    """What the killed run had encoded is in the cache, and the rest is encoded without it."""
+    monkeypatch.setenv("FLOWALIGN_CACHE", str(tmp_path / "whole-cache"))
+    trainer.execute(given_run(pairs, few_prompts, tmp_path / "whole"))
+    monkeypatch.setenv("FLOWALIGN_CACHE", str(tmp_path / "part-cache"))
+    with monkeypatch.context() as killed:
+        killed.setattr(LatentCache, "_write", stopping_after(encoded))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.execute(given_run(pairs, few_prompts, tmp_path / "killed"))
+    trainer.execute(given_run(pairs, few_prompts, tmp_path / "killed", "train.save_every=1"))
+    assert adapter_of(tmp_path / "killed") == adapter_of(tmp_path / "whole")
+
+
+def stopping_after(count: int) -> Any:
+    """A way to write latents that is stopped after some of them, as by a kill."""
+    write, written = LatentCache._write, []
+
+    def limited(cache: LatentCache, file: Path, latent: Tensor) -> None:
+        if len(written) == count:
+            raise KeyboardInterrupt
+        written.append(file)
+        write(cache, file, latent)
+
+    return limited
+
+
+def test_captions_are_encoded_before_the_first_step(pairs, few_prompts, tmp_path, monkeypatch):
+    """Encoded in a step, they would be in a batch that depends on which are known already."""
+    prepared = given_run(pairs, few_prompts, tmp_path / "run")
+    model = prepared.state.policy.model
+    monkeypatch.setattr(type(model), "encode_texts", None)
+    assert [len(prepared.source(step)[0]) for step in (0, 1)] == [2, 2]
 
 
 @pytest.mark.filterwarnings("error:Attempting to set identical low and high xlims")

@@ -78,6 +78,36 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
             tensors(lambda content: content.update(more=torch.zeros(1))),
             "more",
         ),
+        (
+            "optimizer.safetensors",
+            tensors(lambda content: content.update({"0.exp_avg": content["0.exp_avg"].double()})),
+            "0.exp_avg is float64 in the file and float32 in the model",
+        ),
+        (
+            ADAPTER.name,
+            tensors(lambda content: content.update({min(content): content[min(content)].half()})),
+            "is float16 in the file and float32 in the model",
+        ),
+        (
+            ADAPTER.name,
+            tensors(lambda content: content[min(content)].view(-1)[3:4].fill_(math.nan)),
+            "holds values that are not finite",
+        ),
+        (
+            f"snapshots/ema/{ADAPTER.name}",
+            tensors(lambda content: content[min(content)].fill_(math.inf)),
+            "holds values that are not finite",
+        ),
+        (
+            "optimizer.safetensors",
+            tensors(lambda content: content["0.exp_avg_sq"].view(-1)[-1:].fill_(math.nan)),
+            "0.exp_avg_sq holds values that are not finite",
+        ),
+        ("state.json", values(updates=1), "it counts 1 updates, but the optimizer has made 4"),
+        ("state.json", values(seconds=math.nan), "state.json.seconds is nan"),
+        ("state.json", values(evaluations=[{"loss": 1}]), "evaluations.0 has the step None of 4"),
+        ("state.json", values(evaluations=[{"step": 9}]), "evaluations.0 has the step 9 of 4"),
+        ("state.json", values(evaluations=[{"step": 1.5}]), "evaluations.0 has the step 1.5"),
         ("state.json", values(step="3"), "state.json.step is '3'; it must be a valid integer"),
         ("state.json", values(updates=-1), "state.json.updates is -1"),
         ("state.json", values(evaluations=[3]), "state.json.evaluations.0 is 3"),
@@ -118,7 +148,7 @@ def test_a_note_beside_the_weights_damages_nothing(run, finished):
 
 
 def test_progress_with_a_metric_that_is_not_finite_is_read_back(tmp_path):
-    state = Progress(evaluations=[{"step": 1, "loss": float("nan"), "kl": 1.0}])
+    state = Progress(step=1, evaluations=[{"step": 1, "loss": float("nan"), "kl": 1.0}])
     (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
     (entry,) = read_progress(tmp_path / "state.json").evaluations
     assert math.isnan(entry["loss"])

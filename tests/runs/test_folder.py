@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from flowalign.cli import main
 from flowalign.config.load import load_config
 from flowalign.config.paths import started_in
 from flowalign.config.resolved import resolve
 from flowalign.errors import UserError
+from flowalign.files import with_checksum
 from flowalign.reporting.trackers import read_metrics
 from flowalign.runs.adapter_card import base_model
 from flowalign.runs.checkpoint import checkpoints
@@ -83,7 +85,14 @@ def test_a_damaged_line_of_metrics_costs_no_other(damaged, run):
 
 def test_a_damaged_evaluation_before_is_made_again_once_removed(run, capsys):
     before = run / "evaluation" / "before.safetensors"
-    for damage in (cut, tensors(lambda content: content.pop("prompt"))):
+    for damage in (
+        cut,
+        tensors(lambda content: content.pop("prompt")),
+        tensors(lambda content: content["reward/scene_match"].add_(0.1)),
+        with_right_checksum(lambda content: content.pop("prompt")),
+        with_right_checksum(lambda content: content.update(prompt=content["prompt"][:1])),
+        with_right_checksum(lambda content: content.update(shown=content["shown"][0])),
+    ):
         content = before.read_bytes()
         damage(before)
         assert train_again(run) == 2
@@ -94,6 +103,17 @@ def test_a_damaged_evaluation_before_is_made_again_once_removed(run, capsys):
     before.unlink()
     assert train_again(run) == 0
     assert before.read_bytes() == content
+
+
+def with_right_checksum(change):
+    """Change a file as someone who knows the format would."""
+
+    def damage(file):
+        content = load_file(file)
+        change(content)
+        file.write_bytes(with_checksum(content))
+
+    return damage
 
 
 PLAIN = """
