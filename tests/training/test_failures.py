@@ -125,25 +125,47 @@ def test_both_updates_of_a_step_that_fail_are_kept(tmp_path):
     assert kept == ["step-000000-update-0-process-0", "step-000000-update-1-process-0"]
 
 
-@pytest.mark.parametrize("weight", ["1e39", "1e-30"])
-def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(weight, tmp_path, capsys):
-    overrides = [
-        f"rewards={{brightness: {weight}}}",
-        "train.steps=20",
-        "train.max_bad_steps=2",
-        "train.images_per_prompt=2",
-        "train.images_per_pass=4",
-        "sampler.steps=2",
-        "sampler.window.range=[0, 1]",
-        f"output={tmp_path}/run",
-    ]
-    assert main(["train", str(TINY), *SMALL, *overrides]) == 1
+FEW = [
+    "train.images_per_prompt=2",
+    "train.images_per_pass=4",
+    "sampler.steps=2",
+    "sampler.window.range=[0, 1]",
+    "evaluation.sampler.steps=2",
+]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["rewards={brightness: 1e39}"],
+        ["rewards={brightness: 1e-30}"],
+        # All groups are dropped, so that no update is made at all.
+        ["rewards={brightness: 1e39}", "train.drop_equal_groups=true"],
+    ],
+)
+def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(wrong, tmp_path, capsys):
+    overrides = [*wrong, "train.steps=20", "train.max_bad_steps=2", f"output={tmp_path}/run"]
+    assert main(["train", str(TINY), *SMALL, *FEW, *overrides]) == 1
     printed = capsys.readouterr()
     assert "exactly 0 in 10 steps in a row: nothing is learned" in printed.out
     assert "exactly 0 in 12 steps in a row" in printed.err
     assert "weights of `rewards` nearer to 1" in printed.err
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000012"]
     assert [line["grad_norm"] for line in read_metrics(tmp_path / "run")] == [0.0] * 12
+
+
+@pytest.mark.parametrize("objective", ["nft", "flow_grpo"])
+def test_an_adapter_of_nan_ends_the_run(objective, tmp_path):
+    config = small_config(
+        tmp_path / "run", *FEW, f"objective={{name: {objective}}}", "train.steps=20"
+    )
+    run = trainer.prepare(config)
+    with torch.no_grad():
+        for name in ("policy", *run.state.policy.snapshots):
+            for parameter in run.state.policy.parameters(name):
+                parameter.fill_(math.nan)
+    with pytest.raises(RunError, match=r"updates in a row were not finite|exactly 0 in 13 steps"):
+        trainer.fit(run)
 
 
 def test_steps_without_a_gradient_are_counted_in_a_row():
