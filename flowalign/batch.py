@@ -377,6 +377,8 @@ class Rollout(Batch):
     advantage: PerImage  # (B,)
     steps: range = field(metadata=PER_BATCH)
     """The stochastic steps of the path."""
+    rewards: dict[str, PerImage] = field(default_factory=dict)
+    """Weight · score (B,) of each reward by its name; NaN if the image was not scored."""
 
     def padding(self, count: int) -> Self:
         """Return `count` rows for passes of weight 0, with finite rewards."""

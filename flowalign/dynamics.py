@@ -2,7 +2,8 @@
 
 `flow_sde` and `dance_sde` keep the marginals of the ODE as steps become small. By the reverse-time
 Fokker-Planck equation, any diffusion c(t) does so with the drift v - c²/2 · score, where
-score = -(x + (1 - t) v) / t. `cps` keeps the noise that the schedule expects, not the marginals.
+score = -(x + (1 - t) v) / t. So does `ddim`, whose c(t)² tends to eta² · 2 t / (1 - t). `cps` keeps
+the noise that the schedule expects, not the marginals.
 """
 
 import builtins
@@ -87,6 +88,20 @@ def cps(x: Latent, v: Latent, t: float, s: float, eta: Share = 0.7) -> Gaussian:
     return Gaussian((1 - s) * x0 + s * old * noise, std=s * new)
 
 
+def ddim(x: Latent, v: Latent, t: float, s: float, eta: Share = 1.0) -> Gaussian:
+    """Return DDIM's step (arXiv 2010.02502, equation 16) for the signal 1 - t and the noise t.
+
+    eta = 0 is the ODE. eta = 1 is the step of DDPM, which draws from the forward process between
+    xt and the predicted x0. The step to s = 0 is deterministic.
+    """
+    x0, noise = x - t * v, x + (1 - t) * v
+    # The share of the variance s² that is new. `old` is the signal-to-noise ratio at t over that
+    # at s; it is below 1, because the signal grows.
+    old = s * (1 - t) / (t * (1 - s))
+    new = eta**2 * (1 - old**2)
+    return Gaussian((1 - s) * x0 + s * math.sqrt(1 - new) * noise, std=s * math.sqrt(new))
+
+
 Dynamics = Callable[[Tensor, Tensor, float, float], Gaussian]
 """(x, v, t, s) -> the step from t to s."""
 DYNAMICS: dict[str, Callable[..., Gaussian]] = {
@@ -94,6 +109,7 @@ DYNAMICS: dict[str, Callable[..., Gaussian]] = {
     "flow_sde": flow_sde,
     "dance_sde": dance_sde,
     "cps": cps,
+    "ddim": ddim,
 }
 
 

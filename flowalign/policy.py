@@ -262,10 +262,20 @@ class Policy:
 
     def step(self, x: Latent, k: int, cond: Cond, stochastic: bool = True) -> Gaussian:
         """Return π_θ(x_{k+1} | x_k, cond); a step of the ODE if `stochastic` is False."""
+        gaussian, _v = self._step(x, k, cond, stochastic)
+        return gaussian
+
+    def _step(self, x: Latent, k: int, cond: Cond, stochastic: bool) -> tuple[Gaussian, Latent]:
         t, s = self.times[k], self.times[k + 1]
         v = self.velocity(x, x.new_full((len(x),), t), cond)
         dynamics: Dynamics = self.sampler.dynamics if stochastic else ode
-        return dynamics(x, v, t, s)
+        return dynamics(x, v, t, s), v
+
+    def _mean_and_velocity(
+        self, x: Latent, k: int, cond: Cond, stochastic: bool
+    ) -> tuple[Latent, Latent]:
+        gaussian, v = self._step(x, k, cond, stochastic)
+        return gaussian.mean, v
 
     def generate(
         self,
@@ -318,14 +328,31 @@ class Policy:
         shape, shared = self.model.latent_shape, self.sampler.same_noise
         return batch.noise(purpose, 0, shape, shared=shared).to(self.model.device)
 
-    def unroll(self, x: Latent, cond: Cond, steps: range) -> Latent:
-        """Take ODE steps; a gradient passes through them if gradients are enabled.
+    def unroll(self, x: Latent, batch: Batch, steps: range) -> Latent:
+        """Take some of the sampler's steps; a gradient passes through them if it is enabled.
 
-        Only the input of each step is kept for the backward pass, which recomputes the rest.
+        From `initial_noise(batch)` through all steps, x is the x0 that `generate` samples.
         """
         for k in steps:
-            x = cast(Latent, checkpoint(self._ode_step, x, k, cond, use_reentrant=False))
+            x, _v = self.unroll_step(x, batch, k)
         return x
+
+    def unroll_step(self, x: Latent, batch: Batch, k: int) -> tuple[Latent, Latent]:
+        """Return x_{k+1} and the velocity v_θ(x_k, t_k) that led to it, both with a gradient.
+
+        Only x_k is kept for the backward pass, which recomputes the rest. The noise of a stochastic
+        step comes from the keys of the batch, as in `generate`, and takes no gradient.
+        """
+        seed, step = batch.keys.of_step
+        stochastic = k in self.sampler.stochastic_steps(step, seed)
+        mean, v = cast(
+            tuple[Latent, Latent],
+            checkpoint(self._mean_and_velocity, x, k, batch.cond, stochastic, use_reentrant=False),
+        )
+        if not stochastic:
+            return mean, v
+        noise = batch.noise("rollout", k + 1, self.model.latent_shape).to(mean.device)
+        return Gaussian(mean, self.std(k)).sample(noise), v
 
     def denoise(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         """Return x0 in one step from x at t; only x is kept for the backward pass."""
@@ -333,9 +360,6 @@ class Policy:
 
     def _denoise(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         return x - over_latent(t, x) * self.velocity(x, t, cond)
-
-    def _ode_step(self, x: Latent, k: int, cond: Cond) -> Latent:
-        return self.step(x, k, cond, stochastic=False).mean
 
     def decode(self, x0: Latent) -> Tensor:
         """Return pictures (B, 3, H, W) in [0, 1]."""

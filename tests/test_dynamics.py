@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.distributions import kl_divergence, Normal
 
-from flowalign.dynamics import cps, dance_sde, flow_sde, Gaussian, is_stochastic, ode, Window
+from flowalign.dynamics import cps, dance_sde, ddim, flow_sde, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 
 MEAN, VARIANCE = 1.5, 0.25
-STOCHASTIC = [flow_sde, dance_sde, cps]
+STOCHASTIC = [flow_sde, dance_sde, cps, ddim]
 MARGINAL_PRESERVING = [ode, flow_sde, dance_sde]
 
 
@@ -51,6 +51,7 @@ def marginals(dynamics, steps: int, variance: float = VARIANCE) -> list[tuple[fl
         (flow_sde, [0.1801, 0.2297, 0.2466, 0.2497]),
         (dance_sde, [0.1484, 0.2196, 0.2436, 0.2487]),
         (cps, [0.1073, 0.1534, 0.1725, 0.1787]),
+        (ddim, [0.1090, 0.1859, 0.2325, 0.2461]),
     ],
 )
 def test_every_dynamics_ends_with_the_known_mean_and_variance(dynamics, variances):
@@ -86,9 +87,15 @@ def test_cps_converges_to_another_variance():
     assert finer < 0.75 * VARIANCE
 
 
-def test_cps_keeps_the_noise_of_the_schedule_when_the_data_is_one_point():
+def test_ddim_s_error_falls_with_the_steps_too():
+    for steps in (10, 40, 200, 1000, 4000):
+        assert marginals(ddim, steps)[-1][1] == pytest.approx(VARIANCE, abs=5 / steps)
+
+
+@pytest.mark.parametrize("dynamics", [cps, ddim])
+def test_the_noise_is_that_of_the_schedule_when_the_data_is_one_point(dynamics):
     for t, (mean, variance) in zip(
-        shifted_times(10), marginals(cps, 10, variance=0.0), strict=True
+        shifted_times(10), marginals(dynamics, 10, variance=0.0), strict=True
     ):
         assert (mean, variance) == (pytest.approx((1 - t) * MEAN), pytest.approx(t**2))
 
@@ -186,6 +193,25 @@ def test_the_first_and_the_last_step_are_finite(dynamics):
         step = dynamics(x, v, t, s)
         assert step.mean.isfinite().all()
         assert math.isfinite(step.std)
+
+
+@pytest.mark.parametrize(("t", "s"), [(1.0, 0.96), (0.6, 0.5), (0.3, 0.02)])
+def test_ddim_with_eta_1_draws_from_the_forward_process_between_xt_and_x0(t, s):
+    """x_s of x0 and noise, given x_t = a x_s + b z: the product of the two normal densities."""
+    x, v = (value.double() for value in (some_step()[0].mean, some_step()[1]))
+    a = (1 - t) / (1 - s)
+    prior, seen = 1 / s**2, a**2 / (t**2 - a**2 * s**2)
+    mean = (prior * (1 - s) * (x - t * v) + (seen * x / a if a else 0)) / (prior + seen)
+    step = ddim(x, v, t, s)
+    torch.testing.assert_close(step.mean, mean)
+    assert step.std == pytest.approx((prior + seen) ** -0.5)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_ddim_s_diffusion_tends_to_that_of_flow_sde_with_eta_times_the_root_of_2(eta):
+    x, t = torch.zeros(1, 1), 0.6
+    steps = [ddim(x, x, t, t - 1e-6, eta), flow_sde(x, x, t, t - 1e-6, eta * math.sqrt(2))]
+    assert steps[0].std == pytest.approx(steps[1].std, rel=1e-4)
 
 
 def test_flow_sde_has_the_published_standard_deviations_on_the_schedule_of_sd3():

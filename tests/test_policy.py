@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from flowalign.config.load import load_config
-from flowalign.dynamics import cps, dance_sde, flow_sde, Window
+from flowalign.dynamics import cps, dance_sde, ddim, flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.objectives.flow_grpo import FlowGRPO
@@ -14,7 +14,7 @@ from flowalign.rollouts.collect import collect
 from flowalign.training.gradient import compute_gradient, Meter
 from tests.tiny import make_policy, sd3_config, stir, TEXTS, two_groups
 
-STOCHASTIC = [flow_sde, dance_sde, cps]
+STOCHASTIC = [flow_sde, dance_sde, cps, ddim]
 
 
 def velocity(policy: Policy) -> torch.Tensor:
@@ -178,6 +178,22 @@ def test_the_same_noise_within_a_group_leaves_only_the_stochastic_steps():
     assert torch.equal(path[0, 0], path[2, 0])
     assert not torch.equal(path[0, 0], path[3, 0])
     assert not torch.equal(path[0, 1], path[2, 1])
+
+
+@pytest.mark.parametrize("window", [Window(), Window(size=1)])
+def test_an_unrolled_path_is_the_one_that_is_sampled(window):
+    policy = make_policy(Sampler(steps=4, dynamics=flow_sde, window=window))
+    stir(policy)
+    prompts = two_groups(policy)
+    rollout = collect(policy.at("policy"), prompts, images_per_pass=6)
+    x = policy.initial_noise(prompts)
+    for k in range(4):
+        x, v = policy.unroll_step(x, prompts, k)
+        assert torch.equal(x, rollout.path[:, k + 1])
+    assert x.requires_grad
+    assert v.requires_grad
+    unrolled = policy.unroll(policy.initial_noise(prompts), prompts, range(4))
+    assert torch.equal(unrolled, rollout.x0)
 
 
 def test_only_the_window_is_stochastic():

@@ -28,8 +28,8 @@ def check_all(config: Config) -> None:
         config.objective.check(config.sampler)
         check_same_noise(config)
         check_updates(config)
-        check_snapshots(config)
         check_ranking(config)
+    check_snapshots(config)
     if config.rewards:
         check_combine(config)
         check_statistics(config)
@@ -122,18 +122,11 @@ def check_group_size(config: Config) -> None:
 def check_same_noise(config: Config) -> None:
     """Refuse equal starting noise if nothing else tells the images of a prompt apart."""
     sampler = config.sampler
-    if not sampler.same_noise:
-        return
-    if config.objective.learns_from is Prompts:
-        reason = f"the objective {config.objective_name} makes images by the ODE"
-    elif not sampler.stochastic_steps(0, 0):
-        reason = "sampler.dynamics adds no noise"
-    else:
-        return
-    raise UserError(
-        f"sampler.same_noise is true, but {reason}, so all images of a prompt would be equal; "
-        "write false."
-    )
+    if sampler.same_noise and not sampler.stochastic_steps(0, 0):
+        raise UserError(
+            "sampler.same_noise is true, but sampler.dynamics adds no noise, so all images of a "
+            "prompt would be equal; write false."
+        )
 
 
 def check_updates(config: Config) -> None:
@@ -155,15 +148,17 @@ def check_snapshots(config: Config) -> None:
         if decay.every > 1 and decay.every % updates:
             nearest = -(-decay.every // updates) * updates
             raise UserError(
-                f"objective.{name}.every is {decay.every} updates, but snapshots follow once a "
-                f"step, of {updates} updates; write {nearest}."
+                f"objective: the snapshot {name} follows every {decay.every} updates, but "
+                f"snapshots follow once a step, of {updates} updates. Write every: {nearest}."
             )
 
 
 def check_ranking(config: Config) -> None:
     """Refuse to rank an image among the best and the worst of its prompt."""
-    images, top = config.train.images_per_prompt, config.data.ranking.top
-    if config.objective.learns_from is Pairs and 2 * top > images:
+    images, ranking = config.train.images_per_prompt, config.data.ranking
+    top = ranking.top
+    ranks = config.objective.learns_from is Pairs and ranking.by == "reward"
+    if ranks and 2 * top > images:
         raise UserError(
             f"data.ranking.top is {top}, but a prompt has {images} images; write {images // 2}."
         )

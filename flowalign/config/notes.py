@@ -46,11 +46,13 @@ def settings_of_images(config: Config) -> list[Setting]:
     """Return the settings that only runs read that generate images."""
     reason = "with data.pairs, because no images are generated"
     generates, sampler = not config.data.pairs, config.sampler
+    ranking, ranks = config.data.ranking, config.objective.learns_from is Pairs
     # An objective that never ranks has said so already.
-    ranking = config.data.ranking != Ranking() and config.objective.learns_from is Pairs
+    by, top = (ranks and changed for changed in (ranking.by != "reward", ranking.top != 1))
     return [
         Setting("combine", combine_changed(config), generates, reason),
-        Setting("data.ranking", ranking, generates, reason),
+        Setting("data.ranking.by", by, generates, reason),
+        Setting("data.ranking.top", top, generates, reason),
         Setting("sampler.same_noise", sampler.same_noise, generates, reason),
     ]
 
@@ -58,8 +60,15 @@ def settings_of_images(config: Config) -> list[Setting]:
 def others(config: Config) -> list[Setting]:
     """Return the settings that another setting turns off."""
     sampler, ema, model = config.sampler, config.train.ema, config.model
+    ranking, generates = config.data.ranking, not config.data.pairs
     sweep = config.evaluation.guidance_sweep
     return [
+        Setting(
+            "data.ranking.top",
+            ranking.top != 1 and ranking.by != "reward" and generates,
+            False,
+            f"with data.ranking.by: {ranking.by}",
+        ),
         Setting(
             "evaluation.guidance_sweep",
             sweep not in ([], Evaluation().guidance_sweep),

@@ -67,7 +67,7 @@ class Train(Settings):
     """The training loop.
 
     Prompts, images and updates per step define the experiment. `images_per_pass` only sets how much
-    memory it needs.
+    memory it needs, unless the objective draws for each pass (`alignprop`, `refl`).
     """
 
     steps: Count = 100
@@ -141,7 +141,7 @@ class Data:
     pairs: str = ""
     """A .jsonl file, a folder or a data set of chosen and rejected pictures, or of single ones."""
     ranking: Ranking = field(default_factory=Ranking)
-    """How generated images become pairs, for objectives that learn from pairs."""
+    """Which pairs there are, and how much each counts, for objectives that learn from pairs."""
 
 
 @dataclass(kw_only=True)

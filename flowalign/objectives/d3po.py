@@ -1,26 +1,52 @@
 """D3PO: a preference between two paths holds for each of their steps (arXiv 2311.13231).
 
 With ratio_k = clip(π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c), 1 - ε, 1 + ε),
-    loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected))
-times the pair's weight (`data.ranking`).
+    loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected)) + λ KL(π_θ ‖ π_base)
+where the logarithm is weighted by the pair (`data.ranking`), λ is `kl_weight`, 0 by default, and
+π_base the model without adapter. π_ref is π_base too, unless `reference` moves it.
 
-Differences from the released code: paths are those of the stochastic sampler (flow_sde, dance_sde
-or cps; there: DDIM), and rewards rank them (there: people).
+Clipped on both sides, a path that moved the wrong way beyond ε gives no gradient either. With
+`clip: one_sided` the ratio of the chosen path has no lower limit, and that of the rejected no upper
+one, so that such a path is still pulled back.
+
+Differences from the released code: rewards rank the paths (there: people, or a reward). The KL and
+the one-sided clip are not part of it. Paths are those of `sampler.dynamics`; the released steps are
+{name: ddim} with η = 1.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch.nn import functional as F
 
 from flowalign.batch import Batch, Pairs
+from flowalign.dynamics import Gaussian
+from flowalign.flow import PerImage
 from flowalign.objectives.base import Loss, Mean, PathObjective
-from flowalign.objectives.terms import preferred
-from flowalign.policy import Policy
-from flowalign.settings.types import Positive
+from flowalign.objectives.terms import preferred, Reference
+from flowalign.policy import Decay, Policy
+from flowalign.settings.types import NonNegative, Positive
+
+
+def both_sides(log_ratio: PerImage, low: float, high: float) -> PerImage:
+    """Return the log-ratios of the chosen, then of the rejected paths, within both limits."""
+    return log_ratio.clamp(low, high)
+
+
+def one_side(log_ratio: PerImage, low: float, high: float) -> PerImage:
+    """Return the same, with an upper limit for chosen and a lower limit for rejected paths."""
+    chosen, rejected = log_ratio.chunk(2)
+    return torch.cat([chosen.clamp(max=high), rejected.clamp(min=low)])
+
+
+CLIPS: dict[str, Callable[[PerImage, float, float], PerImage]] = {
+    "two_sided": both_sides,
+    "one_sided": one_side,
+}
 
 
 @dataclass
@@ -35,17 +61,29 @@ class D3PO(PathObjective[Pairs]):
     """The temperature β."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The range ε of the ratio. Beyond it a path gives no gradient."""
+    clip: Literal["two_sided", "one_sided"] = "two_sided"
+    """Clip the ratio on both sides, or only where a path moved the right way."""
+    kl_weight: NonNegative = 0.0
+    """The weight λ of the KL to the model without adapter."""
+    reference: Reference = field(default_factory=Reference)
+    """The policy π_ref."""
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        """The reference, if it moves."""
+        return self.reference.snapshots
 
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
         """Return the loss at step k of each pair."""
         # Both paths go through the network in one call, which rounds them alike.
         paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
         gaussian = policy.step(paths[:, k], k, cond)
-        gaussian_ref = policy.at("reference").step(paths[:, k], k, cond)
+        gaussian_ref = self.reference.of(policy).step(paths[:, k], k, cond)
 
         log_ratio = gaussian.log_prob(paths[:, k + 1]) - gaussian_ref.log_prob(paths[:, k + 1])
         # Clipping the ratio is clipping its logarithm, which does not overflow.
-        clipped = log_ratio.clamp(math.log(1 - self.clip_range), math.log(1 + self.clip_range))
+        low, high = math.log(1 - self.clip_range), math.log(1 + self.clip_range)
+        clipped = CLIPS[self.clip](log_ratio, low, high)
         chosen, rejected = clipped.chunk(2)
         margin = self.beta * (chosen - rejected)
         loss = (pairs.weight * -F.logsigmoid(margin)).mean()
@@ -55,4 +93,14 @@ class D3PO(PathObjective[Pairs]):
             "margin": Mean(margin),
             "ratio/clipped": Mean((log_ratio != clipped).float()),
         }
-        return Loss(loss, stats)
+        # A reference that does not move is the base, whose step is known already.
+        asked = self.kl_weight and self.reference.every
+        base = policy.at("reference").step(paths[:, k], k, cond) if asked else gaussian_ref
+        return Loss(loss, stats) + self.penalty(gaussian, base)
+
+    def penalty(self, gaussian: Gaussian, base: Gaussian) -> Loss:
+        """Return λ KL(π_θ ‖ π_base) of both paths' steps."""
+        if not self.kl_weight:
+            return Loss(gaussian.mean.new_zeros(()), {})
+        kl = gaussian.kl(base)
+        return Loss(self.kl_weight * kl.mean(), {"kl": Mean(kl)})

@@ -6,8 +6,10 @@ and the logit s = -β/2 (D(chosen) - D(rejected)),
 Chosen and rejected share time and noise. Errors are means over latent elements, and so are those
 that published β belong to. Velocities are those without guidance, however images are sampled.
 
-Difference from the released online form: the reference stays the model without adapter (there: it
-is renewed now and then).
+The reference is the model without adapter. With `reference: {every: 40}` it is a copy of the policy
+that is renewed every 40 updates, as in Flow-GRPO's released online form.
+
+Difference from that form: the policy makes the images (there: the reference).
 """
 
 from collections.abc import Callable
@@ -77,7 +79,7 @@ class DPO(PairObjective):
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
         """Return the loss at one time for each pair."""
-        error, error_ref = self.errors_of([policy, policy.at("reference")], pairs, draw)
+        error, error_ref = self.errors_of([policy, self.reference.of(policy)], pairs, draw)
 
         D_w, D_l = (error - error_ref).chunk(2)
         s = -self.beta * BETAS[self.beta_over_time](draw.t) / 2 * (D_w - D_l)

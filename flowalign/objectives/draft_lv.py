@@ -41,7 +41,7 @@ class DRaFTLV(RewardGradientObjective):
         """Return the negative reward, with a gradient through one repeated step."""
         with torch.no_grad():
             x = policy.initial_noise(prompts)
-            x0 = policy.unroll(x, prompts.cond, range(policy.sampler.steps))
+            x0 = policy.unroll(x, prompts, range(policy.sampler.steps))
         t = x0.new_full((len(x0),), policy.times[policy.sampler.steps + self.step])
         losses = []
         for copy in range(self.copies):

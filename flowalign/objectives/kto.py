@@ -41,7 +41,7 @@ class KTO(PairObjective):
 
     def group_terms(self, policy: Policy, pairs: Pairs, draw: Draw) -> dict[str, Term]:
         """Return the mean of g over all images, and the reference's errors, for its second use."""
-        error_ref, error = self.errors_of([policy.at("reference"), policy], pairs, draw)
+        error_ref, error = self.errors_of([self.reference.of(policy), policy], pairs, draw)
         g = error_ref - error
         return {
             "mean_g": MeanOverImages(torch.stack(g.chunk(2), 1)),

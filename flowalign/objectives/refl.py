@@ -1,15 +1,16 @@
 """ReFL: the reward's gradient through one late step that predicts the finished image.
 
 arXiv 2304.05977, algorithm 1:
-    loss = -min(c, reward(decode(x_k - t_k v_θ(x_k, t_k)))),   k drawn anew in every training step
+    loss = -min(c, reward(decode(x_k - t_k v_θ(x_k, t_k)))),   k drawn anew for every pass
 
 Differences from the released code: c is infinite (there: 2, on ImageReward's scale, and the whole
-loss times 1e-3). No pictures are imitated in addition.
+loss times 1e-3). k comes from the key of a pass's first image, so that equal passes have equal k on
+any number of processes (there: from each process's global generator). No pictures are imitated in
+addition.
 """
 
 import math
 from dataclasses import dataclass
-from random import Random
 
 import torch
 
@@ -40,12 +41,11 @@ class ReFL(RewardGradientObjective):
         """Return the negative reward of images predicted at step k."""
         k = self.late_step(policy.sampler.steps, prompts)
         with torch.no_grad():
-            x = policy.unroll(policy.initial_noise(prompts), prompts.cond, range(k))
+            x = policy.unroll(policy.initial_noise(prompts), prompts, range(k))
         t = x.new_full((len(x),), policy.times[k])
         return reward_loss(policy, prompts, policy.denoise(x, t, prompts.cond), self.enough)
 
     def late_step(self, steps: int, prompts: Prompts) -> int:
-        """Return k, the same for all images of a training step."""
-        # Drawn from the keys: all passes and processes of a step must take the same step.
+        """Return k, the same for all images of a pass."""
         first, last = math.floor(self.low * steps), min(steps - 1, math.floor(self.high * steps))
-        return Random(f"late step/{prompts.keys.of_step}").randint(min(first, last), last)
+        return self.random("late step", prompts).randint(min(first, last), last)

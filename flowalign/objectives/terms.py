@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from flowalign.flow import add_noise, Latent, mean_square, PerImage
 from flowalign.objectives.base import ForwardObjective, ImageObjective, Loss, Mean, Objective
 from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Decay, Policy
-from flowalign.settings.types import Guidance, NonNegative, Settings
+from flowalign.settings.types import CountOrZero, Guidance, NonNegative, Settings, Share
 
 
 def group_mean(values: PerImage, group: Tensor) -> PerImage:
@@ -116,6 +117,33 @@ class ImitationObjective(ImageObjective):
 
 
 @dataclass
+class Reference(Settings):
+    """The policy that a preference objective compares with.
+
+    It is the model without adapter, or a copy of the policy that is renewed now and then. A
+    reference that moves has no optimum: k rounds at β move as far as one round at β / k.
+    """
+
+    every: CountOrZero = 0
+    """Updates between two renewals, by which the reference follows the policy; 0 for none."""
+    decay: Share = 0.0
+    """The share of the old reference that stays at a renewal; 0 copies the policy."""
+
+    COPY: ClassVar[str] = "moving_reference"
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        """The copy of the policy, if the reference is one."""
+        if not self.every:
+            return {}
+        return {self.COPY: Decay(value=self.decay, every=self.every)}
+
+    def of(self, policy: Policy) -> Policy:
+        """Return the gradient-free view of the policy under the reference's weights."""
+        return policy.at(self.COPY if self.every else "reference")
+
+
+@dataclass
 class PairObjective(ForwardObjective[Pairs]):
     """An objective on the flow-matching errors of pairs, whose two images share time and noise.
 
@@ -126,6 +154,13 @@ class PairObjective(ForwardObjective[Pairs]):
     times: ForwardTimes = field(
         default_factory=lambda: ForwardTimes(count=1, distribution="logit_normal", shared=False)
     )
+    reference: Reference = field(default_factory=Reference)
+    """The policy that the errors are compared with."""
+
+    @property
+    def snapshots(self) -> dict[str, Decay]:
+        """The reference, if it moves."""
+        return self.reference.snapshots
 
     def errors(self, policy: Policy, pairs: Pairs, draw: Draw) -> PerImage:
         """Return ‖v - (noise - x0)‖² of the chosen, then of the rejected images (2 B,)."""
@@ -161,6 +196,17 @@ class RewardGradientObjective(Objective[Prompts, None]):
     def draws(self, prompts: Prompts) -> list[None]:
         """Return one draw: the loss is that of the sampled images."""
         return [None]
+
+    def random(self, purpose: str, prompts: Prompts) -> Random:
+        """Return the random numbers of a pass: a function of the key of its first image."""
+        return Random(f"{purpose}/{prompts.keys.table()[0].tolist()}")
+
+
+def mean_loss(losses: Sequence[Loss]) -> Loss:
+    """Return the mean of losses of the same rows, and of their statistics."""
+    total = torch.stack([loss.total for loss in losses]).mean()
+    values = {name: [loss.stats[name].values for loss in losses] for name in losses[0].stats}
+    return Loss(total, {name: Mean(torch.stack(each).mean(0)) for name, each in values.items()})
 
 
 def reward_loss(policy: Policy, prompts: Prompts, x0: Latent, enough: float = math.inf) -> Loss:

@@ -69,7 +69,8 @@ class BatchPlan:
         return (
             f"train.images_per_pass is {self.max_images_per_pass}, but an update has "
             f"{self.images_per_update} images{pairs} on each process. Passes have "
-            f"{self.images_per_pass} images instead, which changes no result."
+            f"{self.images_per_pass} images instead. This changes results only if the objective "
+            "draws for each pass."
         )
 
     def slots(self, rank: int) -> list[int]:

@@ -85,6 +85,10 @@ class RolloutScorer:
             reward=table.combined[own].to(self.device),
             advantage=values[own].to(self.device),
             weight=weight[own],
+            rewards={
+                name: (self.weights[name] * values[own]).to(self.device)
+                for name, values in table.by_name.items()
+            },
         )
         return scored, metrics | update_learned_rewards(self.rewards, rollout, self.device)
 

@@ -25,7 +25,7 @@ from flowalign.policy import Policy
 from flowalign.rewards.base import Reward
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect_passes, make_prompts
-from flowalign.rollouts.ranking import rank
+from flowalign.rollouts.ranking import given_weights, rank
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import Metrics, RolloutScorer
 
@@ -52,6 +52,11 @@ class SourceContext:
     def latents(self) -> LatentCache:
         """The encoded pictures of `data.pairs`."""
         return LatentCache(self.policy.model)
+
+    @cached_property
+    def pair_weights(self) -> PerImage:
+        """The weight of each pair of `data.pairs`, (N,), a function of all their gaps."""
+        return given_weights(self.examples, self.ranking)
 
     def indices(self, count: int, step: int) -> dict[int, int]:
         """Return which of `count` prompts or examples this process uses in a step, by slot."""
@@ -119,7 +124,9 @@ def ranked_pairs(context: SourceContext, step: int) -> tuple[Pairs, Metrics]:
 def given_pairs(context: SourceContext, step: int) -> tuple[Pairs, Metrics]:
     """Return pairs of `data.pairs`. All ranks call it together; see `read_together`."""
     indices = context.indices(len(context.examples), step)
-    return read_together(lambda: make_pairs(context, context.examples, indices, step)), {}
+    pairs = read_together(lambda: make_pairs(context, context.examples, indices, step))
+    weight = context.pair_weights[list(indices.values())]
+    return replace(pairs, weight=weight.to(pairs.weight)), {}
 
 
 def given_examples(context: SourceContext, step: int) -> tuple[Examples, Metrics]:

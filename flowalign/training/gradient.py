@@ -4,6 +4,9 @@ Invariant: in every update all processes make the same number of forwards and ba
 same order. Models that are sharded over processes exchange weights in each forward and backward,
 and hang if one process makes fewer. A process that trains on fewer rows than another therefore
 repeats rows in passes of weight 0.
+
+AlignProp and ReFL are exceptions, because each of their passes draws how many of its steps have a
+gradient. Their processes make equally many passes, but they cannot train a sharded model.
 """
 
 import math

@@ -23,6 +23,7 @@ from flowalign.progress import say, task
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.rollouts.ranking import given_weights
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import make_examples, make_pairs, Source, source_of, SourceContext
 from flowalign.runs.checkpoint import TrainState
@@ -84,6 +85,8 @@ def read_inputs(config: Config) -> Inputs:
     paired = learns_from is Pairs
     given = _read_examples(config.data.pairs, "data.pairs", paired)
     examples, held_out = divide(config, given, paired)
+    if paired and examples:
+        _check_weights(config, examples)
     prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(given)
     path = config.evaluation.prompts
     evaluation_prompts = _read_prompts(path, "evaluation.prompts") or prompts
@@ -156,6 +159,16 @@ def _share(examples: list[Example]) -> list[Example]:
 
 def _read_examples(path: str, key: str, paired: bool) -> list[Example]:
     return read_examples(path, key, paired) if path else []
+
+
+def _check_weights(config: Config, pairs: list[Example]) -> None:
+    """Say if weights by gap make no difference. Raises UserError if no pair counts."""
+    weights = given_weights(pairs, config.data.ranking)
+    if config.data.ranking.weighted and len(weights.unique()) == 1 and distributed.is_main():
+        say(
+            "data.ranking.weighted has no effect, because all pairs of data.pairs have one gap. "
+            "Add score_chosen and score_rejected to the pairs."
+        )
 
 
 def _read_prompts(path: str, key: str) -> list[Prompt]:

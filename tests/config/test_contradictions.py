@@ -122,12 +122,22 @@ CONTRADICTIONS = [
     (
         "draft_lv",
         ["sampler.same_noise=true"],
-        "sampler.same_noise is true, but the objective draft_lv makes images by the ODE",
+        "sampler.same_noise is true, but sampler.dynamics adds no noise",
     ),
     (
         "nft",
         ["train.updates_per_step=2", "objective.old.every=3"],
-        "objective.old.every is 3 updates, but snapshots follow once a step",
+        "the snapshot old follows every 3 updates, but snapshots follow once a step",
+    ),
+    (
+        "dpo",
+        ["train.updates_per_step=2", "objective.reference.every=3"],
+        "the snapshot moving_reference follows every 3 updates, but snapshots follow once a step",
+    ),
+    (
+        "alignprop",
+        ["objective={name: alignprop, distribution: fixed, start: 1}"],
+        "objective.start is 1, from which distribution fixed draws none of the sampler's 8 steps",
     ),
     (
         "crd",

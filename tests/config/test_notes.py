@@ -37,8 +37,18 @@ NOTES = [
     ("crd", ["data.ranking.top=2"], "`data.ranking` is not used by the objective crd."),
     (
         "dpo",
-        ["data.ranking.min_gap=0.1"],
-        "`data.ranking` is not used with data.pairs, because no images are generated.",
+        ["data.ranking.top=2"],
+        "`data.ranking.top` is not used with data.pairs, because no images are generated.",
+    ),
+    (
+        "dpo",
+        ["data.ranking.by=dominance"],
+        "`data.ranking.by` is not used with data.pairs, because no images are generated.",
+    ),
+    (
+        "d3po",
+        ["data.ranking={by: dominance, top: 2}"],
+        "`data.ranking.top` is not used with data.ranking.by: dominance.",
     ),
     (
         "crd",
@@ -108,7 +118,7 @@ CONTRADICTIONS: dict[str, Rule] = {
         o.needs_stochastic_steps and without_noise(c, o)
     ),
     "so all images of a prompt would be equal": lambda c, o: (
-        c.sampler.same_noise and generates(c, o) and o.learns_from is Prompts
+        c.sampler.same_noise and without_noise(c, o)
     ),
     "ddpo learns from a rollout once": lambda c, o: (
         o.__name__ == "DDPO" and generates(c, o) and c.train.updates_per_step > 1

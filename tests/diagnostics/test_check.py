@@ -141,7 +141,11 @@ ONLINE = "4 prompts × 4 images = 16 images"
         (
             "dpo_online",
             ["data.ranking.top=2"],
-            (f"{ONLINE}, ranked into 16 pairs", "at most 8 pairs", "32 images; each prompt"),
+            (
+                f"{ONLINE}, ranked into at most 16 pairs",
+                "at most 8 pairs",
+                "32 images; each prompt",
+            ),
         ),
         ("dpo", ["train.images_per_prompt=1"], ("4 pairs", "2 pairs", "8 pairs; each pair")),
         (

@@ -26,6 +26,7 @@ from transformers import CLIPTextModelWithProjection
 from flowalign.advantages import group_advantage
 from flowalign.batch import DifferentiableReward, Keys, Metadata, Prompts
 from flowalign.data.prompts import Prompt
+from flowalign.dynamics import ddim, flow_sde, ode
 from flowalign.errors import RunError, UserError
 from flowalign.models.config import Lora
 from flowalign.models.sd3 import SD3, SD3Config
@@ -33,6 +34,7 @@ from flowalign.objectives.alignprop import AlignProp
 from flowalign.objectives.base import Objective
 from flowalign.objectives.draft_lv import DRaFTLV
 from flowalign.objectives.refl import ReFL
+from flowalign.objectives.terms import VelocityKL
 from flowalign.policy import Policy, Sampler
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
@@ -42,7 +44,7 @@ from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts, SourceContext
 from flowalign.training.gradient import compute_gradient, Meter
-from tests.objectives.toy import DoublePolicy, labels, number_policy
+from tests.objectives.toy import DoublePolicy, labels, number_policy, NumberModel
 from tests.tiny import make_policy, random_clip, ROOT, sd3_config, stir, TEXTS, two_groups
 
 STEPS, THETA = 8, 0.3
@@ -133,7 +135,7 @@ def slope_free_reward(theta: float, prompts: Prompts) -> float:
     policy = number_policy(theta, STEPS)
     return (
         policy.at("policy")
-        .unroll(policy.initial_noise(prompts), prompts.cond, range(STEPS))
+        .unroll(policy.initial_noise(prompts), prompts, range(STEPS))
         .mean()
         .item()
     )
@@ -147,30 +149,187 @@ def of_step(step: int, count: int = 4) -> Prompts:
     return replace(prompts, keys=Keys.training(0, step, [(i, 0) for i in range(count)]))
 
 
-@pytest.mark.parametrize("draw", [AlignProp().first_step, ReFL().late_step])
-def test_a_training_step_has_one_first_step_with_gradient(draw):
-    prompts = of_step(7)
-    assert {draw(20, piece) for piece in (prompts, *prompts.pieces(1))} == {draw(20, prompts)}
+DRAWS = [
+    AlignProp().first_step,
+    AlignProp(distribution="uniform", start=0.0).first_step,
+    ReFL().late_step,
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_every_pass_draws_its_own_first_step_with_gradient(draw):
+    """By the released code, each micro-batch draws; one draw for all would be one step."""
+    passes = of_step(7, 40).pieces(4)
+    assert len({draw(20, one) for one in passes}) >= 3
+    assert [draw(20, one) for one in passes] == [draw(20, one) for one in passes]
     assert len({draw(20, of_step(step)) for step in range(50)}) > 3
-    assert draw(20, of_step(7)) != draw(
-        20, replace(of_step(7), keys=Keys.training(1, 7, [(i, 0) for i in range(4)]))
-    )
+    other_seed = replace(of_step(7, 40), keys=Keys.training(1, 7, [(i, 0) for i in range(40)]))
+    assert [draw(20, one) for one in other_seed.pieces(4)] != [draw(20, one) for one in passes]
 
 
-@pytest.mark.parametrize("steps", [2, 10, 50])
-def test_the_first_step_with_gradient_is_never_the_noise_nor_behind_the_last(steps):
-    drawn = [
-        AlignProp(start=0.84, spread=0.5).first_step(steps, of_step(step)) for step in range(300)
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_draw_does_not_depend_on_the_number_of_processes(draw, processes):
+    def drawn(count: int) -> dict[int, int]:
+        """The draw of each pass, by its first prompt."""
+        plan = BatchPlan(
+            prompts_per_step=32,
+            images_per_prompt=1,
+            updates_per_step=2,
+            max_images_per_pass=4,
+            processes=count,
+        )
+        draws = {}
+        for rank in range(count):
+            slots = plan.slots(rank)
+            keys = Keys.training(0, 7, [(slot, 0) for slot in slots])
+            for one in replace(numbers(len(slots)), keys=keys).pieces(plan.images_per_pass):
+                draws[int(one.group[0])] = draw(20, one)
+        return draws
+
+    assert len(drawn(1)) == 8
+    assert drawn(processes) == drawn(1)
+
+
+def law(steps: int = 50, **settings: Any) -> list[float]:
+    """The probability of each step to be the first with gradient."""
+    weights = AlignProp(**settings).start_weights(steps)
+    return [weight / sum(weights) for weight in weights]
+
+
+def mean_depth(probabilities: list[float]) -> float:
+    """The mean number of steps with gradient."""
+    return sum((len(probabilities) - k) * p for k, p in enumerate(probabilities))
+
+
+def test_the_gaussian_start_has_the_released_code_s_law():
+    """int(N(42, 5)) of 50 steps, drawn again until 1 ≤ b < 50."""
+    found = law(start=0.84, spread=0.1)
+    assert mean_depth(found) == pytest.approx(9.09, abs=0.005)
+    assert sum(found[:36]) == pytest.approx(0.12, abs=0.005)
+    assert sum(found[:26]) == pytest.approx(7e-4, abs=5e-5)
+    generator, draws = torch.Generator().manual_seed(0), []
+    while len(draws) < 20_000:
+        start = int(42 + 5 * torch.randn(1, generator=generator).item())
+        draws += [start] if 1 <= start < 50 else []
+    seen = [draws.count(k) / len(draws) for k in range(50)]
+    assert max(abs(a - b) for a, b in zip(found, seen, strict=True)) < 0.01
+
+
+def test_the_uniform_start_has_the_released_code_s_law():
+    """U{0..49}, drawn again if 0; and U{30..49}, as it was for some hours."""
+    found, late = (law(distribution="uniform", start=start) for start in (0.0, 0.6))
+    assert found == [0.0, *[1 / 49] * 49]
+    assert mean_depth(found) == pytest.approx(25)
+    assert late == [*[0.0] * 30, *[1 / 20] * 20]
+    assert mean_depth(late) == pytest.approx(10.5)
+
+
+def test_the_fixed_start_is_one_step():
+    found = AlignProp(distribution="fixed", start=0.98)
+    assert {found.first_step(50, one) for one in of_step(7).pieces(1)} == {49}
+    assert AlignProp(distribution="fixed", start=0.0).first_step(50, of_step(7)) == 0
+
+
+def test_starts_are_drawn_by_their_law():
+    objective = AlignProp(start=0.84, spread=0.1)
+    drawn = [objective.first_step(50, of_step(step, 1)) for step in range(3000)]
+    assert 50 - sum(drawn) / len(drawn) == pytest.approx(9.09, abs=0.3)
+    assert (min(drawn) >= 1, max(drawn)) == (True, 49)
+
+
+def test_the_mean_over_all_starts_is_the_published_figure():
+    """-0.65047 with deviation 0.420 over starts 0 to 8, the last of which has no gradient."""
+    prompts = numbers()
+    starts = [AlignProp(distribution="fixed", start=b / 8) for b in range(8)]
+    slopes = [slope(one, number_policy(THETA, STEPS), prompts) for one in starts]
+    scaled = torch.tensor([*slopes, 0.0]) * 1.7 / start(number_policy(THETA, STEPS), prompts)
+    assert scaled.mean().item() == pytest.approx(-0.65047, abs=1e-5)
+    assert scaled.std(correction=0).item() == pytest.approx(0.420, abs=5e-4)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform", "fixed"])
+def test_a_single_step_carries_the_gradient(distribution):
+    assert AlignProp(distribution=distribution).first_step(1, of_step(7)) == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"distribution": "fixed", "start": 1.0},
+        {"distribution": "uniform", "start": 1.0},
+        {"start": 0.0, "spread": 1e-4},
+    ],
+)
+def test_a_start_that_no_step_has_is_refused(settings):
+    with pytest.raises(UserError, match=r"draws none of the sampler's 50 steps\. Write"):
+        AlignProp(**settings).check(Sampler(steps=50))
+    AlignProp().check(Sampler(steps=50))
+
+
+# the anchor, and steps with noise
+
+
+class ShiftModel(NumberModel):
+    """v = θ, whatever x is."""
+
+    def forward(self, x: Tensor, t: Tensor, inputs: Any) -> Tensor:
+        return super().forward(torch.ones_like(x), t, inputs)
+
+
+@pytest.mark.parametrize(("depth", "published"), [(8, -1.625), (3, -0.609375)])
+def test_the_anchor_ends_where_the_closed_form_says(depth, published):
+    """With reward c x_K and anchor λ θ² on M of K steps, θ* = -c M / (2 λ K)."""
+    objective = AlignProp(depth=depth, kl=VelocityKL(weight=0.4))
+    prompts = Prompts(**labels(3), reward=of_pictures(lambda images: 1.3 * images.flatten()))
+    slopes = {}
+    for theta in (published, published + 0.5):
+        policy = number_policy(theta, STEPS, ShiftModel())
+        slopes[theta] = slope(objective, policy, prompts)
+    assert slopes[published] == pytest.approx(0, abs=1e-12)
+    assert slopes[published + 0.5] == pytest.approx(-2 * 0.4 * 0.5, rel=1e-9)
+
+
+def test_the_anchor_is_logged_and_is_0_at_the_start():
+    policy = make_policy(Sampler(steps=3))
+    objective = AlignProp(depth=2, kl=VelocityKL(weight=0.5))
+    assert objective.loss(policy, bright_prompts(policy), None).stats["kl"].values.tolist() == [
+        0,
+        0,
     ]
-    assert (min(drawn), max(drawn)) == (1, steps - 1)
+    stir(policy)
+    loss = objective.loss(policy, bright_prompts(policy), None)
+    reward, kl = (loss.stats[name].values.mean() for name in ("reward/combined", "kl"))
+    assert kl > 0
+    assert_close(loss.total, 0.5 * kl - reward)
 
 
-def test_the_first_step_with_gradient_is_drawn_around_start():
-    drawn = torch.tensor(
-        [AlignProp().first_step(100, of_step(step, 1)) for step in range(500)]
-    ).float()
-    assert drawn.mean().item() == pytest.approx(84, abs=1.5)
-    assert drawn.std().item() == pytest.approx(10, abs=1)
+@pytest.mark.parametrize("dynamics", [flow_sde, ddim])
+def test_the_gradient_through_steps_with_noise_is_that_of_finite_differences(dynamics):
+    def policy_at(theta: float) -> Policy:
+        policy = number_policy(theta, STEPS)
+        policy.sampler.dynamics = dynamics
+        return policy
+
+    def end(theta: float) -> float:
+        policy = policy_at(theta)
+        x = policy.unroll(policy.initial_noise(prompts), prompts, range(STEPS))
+        return x.mean().item()
+
+    prompts, h = numbers(), 1e-5
+    found = slope(AlignProp(depth=STEPS), policy_at(THETA), prompts)
+    assert found == pytest.approx((end(THETA + h) - end(THETA - h)) / (2 * h), rel=1e-6)
+    without_noise = slope(AlignProp(depth=STEPS), number_policy(THETA, STEPS), prompts)
+    assert abs(found - without_noise) > 1e-3
+
+
+@pytest.mark.parametrize("objective", [AlignProp(depth=1), ReFL(), DRaFTLV()])
+def test_images_are_made_by_the_sampler_s_own_steps(objective):
+    policy, totals = make_policy(Sampler(steps=3)), set()
+    for dynamics in (ode, ddim):
+        policy.sampler.dynamics = dynamics
+        totals.add(objective.loss(policy, bright_prompts(policy), None).total.item())
+    assert len(totals) == 2
 
 
 @pytest.mark.parametrize(
@@ -484,7 +643,9 @@ def test_prompts_without_a_reward_say_so():
     [
         (AlignProp, {"depth": -1}),
         (AlignProp, {"start": 1.5}),
-        (AlignProp, {"spread": -0.1}),
+        (AlignProp, {"spread": 0.0}),
+        (AlignProp, {"distribution": "normal"}),
+        (AlignProp, {"depth": 0.5}),
         (ReFL, {"low": 0.9, "high": 0.8}),
         (ReFL, {"high": 1.1}),
         (DRaFTLV, {"copies": 0}),
@@ -492,7 +653,7 @@ def test_prompts_without_a_reward_say_so():
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(objective, settings):
-    with pytest.raises(UserError, match=r"Write|must be"):
+    with pytest.raises(UserError, match=r"Write|must be|choose from"):
         objective(**settings)
 
 

@@ -11,6 +11,8 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 from flowalign.batch import Keys, Pairs, Rollout
+from flowalign.data.preferences import Example
+from flowalign.data.prompts import Prompt
 from flowalign.dynamics import flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.flow import add_noise
@@ -22,9 +24,10 @@ from flowalign.objectives.draws import Draw, PathSteps
 from flowalign.objectives.flow_grpo import FlowGRPO, normalised_log_ratio
 from flowalign.objectives.kto import KTO
 from flowalign.objectives.prdp import PRDP
+from flowalign.objectives.terms import Reference
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import collect
-from flowalign.rollouts.ranking import rank
+from flowalign.rollouts.ranking import given_weights, rank
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.training.gradient import whole_terms
 from tests.objectives.toy import (
@@ -425,9 +428,54 @@ def test_a_ratio_outside_the_clip_range_gives_no_gradient(chosen, rejected):
     assert gradient(loss.total, theta).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def bradley_terry(slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One-step paths of N(0, 1) in both orders, weighted by how often slope · x prefers each."""
-    a, b = random(2, 200, 1)
+@pytest.mark.parametrize(("chosen", "rejected"), [(2.0, -2.0), (-2.0, 2.0), (-2.0, -0.1)])
+def test_a_one_sided_clip_still_pulls_back_what_moved_the_wrong_way(chosen, rejected):
+    """min(log r_w, log(1 + ε)) and max(log r_l, log(1 - ε)); θ = 0.2 as above."""
+    theta = torch.tensor([0.2], requires_grad=True)
+    pairs = path_pairs(*(torch.tensor([[[0.0], [x]]]) for x in (chosen, rejected)), torch.zeros(0))
+    objective = D3PO(beta=1.0, clip="one_sided")
+    loss = objective.loss(ChainPolicy(theta), pairs, 0)
+    log_w, log_l = (0.2 * x - 0.02 for x in (chosen, rejected))
+    margin = min(log_w, math.log(1.1)) - max(log_l, math.log(0.9))
+    assert loss.stats["margin"].values.item() == pytest.approx(margin, abs=1e-6)
+    inside = float(log_w < math.log(1.1)), float(log_l > math.log(0.9))
+    wrong = 1 / (1 + math.exp(margin))
+    expected = -wrong * (inside[0] * (chosen - 0.2) - inside[1] * (rejected - 0.2))
+    assert gradient(loss.total, theta).item() == pytest.approx(expected, abs=1e-6)
+    if abs(chosen) == abs(rejected):
+        two_sided = D3PO(beta=1.0).loss(ChainPolicy(theta), pairs, 0)
+        assert gradient(two_sided.total, theta).item() == 0
+        assert (abs(expected) > 1) == (chosen < rejected)
+
+
+def test_both_clips_have_the_same_gradient_at_the_reference():
+    pairs = path_pairs(random(3, 2, 4), random(3, 2, 4, seed=1), torch.zeros(0))
+    slopes = []
+    for clip in ("two_sided", "one_sided"):
+        theta = torch.zeros(1, requires_grad=True)
+        slopes.append(gradient(D3PO(clip=clip).loss(ChainPolicy(theta), pairs, 0).total, theta))
+    assert torch.equal(*slopes)
+
+
+def test_d3po_s_anchor_is_the_kl_to_the_model_without_adapter_wherever_the_reference_is():
+    """KL(N(θ, std²) ‖ N(0, std²)) = θ² / 2 std²."""
+    pairs = path_pairs(random(3, 2, 4), random(3, 2, 4, seed=1), torch.zeros(0))
+    copies = {Reference.COPY: torch.tensor([0.1])}
+    policy = ChainPolicy(torch.tensor([0.3]), stds=(0.5,), copies=copies)
+    for reference in (Reference(), Reference(every=2)):
+        plain, anchored = (
+            D3PO(kl_weight=weight, reference=reference).loss(policy, pairs, 0)
+            for weight in (0.0, 0.7)
+        )
+        kl = 0.3**2 / (2 * 0.5**2)
+        assert_close(anchored.stats["kl"].values, torch.full((6,), kl))
+        assert (anchored.total - plain.total).item() == pytest.approx(0.7 * kl, rel=1e-5)
+        assert "kl" not in plain.stats
+
+
+def bradley_terry(slope: float, mean: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """One-step paths of N(mean, 1) in both orders, weighted by how often slope · x prefers each."""
+    a, b = random(2, 200, 1) + mean
     weight = torch.cat([(slope * (a - b)).sigmoid(), (slope * (b - a)).sigmoid()])[:, 0]
     start = torch.zeros(400, 1)
     return (
@@ -450,6 +498,48 @@ def test_d3po_ends_at_the_kl_regularised_optimum():
     )
     assert objective.loss(ChainPolicy(found), pairs, 0).stats["ratio/clipped"].values.sum() == 0
     assert found.item() == pytest.approx(c / beta, rel=1e-4)
+
+
+def test_a_reference_that_follows_has_no_optimum():
+    """Renewed at each optimum, θ = k c / β after k rounds: as far as one round at β / k."""
+    c, beta, found = 0.7, 7.0, torch.zeros(1)
+    objective = D3PO(beta=beta, clip_range=0.9, reference=Reference(every=1))
+    for number in range(1, 5):
+        chosen, rejected, weight = bradley_terry(c, found.item())
+        pairs = path_pairs(chosen, rejected, torch.zeros(0), weight=weight)
+        copies = {Reference.COPY: found}
+        found = minimiser(
+            lambda theta, copies=copies, pairs=pairs: (
+                objective.loss(ChainPolicy(theta, copies=copies), pairs, 0).total
+            ),
+            found,
+        )
+        assert found.item() == pytest.approx(number * c / beta, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [DPO, KTO])
+def test_errors_are_compared_with_the_reference_that_the_settings_name(make):
+    policy, pairs, draw, target = free_case()
+    moved = target + random(*target.shape, seed=9)
+    policy = replace(policy, copies={Reference.COPY: moved})
+    margins = []
+    for reference in (Reference(), Reference(every=4)):
+        objective = make(beta=4.0, reference=reference)
+        assert set(objective.snapshots) == ({Reference.COPY} if reference.every else set())
+        (prepared,) = with_terms(objective, policy, pairs)[:1]
+        margins.append(objective.loss(policy, prepared, draw).total.item())
+    assert margins[0] != pytest.approx(margins[1], rel=1e-3)
+    at_reference = replace(policy, theta=moved)
+    (prepared,) = with_terms(make(reference=Reference(every=4)), at_reference, pairs)[:1]
+    loss = make(reference=Reference(every=4)).loss(at_reference, prepared, draw)
+    assert loss.total.item() == pytest.approx({DPO: math.log(2), KTO: 0.5}[make], rel=1e-5)
+
+
+def test_a_moving_reference_is_a_copy_that_follows_every_so_many_updates():
+    (decay,) = D3PO(reference=Reference(every=40)).snapshots.values()
+    assert [decay(updates) for updates in (39, 40, 41, 80)] == [1, 0, 1, 0]
+    (decay,) = DPO(reference=Reference(every=20, decay=0.9)).snapshots.values()
+    assert [decay(updates) for updates in (10, 20)] == [1, 0.9]
 
 
 # PRDP
@@ -705,6 +795,107 @@ def test_ties_and_small_gaps_weigh_nothing():
     assert pairs.trainable_rows().group.tolist() == [2]
 
 
+def dominance_pairs(*scores: list[float], **settings: Any) -> tuple[list[tuple[int, int]], Pairs]:
+    """The pairs of one prompt's images by these scores of each reward, and all rows."""
+    rewards = {str(number): torch.tensor(values) for number, values in enumerate(scores)}
+    rollout = judged([[sum(values) for values in zip(*scores, strict=True)]])
+    rollout = replace(rollout, rewards=rewards, path=torch.arange(len(rollout)).view(-1, 1, 1))
+    pairs = rank(rollout, Ranking(by="dominance", **settings))
+    kept = pairs.trainable_rows()
+    sides = (side.flatten().tolist() for side in kept.x0)
+    return list(zip(*sides, strict=True)), pairs
+
+
+def test_an_image_beats_those_that_it_dominates():
+    found, _ = dominance_pairs([1.0, 0.0, 0.5, 0.4], [0.0, 1.0, 0.5, 0.4])
+    assert found == [(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "found"),
+    [
+        ([30.0, 10.0, 6.0], [20.0, 8.0, 5.0], [(0, 1)]),
+        ([30.0, 10.0, 6.0], [40.0, 4.0, 4.0], []),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.5], [(1, 0)]),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], []),
+        ([1.0, math.nan, 3.0], [0.0, 9.0, 3.0], [(0, 1)]),
+        ([1.0, math.nan, math.nan], [math.nan, 9.0, 3.0], []),
+    ],
+)
+def test_two_images_are_compared_as_by_d3po_s_released_code(a, b, found):
+    """The first two are its own example; a reward that one of them lacks is not compared."""
+    scores = [list(pair) for pair in zip(a, b, strict=True)]
+    assert dominance_pairs(*scores)[0] == found
+
+
+@pytest.mark.parametrize(("bad", "count"), [(0, 0), (1, 6), (2, 10), (3, 12), (6, 6), (7, 0)])
+def test_marks_of_seven_images_give_the_pairs_whose_marks_differ(bad, count):
+    found, pairs = dominance_pairs([-1.0] * bad + [0.0] * (7 - bad))
+    assert len(found) == count
+    assert len(pairs) == max(1, count)
+    assert pairs.weight.tolist() == [1.0] * count or pairs.weight.tolist() == [0.0]
+
+
+def test_one_best_and_one_worst_of_seven_give_eleven_pairs():
+    assert len(dominance_pairs([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])[0]) == 11
+
+
+def test_a_rising_map_of_a_reward_leaves_dominance_as_it_is():
+    first, second = random(2, 8).tolist()
+    plain, mapped = (
+        dominance_pairs(values, second)[0] for values in (first, [math.exp(x) for x in first])
+    )
+    assert plain == mapped
+    assert plain
+
+
+def test_the_share_of_pairs_that_dominance_leaves_halves_with_each_reward():
+    """2^(1 - m) of the pairs for m independent rewards."""
+    for rewards in (1, 2, 3):
+        scores = random(rewards, 200, seed=rewards).tolist()
+        share = len(dominance_pairs(*scores)[0]) / (200 * 199 / 2)
+        assert share == pytest.approx(2.0 ** (1 - rewards), abs=0.04)
+
+
+def test_a_dominating_image_must_be_better_by_more_than_the_least_gap():
+    scores = [1.0, 0.9, 0.5], [1.0, 1.0, 1.0]
+    assert dominance_pairs(*scores)[0] == [(0, 1), (0, 2), (1, 2)]
+    assert dominance_pairs(*scores, min_gap=0.2)[0] == [(0, 2), (1, 2)]
+
+
+def test_groups_with_fewer_dominance_pairs_are_filled_up_with_rows_of_weight_0():
+    rollout = judged([[3.0, 2.0, 1.0], [1.0, 1.0, 0.0]])
+    pairs = rank(replace(rollout, rewards={"one": rollout.reward}), Ranking(by="dominance"))
+    assert pairs.group.tolist() == [0, 0, 0, 1, 1, 1]
+    assert pairs.weight.tolist() == [1, 1, 1, 1, 1, 0]
+    assert pairs.keys.image.tolist() == [0, 1, 2, 0, 1, 2]
+    ranking = Ranking(by="dominance", weighted=True)
+    weight = rank(replace(rollout, rewards={"one": rollout.reward}), ranking).weight
+    # Deviations of the rewards in [0, 1]: that of 0, ½, 1 and that of 0, 1, 1.
+    outer = (math.sqrt(1 / 6) - math.sqrt(2 / 9)) / 2
+    expected = [(1 + outer) * gap for gap in (5 / 6, 4 / 3, 5 / 6)]
+    assert_close(weight, torch.tensor([*expected, 1 - outer, 1 - outer, 0.0]))
+
+
+def given(*gaps: float) -> list[Example]:
+    return [Example(prompt=Prompt(""), chosen=bytes, rejected=bytes, gap=gap) for gap in gaps]
+
+
+def test_given_pairs_weigh_by_their_gap_and_one_on_average():
+    """gap / largest + 1 - mean: DP²O's weight with all pairs as one group."""
+    weight = given_weights(given(1.0, 2.0, 4.0, 5.0), Ranking(weighted=True))
+    assert_close(weight, torch.tensor([0.6, 0.8, 1.2, 1.4]))
+    assert given_weights(given(1.0, 2.0, 4.0, 5.0), Ranking()).tolist() == [1, 1, 1, 1]
+    assert given_weights(given(1.0, 1.0), Ranking(weighted=True)).tolist() == [1, 1]
+
+
+def test_given_pairs_of_a_small_gap_weigh_nothing():
+    ranking = Ranking(min_gap=1.0, weighted=True)
+    assert_close(given_weights(given(1.0, 2.0, 4.0), ranking), torch.tensor([0.0, 0.75, 1.25]))
+    with pytest.raises(UserError, match=r"min_gap is 1, but no pair .* above 0.5\. Write"):
+        given_weights(given(0.5, 0.25), ranking)
+
+
 def test_weights_average_to_one_within_a_prompt_and_between_prompts():
     """DP²O: (gap + 1 - mean gap) (deviation + 1 - mean deviation), rewards in [0, 1] by group."""
     rewards = [[0.0, 1.0, 2.0, 4.0], [10.0, 0.0, 10.0, 0.0]]
@@ -741,6 +932,11 @@ def test_ranked_pairs_keep_the_paths_and_log_probabilities_that_were_sampled(sam
         (KTO, {"beta": -1.0}),
         (KTO, {"liked": -1.0}),
         (D3PO, {"clip_range": 1.0}),
+        (D3PO, {"clip": "none"}),
+        (D3PO, {"kl_weight": -0.1}),
+        (Reference, {"every": -1}),
+        (Reference, {"decay": 1.5}),
+        (Ranking, {"by": "vote"}),
         (PRDP, {"temperature": 0.0}),
         (DDPO, {"clip_range": 0.0}),
         (Ranking, {"top": 0}),
@@ -748,5 +944,5 @@ def test_ranked_pairs_keep_the_paths_and_log_probabilities_that_were_sampled(sam
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(objective, settings):
-    with pytest.raises(UserError, match=r"write|must be"):
+    with pytest.raises(UserError, match=r"write|must be|choose from"):
         objective(**settings)

@@ -1,5 +1,6 @@
 """Policies of known velocities or steps, small batches for them, and a model of one number."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,19 +18,19 @@ from flowalign.policy import Policy, Sampler
 
 @dataclass
 class VelocityPolicy:
-    """v = field(x, t, theta); the reference has its own theta."""
+    """v = field(x, t, theta); the reference and copies have their own theta."""
 
     field: Callable[[Tensor, Tensor, Tensor], Tensor]
     theta: Tensor
     reference: Tensor
+    copies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.field(x, over_latent(t, x), self.theta)
 
     def at(self, name: str) -> "VelocityPolicy":
-        return replace(
-            self, theta={"policy": self.theta, "reference": self.reference}[name].detach()
-        )
+        thetas = {"policy": self.theta, "reference": self.reference, **self.copies}
+        return replace(self, theta=thetas[name].detach())
 
 
 def free(x: Tensor, t: Tensor, theta: Tensor) -> Tensor:
@@ -49,17 +50,19 @@ def normal(x: Tensor, t: Tensor, mean: Tensor, variance: float = 0.25) -> Tensor
 
 @dataclass
 class ChainPolicy:
-    """Steps x' ~ N(x + bias_k, std_k²); the reference has no bias."""
+    """Steps x' ~ N(x + bias_k, std_k²); the reference has no bias, copies have their own."""
 
     bias: Tensor
     stds: tuple[float, ...] = (1.0,)
+    copies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def step(self, x: Tensor, k: int, cond: Cond) -> Gaussian:
         return Gaussian(x + self.bias[k], self.stds[k])
 
     def at(self, name: str) -> "ChainPolicy":
         bias = self.bias.detach()
-        return replace(self, bias={"policy": bias, "reference": torch.zeros_like(bias)}[name])
+        biases = {"policy": bias, "reference": torch.zeros_like(bias), **self.copies}
+        return replace(self, bias=biases[name])
 
     @torch.no_grad()
     def log_prob(self, path: Tensor) -> Tensor:
@@ -192,9 +195,9 @@ class DoublePolicy(Policy):
         return super().initial_noise(batch, purpose).double()
 
 
-def number_policy(theta: float, steps: int) -> Policy:
+def number_policy(theta: float, steps: int, model: NumberModel | None = None) -> Policy:
     """v = theta · x. The adapter's matrices are 1 and theta, which has the gradient."""
-    policy = DoublePolicy(NumberModel(), Sampler(steps=steps))
+    policy = DoublePolicy(model or NumberModel(), Sampler(steps=steps))
     policy.model.transformer.double()
     down, up = policy.parameters()
     with torch.no_grad():

@@ -53,7 +53,7 @@ from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import trainer
 from flowalign.training.gradient import compute_gradient, Meter, split
 from flowalign.training.setup import assemble, read_inputs
-from tests.tiny import make_policy, ROOT, SMALL, TINY, two_groups
+from tests.tiny import make_policy, ROOT, SMALL, stir, TINY, two_groups
 
 CAPTIONS = ["a red circle", "a blue square", "a green triangle", "a circle and a square"]
 
@@ -163,6 +163,49 @@ def test_given_pairs_are_latents_of_their_pictures(pairs):
     assert batch.gap.tolist() == batch.weight.tolist() == [1, 1]
 
 
+def test_the_scores_of_given_pairs_weigh_their_losses(pairs):
+    """score_chosen - score_rejected: 1, 2, 4 and 5 weigh 0.6, 0.8, 1.2 and 1.4."""
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    scored = [
+        {**line, "score_chosen": gap, "score_rejected": 0}
+        for line, gap in zip(lines, (1, 2, 4, 5), strict=True)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, scored)))
+    source = context(pairs, prompts_per_step=4)
+    stir(source.policy)
+    even, _ = given_pairs(source, 0)
+    assert even.weight.tolist() == [1, 1, 1, 1]
+    source = replace(source, ranking=Ranking(weighted=True))
+    batch, _ = given_pairs(source, 0)
+    expected = {"a red circle": 0.6, "a blue square": 0.8, "a green triangle": 1.2}
+    weight = torch.tensor([expected.get(prompt, 1.4) for prompt in batch.prompts])
+    torch.testing.assert_close(batch.weight, weight)
+    for objective in (DPO(beta=50.0), KTO(beta=50.0)):
+        by_pair = torch.stack(
+            [loss_of(source.policy, objective, even, row) for row in range(len(even))]
+        )
+        total = loss_of(source.policy, objective, batch)
+        torch.testing.assert_close(total, (weight * by_pair).mean(), rtol=1e-4, atol=1e-6)
+        assert abs(total - by_pair.mean()) > 1e-5
+
+
+def loss_of(policy: Policy, objective: Any, pairs: Pairs, row: int | None = None) -> Tensor:
+    """The loss of one row, or of all, where terms are those of the whole update."""
+    (one,) = list(split(policy, objective, pairs, 2 * len(pairs)))
+    if row is None:
+        return objective.loss(policy, one.batch, one.draw).total.detach()
+    draw = one.draw
+    part = replace(draw, t=draw.t[row : row + 1], noise=draw.noise[row : row + 1])
+    return objective.loss(policy, one.batch[row : row + 1], part).total.detach()
+
+
+def test_pairs_of_a_small_gap_are_not_trained_on(pairs):
+    source = replace(context(pairs, prompts_per_step=4), ranking=Ranking(min_gap=0.5))
+    assert len(given_pairs(source, 0)[0].trainable_rows()) == 4
+    with pytest.raises(UserError, match=r"data\.ranking\.min_gap is 1, but no pair"):
+        given_pairs(replace(source, ranking=Ranking(min_gap=1.0)), 0)
+
+
 def test_given_examples_are_the_better_pictures(pairs):
     source = context(pairs)
     assert torch.equal(given_examples(source, 0)[0].x0, given_pairs(source, 0)[0].x0[0])
@@ -196,6 +239,22 @@ def test_ranked_pairs_are_the_brightest_and_the_darkest_of_a_prompt():
     assert metrics == same
     reward = rollout.reward.view(2, 3)
     torch.testing.assert_close(pairs.gap, reward.max(1).values - reward.min(1).values)
+
+
+def test_pairs_by_dominance_compare_each_reward_by_itself():
+    """One reward with weights of both signs dominates nothing; with one sign, all pairs."""
+    source = context()
+    rewards = [Reward("bright", brightness, 2.0), Reward("dark", brightness, -1.0)]
+    scorer = replace(source.scorer, rewards=rewards)
+    source = replace(source, scorer=scorer, ranking=Ranking(by="dominance"))
+    rollout, _ = scored_rollouts(source, 0)
+    assert set(rollout.rewards) == {"bright", "dark"}
+    torch.testing.assert_close(rollout.rewards["bright"], -2 * rollout.rewards["dark"])
+    assert len(ranked_pairs(source, 0)[0].trainable_rows()) == 0
+    agreeing = replace(scorer, rewards=[rewards[0], Reward("dark", brightness, 1.0)])
+    pairs, _ = ranked_pairs(replace(source, scorer=agreeing), 0)
+    assert len(pairs.trainable_rows()) == 2 * 3
+    assert pairs.gap.min() > 0
 
 
 def test_the_noise_of_a_pair_does_not_depend_on_what_other_prompts_there_are():

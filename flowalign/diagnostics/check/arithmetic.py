@@ -20,12 +20,12 @@ def describe_step(inputs: Inputs) -> Finding:
     else:
         images = f"{plan.images_per_prompt} images = {plan.images_per_step} images"
         total = f"{prompts} prompts × {images}"
-    if ranked:
-        total += f", ranked into {prompts * rows_per_prompt(inputs)} pairs"
-    rows = plan.prompts_per_update * rows_per_prompt(inputs)
-    passes = math.ceil(rows / max(1, plan.images_per_pass // kind.images_per_row))
     # Images with equal rewards make no pair.
     most = "at most " if ranked else ""
+    if ranked:
+        total += f", ranked into {most}{prompts * rows_per_prompt(inputs)} pairs"
+    rows = plan.prompts_per_update * rows_per_prompt(inputs)
+    passes = math.ceil(rows / max(1, plan.images_per_pass // kind.images_per_row))
     split = f"{plan.updates_per_step} update(s) of {most}{rows} {noun}"
     where = f"on each of {plan.processes} process(es), in {most}{passes} pass(es)"
     return Finding("step", f"{total}; {split} {where}")
@@ -36,7 +36,7 @@ def rows_per_prompt(inputs: Inputs) -> int:
     if inputs.examples:
         return 1
     if inputs.config.objective.learns_from is Pairs:
-        return inputs.config.data.ranking.top**2
+        return inputs.config.data.ranking.most_pairs(inputs.plan.images_per_prompt)
     return inputs.plan.images_per_prompt
 
 
