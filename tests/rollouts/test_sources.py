@@ -1,6 +1,7 @@
 """What a step learns from, and whole runs of objectives that learn from it."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -611,7 +612,8 @@ def test_imitating_pictures_brings_them_nearer(pairs, few_prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "images"), [("{name: crd}", True), ("{name: dpo, beta: 1}", False)]
+    ("objective", "images"),
+    [("{name: crd}", True), ("{name: dpo, beta: 100, reference: {every: 2}}", False)],
 )
 def test_stopping_and_going_on_equals_never_stopping(
     objective, images, pairs, few_prompts, tmp_path
@@ -631,11 +633,26 @@ def test_stopping_and_going_on_equals_never_stopping(
     assert {file.parent.name for file in files} == {
         "",
         "ema",
-        *(["old", "sampler"] if images else []),
+        *(["old", "sampler"] if images else ["moving_reference"]),
     }
     for file in files:
         one, other = read_tensors(whole / file), read_tensors(parts / file)
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_reference_is_renewed_after_so_many_updates(pairs, few_prompts, tmp_path):
+    """After a hard copy the policy is the reference, and the loss is log 2 again."""
+    changes = [
+        f"data.pairs={pairs}",
+        "rewards={brightness: 1}",
+        *GIVEN,
+        "train.learning_rate=1e-2",
+        "train.steps=5",
+    ]
+    run(tmp_path / "run", "{name: dpo, beta: 100, reference: {every: 2}}", few_prompts, *changes)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    at_reference = [loss == pytest.approx(math.log(2), abs=1e-7) for loss in losses]
+    assert at_reference == [True, False, True, False, True]
 
 
 def test_a_reward_without_gradient_is_refused_before_training(few_prompts, tmp_path):
