@@ -74,7 +74,7 @@ def baselines(summary: Summary) -> list[Baseline]:
         return [base]
     return [
         base,
-        Baseline(label="guided base", means=guided["means"], difference=guided["difference"]),
+        Baseline(label="guided", means=guided["means"], difference=guided["difference"]),
     ]
 
 
@@ -88,8 +88,11 @@ def guidance_note(guided: GuidedSummary) -> str:
         "prompts with other noise"
     )
     if best == own:
-        return f"All have {setting} {own:g}, which suits the base too: {reason}."
-    note = f"Base and trained have {setting} {own:g}, the guided base {best:g}: {reason}."
+        return f"Base and trained are sampled at {setting} {own:g}, for the base {reason}."
+    note = (
+        f"Guided is the base at {setting} {best:g}, {reason}. "
+        f"Base and trained are sampled at {own:g}."
+    )
     if best == max(map(float, guided["sweep"])):
         note += " No larger one was tried: add one to evaluation.guidance_sweep."
     return note

@@ -87,7 +87,7 @@ def sheet_rows(
     """Return the pictures of the sheet by the label of their row."""
     rows = {"base": before.images}
     if guided and guided.choice.best != guided.choice.own:
-        rows["guided\nbase"] = guided.result.images
+        rows["guided"] = guided.result.images
     return {**rows, "trained": after.images}
 
 

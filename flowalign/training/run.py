@@ -197,7 +197,7 @@ class Run:
         reward is evaluated.
 
         Args:
-            before: What `evaluate_reference` returned.
+            before: What `evaluate_reference` returned, with the scores of all prompts.
         """
         scales, target = self.config.evaluation.guidance_sweep, self.config.target_reward
         if not scales or target is None:

@@ -148,8 +148,10 @@ def test_the_table_of_differences_fits_80_columns_and_says_what_it_rests_on():
 
 
 def test_the_table_of_a_run_has_a_column_and_an_interval_for_each_baseline():
-    lines = table(("base", GAIN), ("guided base", {"scene_match": (-0.2, -0.1, 0.0)}))
+    lines = table(("base", GAIN), ("guided", {"scene_match": (-0.2, -0.1, 0.0)}))
     assert max(map(len, lines)) <= 80
+    heads = ["base", "guided", "trained", "trained", "-", "base", "trained", "-", "guided"]
+    assert lines[0].split() == ["reward", *heads]
     row = next(line for line in lines if line.startswith("scene_match"))
     assert row.split()[1:] == "0.250 0.250 1.250 +0.200 ± 0.100 -0.100 ± 0.100".split()
     # What the guided base has no figure for is a dash, such as the error of held-out pictures.

@@ -67,10 +67,11 @@ def test_the_guided_base_is_a_column_a_line_and_a_sentence(run):
     write_report(run, summary(baseline_guided=guided()))
     page = (run / "report.html").read_text()
     for text in (
-        "<th>guided base</th>",
+        "<th>guided</th>",
         "<td>0.375</td>",
         "<td>+0.375 ± 0.125</td>",
-        "Base and trained have guidance 1, the guided base 3: the best of 1, 3, 7 by scene_match",
+        "Guided is the base at guidance 3, the best of 1, 3, 7 by scene_match on 43 prompts",
+        "Base and trained are sampled at 1.",
     ):
         assert text in page
     assert draw_curves([], summary(baseline_guided=guided())) != without
@@ -79,8 +80,8 @@ def test_the_guided_base_is_a_column_a_line_and_a_sentence(run):
 def test_a_base_whose_own_guidance_is_best_is_one_column(run):
     write_report(run, summary(baseline_guided=guided(guidance=1.0)))
     page = (run / "report.html").read_text()
-    assert "guided base" not in page
-    assert "All have guidance 1, which suits the base too: the best of 1, 3, 7" in page
+    assert "guided" not in page
+    assert "sampled at guidance 1, for the base the best of 1, 3, 7" in page
 
 
 def test_the_largest_scale_that_was_tried_may_not_be_the_best():
