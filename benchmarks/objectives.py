@@ -1,12 +1,13 @@
-"""Train with every objective on the same work, and compare them.
+"""Train the rows of a table on the same work, several seeds each, and compare them.
 
-    python benchmarks/objectives.py [NAME ...] [--images 6000] [--set KEY=VALUE ...]
+    python benchmarks/objectives.py [TABLE.yaml] [--seeds 3] [--workers 2] [--minutes 60]
 
-Runs configs/tiny/NAME.yaml from the same model, prompts and seeds. For each it prints the gain
-after 4,000 images, images and seconds to a strict score of 0.8 and 0.9, the final score, the tiny
-CLIP's score, which can be hacked, how different the images of a prompt still are, and how far the
-velocities moved. Writes table.md, results.json and curves.png, and keeps what results.json holds of
-other names. Finished runs are not repeated.
+A table (benchmarks/tables/*.yaml) names the rows: a file of configs/tiny, and what is changed in
+it. All rows have the same model, prompts, images and seeds. For each row the comparison gives the
+gain after 4,000 images, the images to a strict score of 0.8 and 0.9, the final score, its
+difference from the guided model, the tiny CLIP's score, which can be hacked, how different the
+images of a prompt still are, and how far the velocities moved. Writes table.md, results.json and
+curves.png. Finished runs are not repeated.
 """
 
 import argparse
@@ -15,12 +16,17 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from itertools import chain, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -38,23 +44,9 @@ from flowalign.reporting.trackers import read_metrics
 from flowalign.rewards.clip import ClipScore
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.runs.adapter import load_adapter
-from flowalign.runs.environment import environment
 
 ROOT = Path(__file__).parents[1]
-ONLINE = (
-    "flow_grpo",
-    "ddpo",
-    "d3po",
-    "prdp",
-    "nft",
-    "awm",
-    "crd",
-    "dgpo",
-    "rwr",
-    "raft",
-    "dpo_online",
-    "kto_online",
-)
+TABLES = ROOT / "benchmarks" / "tables"
 REWARDS = "{scene_match: 1.0, scene_match_graded: 1.0, clip_score: 1.0}"
 EARLY = 4000
 TARGETS = (0.8, 0.9)
@@ -74,26 +66,69 @@ class Comparison(TypedDict):
 
 
 class Result(Comparison):
-    """A run: its evaluations in order, its summary, and the trained policy's measures."""
+    """A run: its evaluations in order, its summary, its machine and the policy's measures."""
 
     points: list[Point]
     summary: dict[str, object]
+    device: str
 
 
 Results = dict[str, list[Result]]
-"""For each objective, its runs by seed."""
+"""For each row, its runs by seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is trained."""
+
+    file: str
+    """Name of a file in configs/tiny."""
+    set: dict[str, object] = field(default_factory=dict)
+    """What is changed in the file: values by dotted keys."""
+    images: int | None = None
+    """Images that each run generates, if they differ from the table's."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The content of a table's file."""
+
+    name: str
+    images: int
+    """Images that each run generates."""
+    evaluate_every: int
+    """Images between two evaluations."""
+    rows: dict[str, Row]
+    score: str = "scene_match"
+    """The score that the curves show and the rows are sorted by."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row, a seed and its folder."""
+
+    row: str
+    seed: int
+    command: tuple[str, ...]
+    folder: Path
 
 
 def main() -> None:
     """Train what is not trained yet, and write the comparison after every run."""
     options = parse_options()
-    torch.set_num_threads(1)
-    results: Results = {}
-    for name, seed in product(options.names, range(options.seeds)):
-        results.setdefault(name, []).append(measure(name, seed, options))
+    table = read_table(options.table)
+    output = options.output / table.name
+    deadline = time.monotonic() + 60 * options.minutes
+    # Seed by seed: a benchmark that is stopped early has compared all rows, on fewer seeds.
+    jobs = [
+        make_job(table, row, seed, output)
+        for seed, row in product(range(options.seeds), table.rows)
+    ]
+    for _ in finished(jobs, options.workers, deadline):
         # After every run: a benchmark of hours can be read while it goes, and interrupted.
-        report(best_first(read_results(options.output) | results), options.output)
-    print((options.output / "table.md").read_text())
+        report(best_first(read_runs(table, jobs), table.score), table.score, output)
+    summary = output / "table.md"
+    print(summary.read_text() if summary.exists() else "No run has ended.")
 
 
 def parse_options() -> argparse.Namespace:
@@ -102,13 +137,107 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("names", nargs="*", default=ONLINE, help="names of files in configs/tiny")
-    add("--images", type=int, default=6000, help="images that each run generates")
-    add("--evaluate-every", type=int, default=1920, help="images between evaluations")
+    add("table", nargs="?", type=Path, default=TABLES / "objectives.yaml", help="a table's file")
     add("--seeds", type=int, default=3)
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the files")
-    add("--output", type=Path, default=Path("outputs/objectives"))
+    add("--workers", type=int, default=2, help="runs at a time, each with one thread")
+    add("--minutes", type=float, default=math.inf, help="stop then; the next call goes on")
+    add("--output", type=Path, default=Path("outputs"), help="folder of the table's folder")
     return parser.parse_args()
+
+
+def read_table(file: Path) -> Table:
+    """Read a table's file."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    rows = {name: Row(**row) for name, row in content.pop("rows").items()}
+    return Table(name=file.stem, rows=rows, **content)
+
+
+def make_job(table: Table, name: str, seed: int, output: Path) -> Job:
+    """Return the run of a row with a seed."""
+    row = table.rows[name]
+    file, folder = ROOT / "configs" / "tiny" / f"{row.file}.yaml", output / f"{slug(name)}-{seed}"
+    overrides = [f"{key}={json.dumps(value)}" for key, value in row.set.items()]
+    train = load_config(file, overrides).train
+    per_step = train.prompts_per_step * train.images_per_prompt
+    settings = {
+        "train.seed": seed,
+        "train.steps": math.ceil((row.images or table.images) / per_step),
+        "train.evaluate_every": max(1, table.evaluate_every // per_step),
+        "evaluation.rewards": REWARDS,
+        "output": folder.resolve(),
+    }
+    overrides += [f"{key}={value}" for key, value in settings.items()]
+    return Job(name, seed, (sys.executable, "train.py", str(file), *overrides), folder)
+
+
+def slug(name: str) -> str:
+    """Return a row's name as a folder's name."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in name)
+
+
+def finished(jobs: Sequence[Job], workers: int, deadline: float) -> Iterator[Job]:
+    """Run the jobs, some at a time, and yield each that ends before the deadline."""
+    # Processes that are spawned do not inherit a GPU's state.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        futures = {pool.submit(run, job, deadline): job for job in jobs}
+        for future in as_completed(futures):
+            if future.result():
+                yield futures[future]
+
+
+def run(job: Job, deadline: float) -> bool:
+    """Train and measure a run, unless that is done. Returns False if the time is over."""
+    torch.set_num_threads(1)
+    if not is_done(job.folder / "summary.json"):
+        seconds = deadline - time.monotonic()
+        if seconds <= 0 or not train(job, seconds):
+            return False
+    measures = job.folder / "comparison.json"
+    if not measures.exists():
+        measures.write_text(json.dumps(compare_policies(job.folder)))
+    return True
+
+
+def train(job: Job, seconds: float) -> bool:
+    """Train in a process of its own, which an interrupted benchmark resumes."""
+    timeout = None if math.isinf(seconds) else seconds
+    try:
+        # A process of its own also frees all memory of the run before.
+        subprocess.run(job.command, cwd=ROOT, check=True, timeout=timeout, capture_output=True)
+    except subprocess.TimeoutExpired:
+        return False
+    except subprocess.CalledProcessError as error:
+        # A fault of one row should not end the comparison of the others.
+        print(f"{job.folder} failed: {error.stderr.decode()[-2000:]}", file=sys.stderr)
+        return False
+    return True
+
+
+def is_done(summary: Path) -> bool:
+    """True if the run ended and was not interrupted."""
+    return summary.exists() and json.loads(summary.read_text())["stopped"] != "interrupted"
+
+
+def read_runs(table: Table, jobs: Sequence[Job]) -> Results:
+    """Return the finished runs of each row that has any."""
+    results: Results = {}
+    for job in jobs:
+        if (job.folder / "comparison.json").exists():
+            results.setdefault(job.row, []).append(read_run(job.folder))
+    return {name: results[name] for name in table.rows if name in results}
+
+
+def read_run(folder: Path) -> Result:
+    """Return what a finished run's folder holds."""
+    summary = json.loads((folder / "summary.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    comparison: Comparison = json.loads((folder / "comparison.json").read_text())
+    return {
+        "points": evaluations(folder, summary),
+        "summary": summary,
+        "device": environment["device"],
+        **comparison,
+    }
 
 
 def read_results(folder: Path) -> Results:
@@ -117,44 +246,13 @@ def read_results(folder: Path) -> Results:
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
-def best_first(results: Results) -> Results:
-    """Sort by the median of the final strict scores."""
+def best_first(results: Results, score: str) -> Results:
+    """Sort by the median of the final scores."""
 
-    def score(name: str) -> float:
-        return statistics.median(run["points"][-1]["scene_match"] for run in results[name])
+    def final(name: str) -> float:
+        return statistics.median(run["points"][-1][score] for run in results[name])
 
-    return {name: results[name] for name in sorted(results, key=score, reverse=True)}
-
-
-def measure(name: str, seed: int, options: argparse.Namespace) -> Result:
-    """Train one run unless it is finished, and measure it."""
-    folder = options.output / f"{name}-{seed}"
-    if not is_done(folder / "summary.json"):
-        train(name, seed, folder, options)
-    summary = json.loads((folder / "summary.json").read_text())
-    return {"points": evaluations(folder, summary), "summary": summary, **compare_policies(folder)}
-
-
-def train(name: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
-    """Train in a process of its own, which an interrupted benchmark resumes."""
-    file = ROOT / "configs" / "tiny" / f"{name}.yaml"
-    config = load_config(file)
-    per_step = config.train.prompts_per_step * config.train.images_per_prompt
-    settings = {
-        "train.seed": seed,
-        "train.steps": math.ceil(options.images / per_step),
-        "train.evaluate_every": max(1, options.evaluate_every // per_step),
-        "evaluation.rewards": REWARDS,
-        "output": folder,
-    }
-    overrides = [*(f"{key}={value}" for key, value in settings.items()), *options.set]
-    # A process of its own also frees all memory of the run before.
-    subprocess.run([sys.executable, "train.py", str(file), *overrides], cwd=ROOT, check=True)
-
-
-def is_done(summary: Path) -> bool:
-    """True if the run ended and was not interrupted."""
-    return summary.exists() and json.loads(summary.read_text())["stopped"] != "interrupted"
+    return {name: results[name] for name in sorted(results, key=final, reverse=True)}
 
 
 def evaluations(folder: Path, summary: dict) -> list[Point]:
@@ -229,22 +327,22 @@ def gain(points: list[Point], images: int) -> float:
     return within[-1]["scene_match"] - points[0]["scene_match"]
 
 
-def report(results: Results, folder: Path) -> None:
-    """Write table.md, results.json and curves.png."""
-    targets = [f"to {target}" for target in TARGETS]
+def report(results: Results, score: str, folder: Path) -> None:
+    """Write table.md, results.json, curves.png and seconds.png."""
+    targets = [f"images to {target}" for target in TARGETS]
     columns = ["strict", "CLIP", "diversity", "moved", "s"]
-    head = ["objective", f"gain, {EARLY:,} images", *targets, *columns]
+    head = ["row", f"gain, {EARLY:,} images", *targets, *columns]
     rows = [" | ".join([name, *cells(runs)]) for name, runs in results.items()]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {row} |" for row in rows)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text("\n".join(lines) + "\n")
-    record = {"environment": environment(torch.device("cpu"), 1), "results": results}
-    (folder / "results.json").write_text(json.dumps(record, indent=2))
-    plot(results, folder / "curves.png")
+    (folder / "results.json").write_text(json.dumps({"results": results}, indent=2))
+    plot(results, score, "images", folder / "curves.png")
+    plot(results, score, "seconds", folder / "seconds.png")
 
 
 def cells(runs: list[Result]) -> list[str]:
-    """Return the cells of an objective, but for its name."""
+    """Return the cells of a row, but for its name."""
     ends = [run["points"][-1] for run in runs]
     clip_gains = [run["points"][-1]["clip_score"] - run["points"][0]["clip_score"] for run in runs]
     diversities = [run["diversity_after"] / run["diversity_before"] for run in runs]
@@ -260,13 +358,11 @@ def cells(runs: list[Result]) -> list[str]:
 
 
 def to_target(points: list[Point | None]) -> str:
-    """Describe the median images and seconds of the runs that reached a target."""
-    reached = [point for point in points if point]
+    """Describe the median images of the runs that reached a target."""
+    reached = [point["images"] for point in points if point]
     if not reached:
         return "no"
-    images = statistics.median(point["images"] for point in reached)
-    seconds = statistics.median(point["seconds"] for point in reached)
-    return f"{images:,.0f} images, {seconds:.0f} s ({len(reached)} of {len(points)})"
+    return f"{statistics.median(reached):,.0f} ({len(reached)} of {len(points)})"
 
 
 def spread(values: list[float], form: str) -> str:
@@ -274,33 +370,31 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def plot(results: Results, path: Path) -> None:
-    """Draw one panel for each objective: its curves in blue, all others in grey."""
+def plot(results: Results, score: str, axis: str, path: Path) -> None:
+    """Draw one panel for each row: its curves in blue, all others in grey."""
     rows = math.ceil(len(results) / PLOT_COLUMNS)
     figure = Figure(figsize=(3 * PLOT_COLUMNS, 2.4 * rows), layout="constrained")
     grid = figure.subplots(rows, PLOT_COLUMNS, sharex=True, sharey=True, squeeze=False)
     panels: Sequence[Axes] = grid.flatten()
     for axes, (name, runs) in zip(panels, results.items(), strict=False):
         for run in chain.from_iterable(results.values()):
-            draw_curve(axes, run, color="#ddd", linewidth=0.8)
+            axes.plot(*curve(run, score, axis), color="#ddd", linewidth=0.8)
         for run in runs:
-            draw_curve(axes, run, color="#2d52d6", linewidth=1.4)
+            axes.plot(*curve(run, score, axis), color="#2d52d6", linewidth=1.4)
         axes.set_title(name, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    # The grid may have more panels than there are objectives.
+    # The grid may have more panels than there are rows.
     for axes in panels[len(results) :]:
         axes.set_visible(False)
-    figure.supxlabel("images generated", fontsize=9)
-    figure.supylabel("strict score, prompts not trained on", fontsize=9)
+    figure.supxlabel(axis, fontsize=9)
+    figure.supylabel(f"{score}, prompts not trained on", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def draw_curve(axes: Axes, run: Result, color: str, linewidth: float) -> None:
-    """Draw the strict score of a run over its images."""
-    images = [point["images"] for point in run["points"]]
-    scores = [point["scene_match"] for point in run["points"]]
-    axes.plot(images, scores, color=color, linewidth=linewidth)
+def curve(run: Result, score: str, axis: str) -> tuple[list[float], list[float]]:
+    """Return a score of a run over its images or seconds."""
+    return [point[axis] for point in run["points"]], [point[score] for point in run["points"]]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+from flowalign.config.load import load_config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -63,7 +66,7 @@ def test_an_interrupted_run_is_not_finished(tmp_path):
 
 
 @pytest.mark.usefixtures("benchmark")
-def test_objectives_are_compared_in_a_table_and_a_plot(tmp_path):
+def test_rows_are_compared_in_a_table_and_a_plot(tmp_path):
     objectives = importlib.import_module("objectives")
 
     def run(rise: float) -> dict[str, object]:
@@ -79,15 +82,15 @@ def test_objectives_are_compared_in_a_table_and_a_plot(tmp_path):
             "velocity_moved": 0.125,
         }
 
-    objectives.report({"slow": [run(0.1)] * 3}, tmp_path)
+    objectives.report({"slow": [run(0.1)] * 3}, "scene_match", tmp_path)
     both = objectives.read_results(tmp_path) | {"quick": [run(0.6), run(0.45), run(0.3)]}
-    objectives.report(objectives.best_first(both), tmp_path)
+    objectives.report(objectives.best_first(both, "scene_match"), "scene_match", tmp_path)
     table = (tmp_path / "table.md").read_text().splitlines()
     cells = [
         "quick",
         "+0.300 (+0.200 to +0.400)",
-        "5,000 images, 125 s (2 of 3)",
-        "6,000 images, 150 s (1 of 3)",
+        "5,000 (2 of 3)",
+        "6,000 (1 of 3)",
         "0.850 (0.700 to 1.000)",
         "+0.225 (+0.150 to +0.300)",
         "0.50 (0.50 to 0.50)",
@@ -96,7 +99,53 @@ def test_objectives_are_compared_in_a_table_and_a_plot(tmp_path):
     ]
     assert table[2] == f"| {' | '.join(cells)} |"
     assert table[3].startswith("| slow | +0.067 (+0.067 to +0.067) | no | no | 0.500")
-    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+    for plot in ("curves.png", "seconds.png"):
+        assert Image.open(tmp_path / plot).size[0] > 1000
+
+
+@pytest.mark.usefixtures("benchmark")
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("tables/*.yaml")), ids=lambda path: path.stem)
+def test_every_row_of_a_shipped_table_is_a_valid_configuration(file, tmp_path):
+    objectives = importlib.import_module("objectives")
+    table = objectives.read_table(file)
+    jobs = [objectives.make_job(table, name, 1, tmp_path) for name in table.rows]
+    # Two rows in one folder would be one run.
+    assert len({job.folder for job in jobs}) == len(table.rows)
+    for job in jobs:
+        config = load_config(Path(job.command[2]), job.command[3:])
+        assert config.train.seed == 1
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_a_row_is_trained_measured_and_not_repeated(tmp_path):
+    objectives = importlib.import_module("objectives")
+    small = {"train.prompts_per_step": 2, "train.images_per_prompt": 2, "train.images_per_pass": 4}
+    row = objectives.Row("crd", small | {"evaluation.images_per_prompt": 1})
+    table = objectives.Table("small", images=8, evaluate_every=4, rows={"crd, small": row})
+    jobs = [objectives.make_job(table, "crd, small", 0, tmp_path)]
+    assert objectives.run(jobs[0], math.inf)
+    (result,) = objectives.read_runs(table, jobs)["crd, small"]
+    assert [point["images"] for point in result["points"]] == [0, 4, 8, 8]
+    assert 0 < result["diversity_after"] < 1
+    # The time is over, so the run counts only because it is done.
+    assert objectives.run(jobs[0], -math.inf)
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_a_run_does_not_begin_after_the_last_minute(tmp_path):
+    objectives = importlib.import_module("objectives")
+    table = objectives.Table("small", 8, 4, {"crd": objectives.Row("crd")})
+    assert not objectives.run(objectives.make_job(table, "crd", 0, tmp_path), -math.inf)
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_the_noise_reward_tells_nothing_of_the_image():
+    noise = importlib.import_module("noise").noise
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2000, 3, 8, 8, generator=generator)
+    brightness, values = images.mean((1, 2, 3)), noise(images, [""] * 2000)
+    assert values.std().item() == pytest.approx(12**-0.5, rel=0.05)
+    assert abs(torch.corrcoef(torch.stack([brightness.double(), values]))[0, 1]) < 0.06
 
 
 @pytest.mark.slow
