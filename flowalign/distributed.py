@@ -1,14 +1,22 @@
-"""Processes of a run: which rank this is, and the collectives between ranks.
+"""Processes of a run: which rank this is, the collectives between ranks, and their common end.
 
 accelerate starts and connects the processes. Every function here that exchanges something is a
 collective: all ranks must call it, in the same order, or the run hangs.
+
+A rank that fails leaves a note in the store that connected the processes, and closes its
+connections. The collectives that other ranks wait in then raise a RunError with the note's message.
+A rank that waits elsewhere is ended by its own watchdog.
 """
 
 import atexit
 import os
-from collections.abc import Callable
-from functools import cache
-from typing import cast, TypeVar
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, wraps
+from typing import Any, cast, ParamSpec, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -21,22 +29,110 @@ from torch import Tensor
 from flowalign.errors import RunError, UserError
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+FAILURE, ENDED = "flowalign/failure", "flowalign/ended"
+"""Keys of the store: the message of the rank that failed first, and that rank 0 has ended."""
+LOST = "Another process has ended without a message. It may have been killed. ({})"
+GRACE = 20.0
+"""Seconds that a rank has to end by itself after another has failed."""
+SAVING = 60.0
+"""Seconds that the other ranks give rank 0 to save."""
+_informed = threading.Event()
+"""Set when the main thread knows of a failure, or has ended."""
 
 
 def state() -> PartialState:
     """Return accelerate's state, which connects the processes when it is first asked for."""
     connected = PartialState(cpu=not uses_gpus())
     if connected.num_processes > 1:
-        _disconnect_at_exit()
+        _on_connection()
     return connected
 
 
 @cache
-def _disconnect_at_exit() -> None:
+def _on_connection() -> None:
     # Gloo's threads abort the process, with a status that says that the run failed, if they are
-    # still alive when the interpreter is gone. NCCL is left alone: it waits for other ranks.
-    if torch.distributed.get_backend() == "gloo":
-        atexit.register(torch.distributed.destroy_process_group)
+    # still alive when the interpreter is gone.
+    atexit.register(_disconnect)
+    watchdog = threading.Thread(target=_watch, args=[_store()], name="watchdog", daemon=True)
+    watchdog.start()
+
+
+def _disconnect() -> None:
+    # NCCL is left alone: it waits for other ranks.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
+@cache
+def _store() -> Any:
+    # torch has no public function for it. A store of our own would need another free port.
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _failure(store: Any) -> str | None:
+    """Return the message of the rank that failed first, if one has."""
+    try:
+        return store.get(FAILURE).decode() if store.check([FAILURE]) else None
+    except RuntimeError:
+        # The store lives in a process that is gone.
+        return "Another process has ended. Its message says why, unless it was killed."
+
+
+def _watch(store: Any) -> None:
+    """End this process some time after another has failed, wherever its main thread waits."""
+    while not (message := _failure(store)):
+        time.sleep(1)
+    if not _informed.wait(GRACE):
+        # The main thread is inside a call that does not return, so nothing can be saved.
+        print(f"{message}\nThis process waited, and was ended.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """End all ranks within seconds if the block fails on one of them.
+
+    A rank that fails says so to the others and closes its connections. It then waits until rank 0
+    has saved, because launchers end all processes when one of them ends.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _leave(error)
+        raise
+    finally:
+        _informed.set()
+
+
+def _leave(error: BaseException) -> None:
+    store, message = _store(), str(error) or type(error).__name__
+    with suppress(RuntimeError):  # the store may live in a process that is gone
+        # Only the first failure is kept: the others follow from it.
+        store.compare_set(FAILURE, "", f"Process {rank()} failed: {message}")
+        _disconnect()
+        if is_main():
+            store.set(ENDED, "")
+        deadline = time.monotonic() + SAVING
+        while not store.check([ENDED]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _collective(exchange: Callable[P, T]) -> Callable[P, T]:
+    """Turn the error of a lost connection into a RunError that says which rank failed, and why."""
+
+    @wraps(exchange)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return exchange(*args, **kwargs)
+        except RuntimeError as error:
+            # From here on the main thread ends by itself. Saving may take longer than the grace.
+            _informed.set()
+            raise RunError(_failure(_store()) or LOST.format(error)) from error
+
+    return guarded
 
 
 def device() -> torch.device:
@@ -74,11 +170,13 @@ def is_main() -> bool:
     return state().is_main_process
 
 
+@_collective
 def barrier() -> None:
     """Wait until every rank has reached this call."""
     state().wait_for_everyone()
 
 
+@_collective
 def gather(rows: Tensor) -> Tensor:
     """Return the rows of all ranks, in the order of ranks, on the CPU.
 
@@ -92,11 +190,13 @@ def gather(rows: Tensor) -> Tensor:
     return table[table[:, 0] == 1, 1:]
 
 
+@_collective
 def gather_objects(value: T) -> list[T]:
     """Return the values of all ranks, in the order of ranks."""
     return cast(list[T], accelerate_gather_object([value])) if count() > 1 else [value]
 
 
+@_collective
 def mean(values: Tensor) -> Tensor:
     """Return the mean over ranks, element by element, on the device of `values`."""
     if count() == 1:
@@ -104,6 +204,7 @@ def mean(values: Tensor) -> Tensor:
     return cast(Tensor, accelerate_reduce(values.to(device()), "mean")).to(values.device)
 
 
+@_collective
 def maximum(values: Tensor) -> Tensor:
     """Return the maximum over ranks, element by element, on the device of this rank."""
     largest = values.clone().to(device())

@@ -18,7 +18,7 @@ from flowalign import distributed
 from flowalign.reporting.trackers import read_metrics
 from flowalign.runs.adapter import ADAPTER_FILE
 from flowalign.runs.checkpoint import checkpoints
-from tests.processes import ENVIRONMENT, run_process, start, TORCHRUN
+from tests.processes import ENVIRONMENT, run_process, start, start_two, TORCHRUN
 from tests.tiny import ROOT, SMALL, TINY
 
 ACCELERATE = [
@@ -165,6 +165,92 @@ def test_sigterm_of_torchrun_saves_the_step_of_both_processes(tmp_path):
     assert f"Stopped after step {done}. The same command resumes from there." in output
     output = run_process([*TORCHRUN, *command, f"train.steps={done + 1}"])
     assert f"Resuming from {saved}" in output
+
+
+FAILURE = """
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from flowalign import distributed
+from flowalign.errors import RunError
+
+distributed.GRACE = 1.0
+assert distributed.count() == 2
+try:
+    with distributed.ending_together():
+        distributed.barrier()
+        if distributed.is_main():
+            try:
+                if sys.argv[1] == "elsewhere":
+                    time.sleep(600)
+                distributed.mean(torch.ones(3))
+            except RunError:
+                time.sleep(2)  # as long as saving takes
+                print("saved")
+                raise
+        elif sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            raise ValueError("the scorer is gone")
+except (RunError, ValueError) as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "main_status", "message"),
+    [
+        ("raises", 1, "Process 1 failed: the scorer is gone"),
+        ("killed", 1, "Another process has ended without a message."),
+        # The main thread of rank 0 does not wait for rank 1, so it cannot save.
+        ("elsewhere", 1, "Process 1 failed: the scorer is gone\nThis process waited"),
+    ],
+)
+def test_a_rank_that_fails_alone_ends_the_other(case, main_status, message, tmp_path):
+    script = tmp_path / "failure.py"
+    script.write_text(FAILURE)
+    main, other = start_two(script, case)
+    assert main.returncode == main_status
+    assert message in main.stderr
+    assert ("saved" in main.stdout) == (case != "elsewhere")
+    assert other.returncode == (-9 if case == "killed" else 1)
+
+
+FAILS_IN_BACKPROPAGATION = """
+import os
+
+calls = 0
+
+
+def brightness(images, prompts, metadata):
+    global calls
+    calls += images.requires_grad
+    if calls > 4 and os.environ["RANK"] == "1":
+        raise ConnectionError("the scorer is gone")
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_backpropagation_on_one_process_ends_both(tmp_path):
+    (tmp_path / "mine.py").write_text(FAILS_IN_BACKPROPAGATION)
+    settings = [
+        f'rewards={{"{tmp_path}/mine.py:brightness": 1.0}}',
+        "evaluation.rewards={brightness: 1.0}",
+        "objective={name: alignprop}",
+        "sampler.dynamics={name: ode}",
+        *("train.images_per_pass=3", "train.steps=20", f"output={tmp_path / 'run'}"),
+    ]
+    main, other = start_two(ROOT / "train.py", str(TINY), *SMALL, *settings)
+    assert main.returncode == other.returncode == 1
+    (saved,) = checkpoints(tmp_path / "run")
+    assert "brightness raised ConnectionError: the scorer is gone" in other.stderr
+    assert "Process 1 failed" in main.stderr
+    assert f"The finished steps are in {saved}" in main.stderr
 
 
 FAILS_ON_ONE = """

@@ -35,7 +35,8 @@ def keep_finished_steps(run: Path, save: Callable[[], None]) -> Iterator[None]:
 
     Args:
         run: The run folder.
-        save: Saves the steps that are finished but not saved yet, on all ranks together.
+        save: Saves the steps that are finished but not saved yet. It must not wait for other ranks,
+            which may not know of the failure.
 
     Raises:
         RunError: The run failed. The message ends with the last checkpoint.
@@ -45,9 +46,6 @@ def keep_finished_steps(run: Path, save: Callable[[], None]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(describe_finished_steps(run)) from None
-    except OutOfMemory as error:
-        # Only this rank knows of the error, so nothing that all ranks do together may follow.
-        raise RunError(f"{error}\n{describe_finished_steps(run)}") from error
     except RunError as error:
         save()
         raise RunError(f"{error}\n{describe_finished_steps(run)}") from error

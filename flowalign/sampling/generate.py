@@ -75,13 +75,14 @@ def evaluate(source: Source) -> EvaluationResult:
     config = source.config
     if config is None:
         raise UserError("The source has no evaluation prompts. Give a run folder or a YAML file.")
-    inputs = distributed.raise_everywhere(lambda: read_inputs(config))
-    assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
-    policy = assembly.state.policy
-    if source.adapter:
-        load_source_adapter(policy, source.adapter)
-    weights = policy.at("policy" if source.adapter else "reference")
-    return assembly.evaluator(weights.sampling(config.evaluation_sampler))
+    with distributed.ending_together():
+        inputs = distributed.raise_everywhere(lambda: read_inputs(config))
+        assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
+        policy = assembly.state.policy
+        if source.adapter:
+            load_source_adapter(policy, source.adapter)
+        weights = policy.at("policy" if source.adapter else "reference")
+        return assembly.evaluator(weights.sampling(config.evaluation_sampler))
 
 
 def describe_source(

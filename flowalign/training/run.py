@@ -247,14 +247,17 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint of the present step. All ranks call this together."""
         if distributed.is_main():
-            keep, best = self.config.train.keep, self.find_best_step()
-            save_checkpoint(self.state, self.progress, self.folder, keep, best)
+            self._save_checkpoint()
         distributed.barrier()
 
     def save_finished_steps(self) -> None:
-        """Save the steps that are finished when a run fails. All ranks call this together."""
-        if self.progress.step and not self.is_mid_update:
-            self.save()
+        """Save the steps that are finished when a run fails, perhaps on this rank alone."""
+        if distributed.is_main() and self.progress.step and not self.is_mid_update:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        keep, best = self.config.train.keep, self.find_best_step()
+        save_checkpoint(self.state, self.progress, self.folder, keep, best)
 
     def open_trackers(self) -> Trackers:
         """Open the trackers of the run; only the main process has any."""

@@ -2,6 +2,7 @@
 
 import time
 
+from flowalign import distributed
 from flowalign.config.sections import Config
 from flowalign.progress import task
 from flowalign.reporting.summary import Summary
@@ -28,9 +29,10 @@ def train(config: Config) -> Summary:
         RunError: The run failed. The message says where its finished steps are.
         SystemExit: SIGTERM stopped the run after a step, which is saved.
     """
-    with advise_on_out_of_memory(config):
-        run = prepare(config)
-    return execute(run)
+    with distributed.ending_together():
+        with advise_on_out_of_memory(config):
+            run = prepare(config)
+        return execute(run)
 
 
 def execute(run: Run) -> Summary:

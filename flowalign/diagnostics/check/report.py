@@ -44,12 +44,13 @@ def check(config: Config, say: Callable[[str], None] = print) -> bool:
     """
     wrong: list[str] = []
     say = say if distributed.is_main() else lambda _: None
-    with advise_on_out_of_memory(config):
+    with distributed.ending_together(), advise_on_out_of_memory(config):
         for finding in findings(config):
             say(f"{'!' if finding.wrong else ' '} {finding.subject + ':':14}{finding.text}")
             wrong += [finding.subject] * finding.wrong
+        everywhere = distributed.gather_objects(wrong)
     # Each subject once, in the order of the checks.
-    subjects = dict.fromkeys(chain.from_iterable(distributed.gather_objects(wrong)))
+    subjects = dict.fromkeys(chain.from_iterable(everywhere))
     say(f"Wrong: {', '.join(subjects)}." if subjects else "Nothing wrong was found.")
     return not subjects
 
