@@ -116,11 +116,14 @@ def test_every_row_of_a_shipped_table_is_a_valid_configuration(file, tmp_path):
         assert config.train.seed == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("benchmark")
 def test_a_row_is_trained_measured_and_not_repeated(tmp_path):
     objectives = importlib.import_module("objectives")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo squares\n")
     small = {"train.prompts_per_step": 2, "train.images_per_prompt": 2, "train.images_per_pass": 4}
-    row = objectives.Row("crd", small | {"evaluation.images_per_prompt": 1})
+    row = objectives.Row("crd", small | {"evaluation.prompts": str(prompts)})
     table = objectives.Table("small", images=8, evaluate_every=4, rows={"crd, small": row})
     jobs = [objectives.make_job(table, "crd, small", 0, tmp_path)]
     assert objectives.run(jobs[0], math.inf)
