@@ -42,7 +42,7 @@ def test_a_run_in_an_ascii_locale_trains_and_samples_prompts_of_other_letters(tm
     locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     (tmp_path / "prompts.txt").write_text(f"{CAFE}\na red circle\n", encoding="utf-8")
     settings = [f"output={tmp_path}/run", f"data.prompts={tmp_path}/prompts.txt", "train.steps=1"]
-    settings.append("evaluation.prompts=''")
+    settings += ["evaluation.prompts=''", "rewards={brightness: 1.0}"]
     commands = (["train.py", str(TINY), *SMALL, *settings], ["sample.py", f"{tmp_path}/run", CAFE])
     for command in commands:
         ended = subprocess.run(

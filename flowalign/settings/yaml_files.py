@@ -13,7 +13,7 @@ import yaml
 
 from flowalign.bundled import CONFIGS, locate
 from flowalign.errors import naming, similar_file, UserError
-from flowalign.settings.merging import check_limits, check_written, merge, Section
+from flowalign.settings.merging import check_limits, check_written, count, merge, Section
 
 MAX_CHARACTERS = 64_000
 MAX_VALUES = 2_000
@@ -62,6 +62,9 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> YamlFile:
     with naming(path):
         check_written(values)
     parent = read_yaml(parent_path, (*children, path))
+    # A merge costs as much as both files, so ten large ones would take seconds.
+    if count(parent.values) + count(values) > MAX_VALUES:
+        raise too_large(f"{path} with what it extends")
     return YamlFile(merge(parent.values, values), (path.parent, *parent.folders))
 
 

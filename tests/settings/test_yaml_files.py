@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from flowalign.errors import UserError
+from flowalign.settings import yaml_files
 from flowalign.settings.merging import escape
 from flowalign.settings.yaml_files import (
     _Loader,
@@ -237,6 +238,18 @@ def test_nested_references_of_a_file_are_refused_before_it_is_merged(tmp_path):
     (tmp_path / "child.yaml").write_text("extends: base.yaml\nb: '" + "${" * 2_000 + "'\n")
     with pytest.raises(UserError, match=r"child.yaml: There are over"):
         read_yaml(tmp_path / "child.yaml")
+
+
+def test_files_that_extend_each_other_count_as_one(tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("large files are merged")
+
+    monkeypatch.setattr(yaml_files, "merge", never)
+    half = {f"k{number}": 1 for number in range(MAX_VALUES // 4)}
+    (tmp_path / "0.yaml").write_text(dump_yaml({"extends": "1.yaml", "a": half}))
+    (tmp_path / "1.yaml").write_text(dump_yaml({"b": half}))
+    with pytest.raises(UserError, match=r"0\.yaml with what it extends is too"):
+        read_yaml(tmp_path / "0.yaml")
 
 
 def test_a_chain_of_files_has_an_end(tmp_path):
