@@ -63,7 +63,7 @@ def draw_curves(entries: Sequence[Mapping[str, float]], summary: Summary) -> lis
     curves = []
     for name in _names(points):
         values = [(point[axis], point[name]) for point in points if name in point]
-        curves.append((name, _curve(name, values, (axis, last), heights.get(name))))
+        curves.append((name, _curve(values, (axis, last), heights.get(name))))
     return curves
 
 
@@ -85,8 +85,12 @@ def _guided_heights(summary: Summary) -> dict[str, float]:
     return {f"eval/{name}": mean for other in others for name, mean in other.means.items()}
 
 
-def _curve(name: str, points: Points, axis: tuple[str, float], guided: float | None) -> str:
-    """Draw a curve over an axis with a name and a last value, and a line for the guided base."""
+def _curve(points: Points, axis: tuple[str, float], guided: float | None) -> str:
+    """Draw a curve over an axis with a name and a last value, and a line for the guided base.
+
+    The page writes the name of the metric: matplotlib lacks letters of many scripts, and takes a
+    text with dollar signs for a formula.
+    """
     # A figure of its own per metric, so that the page can arrange them for a phone. `Figure` does
     # without pyplot, whose global state is not safe in a thread.
     figure = Figure(figsize=(3.4, 2.4), layout="constrained")
@@ -99,7 +103,6 @@ def _curve(name: str, points: Points, axis: tuple[str, float], guided: float | N
         axes.axhline(guided, color="#777", linewidth=1, linestyle="--")
         # At the left end, where a curve that begins at the base leaves room above the line.
         axes.annotate("guided base", (0, guided), (3, 2), textcoords="offset points", fontsize=7)
-    axes.set_title(name, fontsize=10)
     axes.set_xlabel(axis[0], fontsize=9)
     axes.set_xlim(0, axis[1])
     axes.tick_params(labelsize=8)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 
 import pytest
@@ -109,6 +110,22 @@ def test_the_report_asks_no_other_server(run):
     assert addresses
     assert all(address.startswith("data:") for address in addresses)
     assert not re.search(r"url\(|@import", (run / "report.html").read_text())
+
+
+def test_a_metric_of_any_name_is_written_as_text(run):
+    name = "\u7ea2 $x^{"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(run, summary(name=name))
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"<figcaption>eval/{name}</figcaption>" in page
+
+
+def test_the_prompts_of_the_pictures_are_listed_as_text(run):
+    write_report(run, summary(), ["\u7ea2\u8272\u7684\u5706", HOSTILE])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<li>\u7ea2\u8272\u7684\u5706</li>" in page
+    assert "<script" not in page
 
 
 def test_a_run_without_images_is_drawn_over_steps():
