@@ -75,6 +75,7 @@ def print_differences(
     trained: Mapping[str, float],
     baselines: Sequence[Baseline],
     prompts: int,
+    held_out: int = 0,
     console: Console | None = None,
 ) -> None:
     """Print the mean of each reward, and what training adds to each baseline.
@@ -82,7 +83,8 @@ def print_differences(
     Args:
         trained: Mean of each reward with the adapter.
         baselines: What it is compared with. The first has all rewards.
-        prompts: Number of prompts that the intervals rest on.
+        prompts: Number of prompts that the intervals of rewards rest on.
+        held_out: Number of held-out entries that the intervals of the other figures rest on.
         console: Where to print; standard output by default.
     """
     heads = [*(baseline.label for baseline in baselines), "trained"]
@@ -101,7 +103,7 @@ def print_differences(
         table.add_row(name, *means, format_mean(trained, name), *differences)
     console = console or make_console()
     console.print(table)
-    console.print(interval_note(prompts), style="dim", soft_wrap=True)
+    console.print(interval_note(prompts, held_out), style="dim", soft_wrap=True)
 
 
 def format_mean(means: Mapping[str, float], name: str) -> str:
@@ -119,12 +121,24 @@ def format_difference(differences: Mapping[str, Interval], name: str) -> str:
     return f"{mean:+.3f} ± {margin}"
 
 
-def interval_note(prompts: int) -> str:
-    """Say how many prompts the intervals rest on, and warn if they are few."""
+def interval_note(prompts: int, held_out: int = 0) -> str:
+    """Say how many prompts and held-out entries the intervals rest on, and warn if they are few."""
+    # A run on given pictures may have no reward, and then no interval rests on prompts.
+    if held_out and not prompts:
+        note = f"The 95 % intervals (±) rest on {_entries(held_out)}."
+        return note + (" Use 20 or more for a narrow interval." if held_out < 20 else "")
     if prompts == 1:
-        return "The 95 % intervals (±) rest on 1 prompt. Use several prompts to compare models."
-    few = " Use 20 or more prompts for a narrow interval." if prompts < 20 else ""
-    return f"The 95 % intervals (±) rest on {prompts} prompts.{few}"
+        note = "The 95 % intervals (±) rest on 1 prompt. Use several prompts to compare models."
+    else:
+        few = " Use 20 or more prompts for a narrow interval." if prompts < 20 else ""
+        note = f"The 95 % intervals (±) rest on {prompts} prompts.{few}"
+    if held_out:
+        note += f" Those of held-out figures rest on {_entries(held_out)}."
+    return note
+
+
+def _entries(count: int) -> str:
+    return f"{count} held-out {'entry' if count == 1 else 'entries'}"
 
 
 class TerminalDisplay:

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from flowalign.files import write_file
-from flowalign.reporting.console import format_difference, format_mean
+from flowalign.reporting.console import format_difference, format_mean, interval_note
 from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.reporting.trackers import read_metrics
 
@@ -33,22 +33,31 @@ def write_report(run: Path, summary: Summary, captions: Sequence[str] = ()) -> N
     """
     # Prompts, names of rewards and paths come from the user: the template escapes all of them.
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    stopped = summary["stopped"]
+    stopped, entries = summary["stopped"], read_metrics(run)
     page = templates.get_template(TEMPLATE).render(
         name=run.name,
         summary=summary,
         stopped=stopped[:1].upper() + stopped[1:],
+        amount=_amount(entries, summary),
+        intervals=interval_note(summary["prompts"], summary["held_out"]),
         sheet=_base64((run / "pictures" / "before-after.png").read_bytes()),
         baselines=baselines(summary),
         note=guidance_note(summary["baseline_guided"]) if summary["baseline_guided"] else "",
         mean=format_mean,
         difference=format_difference,
         captions=captions,
-        curves=draw_curves(read_metrics(run), summary),
+        curves=draw_curves(entries, summary),
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         environment=(run / "environment.json").read_text(encoding="utf-8"),
     )
     write_file(run / "report.html", page.encode())
+
+
+def _amount(entries: Sequence[Mapping[str, float]], summary: Summary) -> str:
+    """Return how much was trained: images, or steps if the run learned from given pictures."""
+    if summary["images"]:
+        return f"{summary['images']:,} images"
+    return f"{max((entry['step'] for entry in entries), default=0):,} steps"
 
 
 def draw_curves(entries: Sequence[Mapping[str, float]], summary: Summary) -> list[tuple[str, str]]:

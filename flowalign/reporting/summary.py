@@ -40,6 +40,10 @@ class Summary(TypedDict):
     """Low end, mean and high end of the 95 % interval of `after` minus `before`, paired."""
     baseline_guided: GuidedSummary | None
     """The model without adapter at its best guidance; None if that is not evaluated."""
+    prompts: int
+    """Prompts that the intervals of rewards rest on; 0 without evaluation rewards."""
+    held_out: int
+    """Held-out entries that the intervals of the other figures rest on."""
     images: int
     """Images that were generated for training."""
     seconds: float

@@ -57,6 +57,8 @@ def summarize(run: Run, before: EvaluationResult, reason: str) -> Summary:
         after={},
         difference={},
         baseline_guided=None,
+        prompts=len(run.evaluator.prompts) if before.rewards else 0,
+        held_out=max(map(len, before.held_out.values()), default=0),
         images=run.progress.images,
         seconds=round(run.progress.seconds, 1),
         peak_memory_bytes=peak_memory(run.state.policy.model.device),
@@ -95,8 +97,7 @@ def announce(run: Run, summary: Summary) -> None:
     """Print the results and where they are."""
     if summary["stopped"] != "finished":
         say(f"Stopped after step {run.progress.step} by train.stop: {summary['stopped']}.")
-    prompts = len(run.evaluator.prompts)
-    print_differences(summary["after"], baselines(summary), prompts=prompts)
+    print_differences(summary["after"], baselines(summary), summary["prompts"], summary["held_out"])
     if summary["baseline_guided"]:
         say(guidance_note(summary["baseline_guided"]))
     for name, path in (("Pictures", PICTURES), ("Report", "report.html"), ("Adapter", ADAPTER)):

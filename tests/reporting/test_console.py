@@ -131,7 +131,9 @@ def table(*baselines):
     console = plain_console()
     scores = {"scene_match": 0.25, LONG: 12.5}
     columns = [Baseline(label=label, means=scores, difference=gain) for label, gain in baselines]
-    print_differences({name: score + 1 for name, score in scores.items()}, columns, 43, console)
+    print_differences(
+        {name: score + 1 for name, score in scores.items()}, columns, 43, console=console
+    )
     return console.file.getvalue().splitlines()
 
 
@@ -165,6 +167,19 @@ def test_the_table_of_a_run_has_a_column_and_an_interval_for_each_baseline():
 )
 def test_few_prompts_are_named_as_a_weakness(prompts, expected):
     assert interval_note(prompts).endswith(expected) or expected in interval_note(prompts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((0, 3), "rest on 3 held-out entries. Use 20 or more for a narrow interval."),
+        ((0, 1), "rest on 1 held-out entry. Use 20 or more for a narrow interval."),
+        ((0, 60), "rest on 60 held-out entries."),
+        ((43, 3), "rest on 43 prompts. Those of held-out figures rest on 3 held-out entries."),
+    ],
+)
+def test_the_note_says_how_many_held_out_entries_an_interval_rests_on(counts, expected):
+    assert interval_note(*counts).endswith(expected)
 
 
 def test_facts_are_one_line_each_however_long():

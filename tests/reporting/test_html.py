@@ -22,7 +22,7 @@ def summary(name="scene_match", **changes):
         "after": {name: 0.75},
         "difference": {name: (0.4, 0.5, 0.6)},
     }
-    scores["baseline_guided"] = None
+    scores |= {"baseline_guided": None, "prompts": 43, "held_out": 0}
     return {**scores, "images": 14400, "seconds": 90.0, "stopped": "finished", **changes}
 
 
@@ -41,11 +41,23 @@ def run(tmp_path):
 def test_the_report_shows_figures_pictures_and_settings(run):
     write_report(run, summary())
     page = (run / "report.html").read_text()
-    for text in ("Finished after 14,400 images in 1.5 minutes", "+0.500 ± 0.100"):
+    for text in (
+        "Finished after 14,400 images in 1.5 minutes",
+        "+0.500 ± 0.100",
+        "rest on 43 prompts.",
+    ):
         assert text in page
     # The sheet, and curves of the reward, the evaluation and the loss.
     assert page.count('src="data:image/png;base64,') == 1 + 3
     assert 'name="viewport"' in page
+
+
+def test_a_run_on_given_pictures_counts_steps_and_held_out_entries(run):
+    write_report(run, summary("chosen_preferred", images=0, prompts=0, held_out=3))
+    page = (run / "report.html").read_text()
+    assert "Finished after 2 steps in 1.5 minutes" in page
+    assert "rest on 3 held-out entries. Use 20 or more for a narrow interval." in page
+    assert "0 images" not in page
 
 
 def guided(name="scene_match", guidance=3.0):

@@ -483,10 +483,16 @@ def test_without_held_out_pairs_a_tenth_is_split_off(
 ):
     changes = [f"data.pairs={many_pairs}", "rewards={}", *GIVEN, "train.evaluate_every=1"]
     summary = run(tmp_path / "run", f"{{name: {objective}}}", few_prompts, *changes)
+    printed = capsys.readouterr().out
     assert (
         "3 of the 24 entries of data.pairs are held out for evaluations and not trained on, "
-        "because evaluation.pairs is not given." in capsys.readouterr().out
+        "because evaluation.pairs is not given." in printed
     )
+    assert "The 95 % intervals (±) rest on 3 held-out entries." in printed
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Finished after 2 steps" in report
+    assert "<td>reconstruction_error</td>" in report
+    assert 'alt="eval/reconstruction_error"' in report
     paired = "beta" in objective
     figures = {"reconstruction_error", *(["chosen_preferred", "margin"] if paired else [])}
     assert set(summary["before"]) == set(summary["after"]) == set(summary["difference"]) == figures
