@@ -99,6 +99,8 @@ class Table:
     evaluate_every: int
     """Images between two evaluations."""
     rows: dict[str, Row]
+    set: dict[str, object] = field(default_factory=dict)
+    """What is changed in the files of all rows."""
     score: str = "scene_match"
     """The score that the curves show and the rows are sorted by."""
 
@@ -156,7 +158,7 @@ def make_job(table: Table, name: str, seed: int, output: Path) -> Job:
     """Return the run of a row with a seed."""
     row = table.rows[name]
     file, folder = ROOT / "configs" / "tiny" / f"{row.file}.yaml", output / f"{slug(name)}-{seed}"
-    overrides = [f"{key}={json.dumps(value)}" for key, value in row.set.items()]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in (table.set | row.set).items()]
     train = load_config(file, overrides).train
     per_step = train.prompts_per_step * train.images_per_prompt
     settings = {
