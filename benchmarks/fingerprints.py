@@ -69,10 +69,12 @@ def fingerprint(name: str) -> str:
 
 
 def hash_of_adapter(run: Path) -> str:
-    """Hash the names and values of the adapter's matrices, whatever their order in the file."""
+    """Hash the names and values of the trained matrices, whatever their order in the file."""
     from safetensors.torch import load_file
 
-    tensors = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+    from flowalign.runs.checkpoint import find_checkpoint, trained_weights
+
+    tensors = load_file(trained_weights(find_checkpoint(run)) / "pytorch_lora_weights.safetensors")
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 # Type checkers and editors read these imports; at run time the table below replaces them.
 if TYPE_CHECKING:
     from flowalign.advantages import RewardTable
-    from flowalign.api import evaluate, load_config, load_model, sample, train
+    from flowalign.api import compare, evaluate, export, load_config, load_model, sample, train
     from flowalign.batch import Batch, Cond, Examples, Keys, Pairs, Prompts, Rollout
     from flowalign.config.sections import Config
     from flowalign.data.prompts import Prompt
     from flowalign.dynamics import Gaussian
     from flowalign.errors import RunError, UserError
+    from flowalign.evaluation.comparison import Comparison
     from flowalign.evaluation.results import EvaluationResult
     from flowalign.models.base import FlowModel
     from flowalign.models.config import Lora, ModelConfig
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "batch",
+    "Comparison": "evaluation.comparison",
     "Cond": "batch",
     "Config": "config.sections",
     "Decay": "policy",
@@ -63,7 +65,9 @@ _HOMES = {
     "Sampler": "policy",
     "Tracker": "reporting.trackers",
     "UserError": "errors",
+    "compare": "api",
     "evaluate": "api",
+    "export": "api",
     "load_config": "api",
     "load_model": "api",
     "load_reward": "rewards.registry",
@@ -75,6 +79,7 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "Comparison",
     "Cond",
     "Config",
     "Decay",
@@ -103,7 +108,9 @@ __all__ = [
     "Tracker",
     "UserError",
     "__version__",
+    "compare",
     "evaluate",
+    "export",
     "load_config",
     "load_model",
     "load_reward",

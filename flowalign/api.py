@@ -22,6 +22,7 @@ from flowalign.reporting import console as screen
 if TYPE_CHECKING:
     from flowalign.config.sections import Config
     from flowalign.data.prompts import Prompt
+    from flowalign.evaluation.comparison import Comparison
     from flowalign.evaluation.results import EvaluationResult
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
@@ -280,6 +281,70 @@ def sample_to_folder(
     pictures = plural(len(result.images), "picture")
     console.print(f"Pictures: {sheet} and {pictures} in {folder}", soft_wrap=True)
     return folder
+
+
+def export(run: str | Path, step: int | None = None, output: str | Path | None = None) -> Path:
+    """Write the adapter of a step that a run keeps, and print where it is.
+
+    Every loader applies it at full strength, because alpha / rank is part of its weights. A README
+    shows how to load it. The adapter in `RUN/adapter` stays as it is.
+
+    Args:
+        run: A run folder, finished or not.
+        step: The training step; the last one that is kept by default.
+        output: A new folder; `adapter-step-000100` in the run folder by default.
+
+    Returns:
+        The folder of the adapter.
+
+    Raises:
+        UserError: The step is not kept, or the folder holds other files.
+
+    Example:
+        >>> flowalign.export("outputs/crd", step=100).name
+        'adapter-step-000100'
+    """
+    with screen.shown():
+        with progress.task("importing PyTorch and diffusers"):
+            from flowalign.runs.export import export_step
+        target = Path(output).expanduser() if output else None
+        folder = export_step(Path(run).expanduser(), step, target)
+        progress.say(f"Adapter: {folder}")
+        return folder
+
+
+def compare(runs: Iterable[str | Path], output: str | Path | None = None) -> "Comparison":
+    """Compare finished runs, print the differences, and write a page with plots.
+
+    The runs must share what they were evaluated on: model, prompts, sampler, and `train.seed`, from
+    which the noise is drawn. Their files are read, and neither a model nor a reward is loaded.
+
+    Args:
+        runs: Two or more run folders. The others are compared with the first.
+        output: The page; `comparison.html` beside the first run by default.
+
+    Returns:
+        `means[run][score]`, and `difference[run][score]`: low end, mean and high end of the 95 %
+        interval of the run minus the first, paired by prompt.
+
+    Raises:
+        UserError: A run is not finished, or the runs were not evaluated in the same way.
+
+    Example:
+        >>> comparison = flowalign.compare(["outputs/crd", "outputs/awm"])
+        >>> comparison.runs
+        ['crd', 'awm']
+        >>> low, mean, high = comparison.difference["awm"]["scene_match"]
+    """
+    with screen.shown() as console:
+        with progress.task("importing PyTorch"):
+            from flowalign.reporting.comparison import print_comparison
+            from flowalign.runs.comparable import compare_runs
+        page = Path(output).expanduser() if output else None
+        comparison, page = compare_runs([Path(run).expanduser() for run in runs], page)
+        print_comparison(comparison, console)
+        progress.say(f"Page: {page}")
+        return comparison
 
 
 def inspect_reward(spec: str, images: str | Path | None = None) -> bool:

@@ -10,6 +10,7 @@ import warnings
 
 from flowalign import __version__
 from flowalign.commands.output import keep_writing
+from flowalign.commands.results import add_compare, add_export
 from flowalign.commands.reward import add_reward
 from flowalign.commands.runs import add_check, add_config, add_plan, add_train
 from flowalign.commands.sample import add_sample
@@ -55,6 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_plan(commands)
     add_sample(commands)
+    add_export(commands)
+    add_compare(commands)
     add_reward(commands)
     add_config(commands)
     return parser
@@ -64,7 +67,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     """Parse the arguments; overrides and prompts may stand before and after options."""
     # argparse stops collecting them at the first option; what follows it lands in `rest`.
     options, rest = parser.parse_known_args(argv)
-    lists = [getattr(options, name) for name in ("overrides", "prompts") if name in options]
+    lists = [getattr(options, name) for name in ("overrides", "prompts", "runs") if name in options]
     unknown = [text for text in rest if text.startswith("-") or not lists]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -177,6 +177,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file with the permissions of any other new file."""
+    # The library's `save_file` makes files that only their owner may read.
+    file.write_bytes(save(tensors))
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises UserError if it is missing or damaged."""
     return _tensors_and_metadata(file)[0]

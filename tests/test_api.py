@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import math
+import shutil
 import subprocess
 import sys
 
@@ -41,6 +42,14 @@ def in_a_copy_of_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def crd(tmp_path):
+    """A short run in outputs/crd, whose only checkpoint is called that of step 100."""
+    flowalign.train("configs/tiny/crd.yaml", [*QUICK, "output=outputs/crd"])
+    saved = tmp_path / "outputs" / "crd" / "checkpoints"
+    (saved / "step-000001").rename(saved / "step-000100")
+
+
 def run_example(text):
     """Run the lines of a docstring; where it shows a value, the value must be that."""
     examples = doctest.DocTestParser().get_examples(text)
@@ -56,6 +65,15 @@ def run_example(text):
 @pytest.mark.parametrize("name", DOCUMENTED, ids=lambda name: name.__name__)
 def test_an_example_gives_what_it_shows(name):
     assert run_example(inspect.getdoc(name))
+
+
+def test_the_example_of_export_writes_the_adapter_of_a_step(crd):
+    assert run_example(inspect.getdoc(api.export))
+
+
+def test_the_example_of_compare_compares_two_runs(crd, tmp_path):
+    shutil.copytree(tmp_path / "outputs" / "crd", tmp_path / "outputs" / "awm")
+    assert run_example(inspect.getdoc(api.compare))
 
 
 def test_the_lines_of_the_package_train_and_sample(tmp_path):

@@ -17,6 +17,8 @@ COMMANDS = [
     ["check"],
     ["plan"],
     ["sample"],
+    ["export"],
+    ["compare"],
     ["reward"],
     ["reward", "test"],
     ["reward", "serve"],
@@ -55,7 +57,9 @@ def example_lines(text):
     ]
 
 
-@pytest.mark.parametrize("command", [["sample"], ["reward", "serve"], ["plan"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["sample"], ["export"], ["compare"], ["reward", "serve"], ["plan"]], ids=" ".join
+)
 def test_every_option_names_its_default(command, capsys):
     options = help_of(command, capsys).partition("options:")[2].partition("examples:")[0]
     described = [part for part in options.split("\n  --") if part.strip()][1:]

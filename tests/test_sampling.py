@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 import flowalign
 from flowalign.cli import main
 from flowalign.errors import UserError
-from flowalign.runs.adapter import save_adapter
-from flowalign.runs.adapter_card import base_model, lora_settings
-from flowalign.sampling.generate import load_source_adapter, output_folder
+from flowalign.runs.adapter import load_adapter, lora_settings, save_adapter
+from flowalign.runs.adapter_card import base_model
+from flowalign.sampling.generate import output_folder
 from flowalign.sampling.result import next_folder, SampleResult
 from flowalign.sampling.sources import (
     evaluation_prompts,
@@ -27,7 +27,7 @@ from flowalign.sampling.sources import (
     read_texts,
 )
 from flowalign.training import trainer
-from tests.tiny import make_policy, ROOT, small_config
+from tests.tiny import make_policy, ROOT, small_config, stir, two_groups
 
 FEW_STEPS = ["--steps", "2"]
 PROMPT = "a red circle"
@@ -125,7 +125,7 @@ def test_an_adapter_alone_brings_its_rank_and_makes_the_pictures_of_diffusers(ad
     assert torch.equal(samples.before.images, reference.images)
     assert samples.scores == {}
     lora = lora_settings(adapter)
-    assert (lora.rank, lora.alpha) == (32, 64)
+    assert (lora.rank, lora.alpha) == (32, 32)
     pipe = StableDiffusion3Pipeline.from_pretrained(
         "assets/tiny-sd3", text_encoder_3=None, tokenizer_3=None
     )
@@ -197,20 +197,21 @@ def test_an_adapter_with_another_rule_of_scaling_is_refused(key, value, tmp_path
         lora_settings(make_adapter(tmp_path, **{key: value}))
 
 
-def test_an_adapter_with_another_alpha_than_the_policy_is_refused(tmp_path):
+def test_an_adapter_is_loaded_at_its_own_strength_whatever_alpha_the_policy_has(tmp_path):
     settings = small_config(tmp_path / "run").model.lora
     policy = make_policy(lora=settings)
+    stir(policy)
     save_adapter(policy, tmp_path)
-    load_source_adapter(policy, tmp_path)
     other = make_policy(lora=replace(settings, alpha=settings.rank))
-    with pytest.raises(UserError, match=r"alpha 64, but model\.lora\.alpha is 32\. Set model"):
-        load_source_adapter(other, tmp_path)
+    load_adapter(other, tmp_path)
+    first, second = (p.generate(two_groups(p, 1)).x for p in (policy, other))
+    assert torch.equal(first, second)
 
 
-def test_evaluating_an_adapter_at_another_scale_is_refused(adapter, tmp_path):
+def test_an_adapter_is_evaluated_at_its_own_strength(adapter, trained, tmp_path):
     config = small_config(tmp_path / "run", "model.lora.alpha=32")
-    with pytest.raises(UserError, match=r"alpha 64, but model\.lora\.alpha is 32"):
-        flowalign.evaluate(config, adapter)
+    means = flowalign.evaluate(config, adapter).means
+    assert means == pytest.approx(read_json(trained / "summary.json")["after"], abs=1e-6)
 
 
 @pytest.mark.parametrize("source", ["assets/tiny-sd3", "nowhere"])

@@ -33,7 +33,7 @@ def check_all(config: Config) -> None:
     if config.rewards:
         check_combine(config)
         check_statistics(config)
-    check_stop_schedule(config)
+    check_choice_of_step(config)
     check_stop_metrics(config)
 
 
@@ -199,12 +199,13 @@ def check_statistics(config: Config) -> None:
         )
 
 
-def check_stop_schedule(config: Config) -> None:
-    """Refuse rules for stopping if the run is never evaluated on its way."""
+def check_choice_of_step(config: Config) -> None:
+    """Refuse rules for stopping, and the best step, if the run is never evaluated on its way."""
     every, steps = config.train.evaluate_every, config.train.steps
-    if config.train.stop and not 0 < every < steps:
+    if config.train.exports_best and not 0 < every < steps:
+        key = "train.stop" if config.train.stop else "train.export: best"
         raise UserError(
-            f"train.stop looks at evaluations, but train.evaluate_every is {every} and "
+            f"{key} looks at evaluations, but train.evaluate_every is {every} and "
             f"train.steps {steps}; write a number of steps for evaluate_every that is less than "
             "train.steps."
         )

@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "train.evaluate_every",
     "train.keep",
     "train.stop",
+    "train.export",
     "train.max_bad_steps",
     # What the result is compared with.
     "evaluation.guidance_sweep",

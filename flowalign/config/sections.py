@@ -7,7 +7,7 @@ that need torch are named for type checkers only.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, TYPE_CHECKING
+from typing import Annotated, Literal, TYPE_CHECKING
 
 from pydantic import Field
 
@@ -108,7 +108,17 @@ class Train(Settings):
     A run whose gradient is exactly 0 in ten steps in a row says so, and stops after this many more.
     """
     stop: dict[str, StopRule] = field(default_factory=dict)
-    """Rules for early stopping by metric name; the run then exports its best evaluated weights."""
+    """Rules for early stopping by metric name; the run then exports its best step."""
+    export: Literal["last", "best"] = "last"
+    """The step that is exported: the last one, or the best evaluated one.
+
+    The best is chosen on one half of the evaluation prompts. Figures are then those of the other.
+    """
+
+    @property
+    def exports_best(self) -> bool:
+        """True if the best step is exported. Rules for stopping look for it, too."""
+        return self.export == "best" or bool(self.stop)
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """The result of one evaluation, in memory and as a file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from flowalign.errors import UserError
@@ -40,6 +41,22 @@ class EvaluationResult:
     def metrics(self) -> dict[str, float]:
         """The means and figures, by the names that are logged: `eval/NAME`."""
         return {f"eval/{name}": value for name, value in (self.means | self.figures).items()}
+
+    @property
+    def scored_prompts(self) -> int:
+        """The number of prompts with a score; 0 without any reward."""
+        return len(self.prompt[_scored(self.rewards, len(self.prompt))].unique())
+
+    @property
+    def scored_entries(self) -> int:
+        """The number of held-out entries with a figure."""
+        count = max(map(len, self.held_out.values()), default=0)
+        return int(_scored(self.held_out, count).sum())
+
+    @property
+    def without_pictures(self) -> "EvaluationResult":
+        """The same scores without the pictures."""
+        return replace(self, images=self.images[:0], shown=self.shown[:0])
 
     def save(self, path: Path) -> None:
         """Write everything but `figures` into a safetensors file with a checksum."""
@@ -84,6 +101,13 @@ def _require_rows(tensors: dict[str, Tensor], path: Path) -> None:
                 f"{path} is damaged: {name} has the shape {tuple(tensors[name].shape)} instead of "
                 f"{tuple(rows.shape[:1])}."
             )
+
+
+def _scored(scores: dict[str, Tensor], count: int) -> Tensor:
+    """Return which of `count` rows have at least one score."""
+    if not scores:
+        return torch.zeros(count, dtype=torch.bool)
+    return ~torch.stack(list(scores.values())).isnan().all(0).cpu()
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

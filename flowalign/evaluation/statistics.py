@@ -22,10 +22,10 @@ def paired_difference(before: EvaluationResult, after: EvaluationResult) -> dict
     without a score before or after do not count. Held-out figures are left out if `before` has
     none.
     """
-    differences = {
-        name: _interval(after.held_out[name].double() - values.double())
-        for name, values in before.held_out.items()
-    }
+    differences = {}
+    for name, values in before.held_out.items():
+        difference = after.held_out[name].double() - values.double()
+        differences[name] = _interval(difference[~difference.isnan()])
     for name, values in after.rewards.items():
         difference = values.double() - before.rewards[name].double()
         scored = ~difference.isnan()

@@ -211,8 +211,12 @@ class FlowModel(ABC, Generic[C]):
         """Return the diffusers scheduler that `schedule` follows, or None if there is none."""
         return None
 
+    @classmethod
     def pipeline_call(
-        self, steps: int, guidance: float, embedded_guidance: float
+        cls, config: C, steps: int, guidance: float, embedded_guidance: float
     ) -> PipelineCall | None:
-        """Return how diffusers samples as the package does, or None if it cannot."""
+        """Return how diffusers samples as the package does, or None if it cannot.
+
+        No weights are loaded for it.
+        """
         return None

@@ -137,7 +137,8 @@ class Flux(PipelineModel[FluxConfig]):
                 f"model.attention: {name!r} is not usable here ({error}). Use native."
             ) from error
 
-    def guidance_arguments(self, guidance: float, embedded_guidance: float) -> dict[str, object]:
+    @classmethod
+    def guidance_arguments(cls, guidance: float, embedded_guidance: float) -> dict[str, object]:
         """Return the embedded guidance, and classifier-free guidance if there is any."""
         arguments: dict[str, object] = {"guidance_scale": embedded_guidance}
         # The pipeline guides by a negative prompt only if one is given, even an empty one.
@@ -145,9 +146,10 @@ class Flux(PipelineModel[FluxConfig]):
             arguments |= {"true_cfg_scale": guidance, "negative_prompt": ""}
         return arguments
 
-    def text_arguments(self) -> dict[str, object]:
+    @classmethod
+    def text_arguments(cls, config: FluxConfig) -> dict[str, object]:
         """Return the number of T5 tokens; the pipeline's default would change the picture."""
-        return {"max_sequence_length": self.config.max_sequence_length}
+        return {"max_sequence_length": config.max_sequence_length}
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

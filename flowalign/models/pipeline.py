@@ -16,7 +16,8 @@ from flowalign.errors import UserError
 from flowalign.flow import Latent
 from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
 from flowalign.models.config import Dtype, ModelConfig
-from flowalign.models.loading import load_pipeline
+from flowalign.models.hub import read_index
+from flowalign.models.loading import ABSENT, load_pipeline
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -175,22 +176,34 @@ class PipelineModel(FlowModel[C]):
         """Remove an adapter from the pipeline."""
         self.pipe.delete_adapters(name)
 
-    def pipeline_call(self, steps: int, guidance: float, embedded_guidance: float) -> PipelineCall:
-        """Return how the pipeline is loaded and called."""
-        absent = [name for name in self.optional_components if getattr(self.pipe, name) is None]
-        size = {"height": self.config.height, "width": self.config.width}
-        scale = self.guidance_arguments(guidance, embedded_guidance)
+    @classmethod
+    def pipeline_call(
+        cls, config: C, steps: int, guidance: float, embedded_guidance: float
+    ) -> PipelineCall:
+        """Return how the pipeline is loaded and called, from the files of the model."""
+        size = {"height": config.height, "width": config.width}
+        scale = cls.guidance_arguments(guidance, embedded_guidance)
         return PipelineCall(
-            self.pipeline_class().__name__,
-            loading=dict.fromkeys(absent),
-            calling={"num_inference_steps": steps, **scale, **size, **self.text_arguments()},
+            cls.pipeline_name,
+            loading=dict.fromkeys(cls.absent_components(config)),
+            calling={"num_inference_steps": steps, **scale, **size, **cls.text_arguments(config)},
         )
 
+    @classmethod
+    def absent_components(cls, config: C) -> list[str]:
+        """Return the optional components that the model lacks or that these settings leave out."""
+        index, unused = read_index(config.path, config.revision), cls.unused_components(config)
+        return [
+            name for name in cls.optional_components if name in unused or index.get(name) == ABSENT
+        ]
+
+    @classmethod
     @abstractmethod
-    def guidance_arguments(self, guidance: float, embedded_guidance: float) -> dict[str, object]:
+    def guidance_arguments(cls, guidance: float, embedded_guidance: float) -> dict[str, object]:
         """Return the arguments of a pipeline call that set the guidance."""
 
-    def text_arguments(self) -> dict[str, object]:
+    @classmethod
+    def text_arguments(cls, config: C) -> dict[str, object]:
         """Return the arguments of a pipeline call that say how prompts are encoded."""
         return {}
 

@@ -121,10 +121,12 @@ class SD3(PipelineModel[SD3Config]):
                 f"model.attention is xformers, but {', '.join(active)} are active. Use native."
             )
 
-    def guidance_arguments(self, guidance: float, embedded_guidance: float) -> dict[str, object]:
+    @classmethod
+    def guidance_arguments(cls, guidance: float, embedded_guidance: float) -> dict[str, object]:
         """Return classifier-free guidance as the pipeline calls it."""
         return {"guidance_scale": guidance}
 
-    def text_arguments(self) -> dict[str, object]:
+    @classmethod
+    def text_arguments(cls, config: SD3Config) -> dict[str, object]:
         """Return the number of T5 tokens; the pipeline's default would change the picture."""
-        return {"max_sequence_length": self.config.max_sequence_length}
+        return {"max_sequence_length": config.max_sequence_length}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from flowalign.files import write_file
 from flowalign.reporting.console import format_difference, format_mean, interval_note
-from flowalign.reporting.summary import baselines, guidance_note, Summary
+from flowalign.reporting.summary import baselines, guidance_note, result_notes, Summary
 from flowalign.reporting.trackers import read_metrics
 
 TEMPLATE = "report.html.jinja"
@@ -31,16 +31,16 @@ def write_report(run: Path, summary: Summary, captions: Sequence[str] = ()) -> N
         summary: The content of its `summary.json`.
         captions: The prompts of the sheet of pictures, in their order.
     """
-    # Prompts, names of rewards and paths come from the user: the template escapes all of them.
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     stopped, entries = summary["stopped"], read_metrics(run)
-    page = templates.get_template(TEMPLATE).render(
+    page = render(
+        TEMPLATE,
         name=run.name,
         summary=summary,
+        notes=result_notes(run, summary),
         stopped=stopped[:1].upper() + stopped[1:],
         amount=_amount(entries, summary),
         intervals=interval_note(summary["prompts"], summary["held_out"]),
-        sheet=_base64((run / "pictures" / "before-after.png").read_bytes()),
+        sheet=base64_text((run / "pictures" / "before-after.png").read_bytes()),
         baselines=baselines(summary),
         note=guidance_note(summary["baseline_guided"]) if summary["baseline_guided"] else "",
         mean=format_mean,
@@ -51,6 +51,15 @@ def write_report(run: Path, summary: Summary, captions: Sequence[str] = ()) -> N
         environment=(run / "environment.json").read_text(encoding="utf-8"),
     )
     write_file(run / "report.html", page.encode())
+
+
+def render(template: str, **values: object) -> str:
+    """Fill a template of this folder.
+
+    Prompts, names of rewards and paths come from the user, and every value is escaped.
+    """
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return templates.get_template(template).render(values)
 
 
 def _amount(entries: Sequence[Mapping[str, float]], summary: Summary) -> str:
@@ -116,10 +125,16 @@ def _curve(points: Points, axis: tuple[str, float], guided: float | None) -> str
     axes.set_xlim(0, axis[1])
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    return embedded(figure)
+
+
+def embedded(figure: Figure) -> str:
+    """Return a figure as a PNG file in base64."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
-    return _base64(file.getvalue())
+    return base64_text(file.getvalue())
 
 
-def _base64(content: bytes) -> str:
+def base64_text(content: bytes) -> str:
+    """Return the content of a file in base64."""
     return base64.b64encode(content).decode()

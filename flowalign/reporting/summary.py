@@ -1,7 +1,9 @@
 """The summary of a run: what `summary.json` holds, and the table that is made of it."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 Interval = tuple[float, float, float]
@@ -27,6 +29,16 @@ class GuidedSummary(TypedDict):
     """Mean of every reward at the chosen guidance."""
     difference: dict[str, Interval]
     """Low end, mean and high end of the 95 % interval of `after` minus `means`, paired."""
+
+
+class BetterStep(TypedDict):
+    """A step that is kept, and whose evaluation was clearly better than that of the last step."""
+
+    step: int
+    metric: str
+    """The reward or held-out figure that chose the step."""
+    change: Interval
+    """Low end, mean and high end of the 95 % interval of its change since that step."""
 
 
 class Summary(TypedDict):
@@ -56,6 +68,13 @@ class Summary(TypedDict):
     """The exported weights: "policy" or "ema"."""
     step: int
     """The training step of the exported weights."""
+    chosen_by: str
+    """The metric that chose this step on one half of the evaluation prompts.
+
+    `before`, `after` and `difference` are then of the other half. Empty for the last step.
+    """
+    better_step: BetterStep | None
+    """A kept step that was clearly better than the exported last one, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +119,26 @@ def guidance_note(guided: GuidedSummary) -> str:
     if best == max(map(float, guided["sweep"])):
         note += " No larger one was tried: add one to evaluation.guidance_sweep."
     return note
+
+
+def result_notes(run: Path, summary: Summary) -> list[str]:
+    """Return sentences on which step was exported, and whether an earlier one was better."""
+    notes = []
+    if summary["chosen_by"]:
+        notes.append(
+            f"Step {summary['step']} was chosen by {summary['chosen_by']} on one half of the "
+            "evaluation prompts. The figures are those of the other half."
+        )
+    if summary["better_step"]:
+        notes.append(_better_step_note(run, summary["better_step"]))
+    return notes
+
+
+def _better_step_note(run: Path, better: BetterStep) -> str:
+    low, mean, high = better["change"]
+    step, command = better["step"], f"flowalign export {shlex.quote(str(run))}"
+    return (
+        f"The last evaluation is clearly worse than the best one. Since step {step}, "
+        f"{better['metric']} changed by {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, on "
+        f"the prompts that did not choose the step). Export that step: {command} --step {step}"
+    )

@@ -1,16 +1,61 @@
-"""The card of an adapter: its base model and its LoRA settings."""
+"""The card of an adapter: a README with its base model and the code that loads it.
 
-import json
+Whatever a user chose (paths, prompts, names) is written as a Python literal or as Markdown code, so
+that nothing in it can become code or markup of the card.
+"""
+
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open, SafetensorError
 
+from flowalign.bundled import portable
+from flowalign.config.sections import Config
+from flowalign.data.preferences import read_examples
+from flowalign.data.prompts import read_prompts
 from flowalign.errors import UserError
-from flowalign.models.config import Lora
-from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
+from flowalign.models.base import PipelineCall
+from flowalign.models.families import family_of
 from flowalign.settings.yaml_files import parse_yaml
+
+CARD = "README.md"
+WITH_PIPELINE = """# A LoRA adapter for {title}
+
+```python
+{torch}from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
+pipe.load_lora_weights({folder!r})
+pipe({prompt!r}{calling}).images[0].save("picture.png")
+```
+"""
+WITHOUT_PIPELINE = """# A LoRA adapter for {title}
+
+It belongs to the model family {family}, which diffusers does not load.
+`model.load_adapter` of that family reads it from {folder}.
+"""
+
+
+def adapter_card(config: Config, folder: Path) -> str:
+    """Return the card of an adapter, whose code makes pictures as the evaluation of the run does.
+
+    Args:
+        config: The configuration of the run.
+        folder: Where the adapter will stand, as the code of the card names it.
+    """
+    model, sampler = config.model, config.evaluation_sampler
+    path = portable(model.path)
+    call = family_of(model.name).pipeline_call(
+        model, sampler.steps, sampler.guidance, sampler.embedded_guidance
+    )
+    if call:
+        return card_head(path) + _with_pipeline(config, call, path, str(folder))
+    return card_head(path) + WITHOUT_PIPELINE.format(
+        title=markdown_code(path),
+        family=markdown_code(model.name),
+        folder=markdown_code(str(folder)),
+    )
 
 
 def card_head(model: str) -> str:
@@ -23,9 +68,21 @@ def card_head(model: str) -> str:
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
 
 
+def markdown_code(text: str) -> str:
+    """Return a text as inline code, in which Markdown and HTML have no meaning."""
+    # Line breaks would end the code, and marks that reverse the reading direction would hide text.
+    visible = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    runs = re.findall("`+", visible)
+    if not runs:
+        return f"`{visible}`"
+    # Longer than any run of backticks in the text. Markdown removes one space on both sides.
+    fence = "`" * (max(map(len, runs)) + 1)
+    return f"{fence} {visible} {fence}"
+
+
 def base_model(folder: Path) -> str | None:
     """Return the model that the card of an adapter names as `base_model`, or None."""
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.is_file():
         return None
     # The card of the Hugging Face hub begins with YAML between two lines of dashes.
@@ -40,46 +97,29 @@ def base_model(folder: Path) -> str | None:
     return model if isinstance(model, str) else None
 
 
-def lora_settings(folder: Path) -> Lora:
-    """Return rank, alpha and adapted layers, from the header and the shapes of the weights.
-
-    Raises UserError if the file is missing or damaged, or if its layers differ in rank or scale.
-    """
-    file = folder / ADAPTER_FILE
-    try:
-        with safe_open(file, "pt") as weights:
-            names = [name for name in weights.keys() if name.endswith(".lora_A.weight")]
-            ranks = {weights.get_slice(name).get_shape()[0] for name in names}
-            metadata = json.loads((weights.metadata() or {}).get(METADATA_KEY, "{}"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing. Give a folder that holds an adapter.") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}). Copy the adapter again.") from None
-    # PEFT can give each layer a rank of its own; the package trains one rank.
-    if len(ranks) != 1:
-        raise UserError(f"{file} holds layers of {len(ranks)} ranks. Use an adapter of one rank.")
-    (rank,) = ranks
-    targets = sorted(n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in names)
-    return Lora(rank=rank, alpha=_alpha(file, metadata, rank), targets=targets)
+def _with_pipeline(config: Config, call: PipelineCall, path: str, folder: str) -> str:
+    model = config.model
+    half = model.dtype != "float32"
+    return WITH_PIPELINE.format(
+        title=markdown_code(path),
+        path=path,
+        torch="import torch\n" if half else "",
+        pipeline=call.pipeline,
+        loading=_keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
+        move='.to("cuda")' if half else "",
+        folder=folder,
+        prompt=_first_prompt(config),
+        calling=_keywords(call.calling),
+    )
 
 
-def _alpha(file: Path, metadata: Mapping[str, object], rank: int) -> int:
-    """Return the scale of an adapter from its PEFT settings.
+def _keywords(arguments: Mapping[str, object]) -> str:
+    """Return keyword arguments as code, each after a comma."""
+    return "".join(f", {name}={value!r}" for name, value in arguments.items())
 
-    Raises UserError if the package cannot compute with it.
-    """
-    # Each of these gives layers a scale other than alpha / rank, which nothing else would show.
-    for key in ("use_rslora", "alpha_pattern", "rank_pattern"):
-        if metadata.get(PREFIX + key):
-            raise UserError(
-                f"{file} was made with {key}, but flowalign scales every layer by alpha / rank. "
-                f"Use an adapter without {key}."
-            )
-    # Without metadata, diffusers computes with alpha = rank.
-    alpha = metadata.get(f"{PREFIX}lora_alpha", rank)
-    # Other tools write whole numbers as 16.0.
-    if not isinstance(alpha, int | float) or not float(alpha).is_integer() or alpha < 1:
-        raise UserError(
-            f"{file} has lora_alpha {alpha!r}. Use an adapter whose alpha is a whole number from 1."
-        )
-    return int(alpha)
+
+def _first_prompt(config: Config) -> str:
+    path = config.evaluation.prompts or config.data.prompts
+    if path:
+        return read_prompts(path)[0].text
+    return read_examples(config.data.pairs, "data.pairs", paired=False)[0].prompt.text

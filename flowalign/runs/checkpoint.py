@@ -10,7 +10,6 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 
 from flowalign.errors import UserError
 from flowalign.files import (
@@ -20,6 +19,7 @@ from flowalign.files import (
     read_matching_tensors,
     read_tensors,
     require_float32,
+    save_tensors,
     verify_checksums,
     write_checksums,
     write_folder,
@@ -142,8 +142,8 @@ def write_checkpoint(state: TrainState, progress: Progress, folder: Path) -> Non
     save_adapter(policy, folder)
     for name in policy.snapshots:
         save_adapter(policy, folder / "snapshots" / name, name)
-    save_file(optimizer_tensors(state.optimizer), folder / OPTIMIZER_FILE)
-    save_file(state.scorer.state(), folder / REWARDS_FILE)
+    save_tensors(optimizer_tensors(state.optimizer), folder / OPTIMIZER_FILE)
+    save_tensors(state.scorer.state(), folder / REWARDS_FILE)
     text = json.dumps(asdict(progress), indent=2)
     (folder / PROGRESS_FILE).write_text(text, encoding="utf-8")
     write_checksums(folder)
@@ -212,6 +212,33 @@ def checkpoints(run: Path) -> list[Path]:
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Return the folder in which the checkpoint of a step stands, or would stand."""
     return run / "checkpoints" / f"step-{step:06d}"
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> Path:
+    """Return the checkpoint of a step, or the last one. Raises UserError if it is not kept."""
+    saved = checkpoints(run)
+    if not saved:
+        raise UserError(f"{run} has no checkpoint yet. Train it first: python train.py CONFIG.")
+    folder = saved[-1] if step is None else checkpoint_folder(run, step)
+    if folder not in saved:
+        steps = ", ".join(str(int(kept.name.removeprefix("step-"))) for kept in saved)
+        raise UserError(
+            f"{run} does not keep step {step}; it keeps {steps}. Choose one of these, or keep more "
+            "checkpoints in the next run: train.keep."
+        )
+    return folder
+
+
+def trained_weights(checkpoint: Path) -> Path:
+    """Return the weights that a run would export: the moving average if there is one."""
+    average = checkpoint / "snapshots" / "ema"
+    return average if average.is_dir() else checkpoint
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Verify the checksums of a checkpoint. Raises UserError naming a damaged file."""
+    weights = trained_weights(checkpoint).relative_to(checkpoint) / ADAPTER_FILE
+    verify_checksums(checkpoint, [weights.as_posix()])
 
 
 def remove_unfinished(run: Path) -> None:

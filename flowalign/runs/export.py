@@ -1,40 +1,24 @@
-"""Results of a finished run: the adapter, the summary, the pictures and the report."""
+"""Results of a run: the summary, the pictures, the report, and adapters for other tools."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from flowalign.bundled import portable
+from flowalign.config.load import load_config
 from flowalign.config.sections import Config
-from flowalign.data.preferences import read_examples
-from flowalign.data.prompts import read_prompts
+from flowalign.errors import UserError
 from flowalign.files import to_json, write_file, write_folder
-from flowalign.policy import Policy
 from flowalign.reporting.html import write_report
 from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
-from flowalign.runs.adapter import save_adapter
-from flowalign.runs.adapter_card import card_head
+from flowalign.runs.adapter import ADAPTER_FILE, export_weights
+from flowalign.runs.adapter_card import adapter_card, CARD
+from flowalign.runs.checkpoint import find_checkpoint, trained_weights, verify_checkpoint
 
 ADAPTER = "adapter"
 """Name of the exported adapter's folder in a run folder."""
 PICTURES = Path("pictures") / "before-after.png"
-README = """# A LoRA adapter for {path}
-
-```python
-{torch}from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
-pipe.load_lora_weights("{folder}")
-pipe({prompt!r}{calling}).images[0].save("picture.png")
-```
-"""
-README_WITHOUT_PIPELINE = """# A LoRA adapter for {path}
-
-It belongs to the model family `{name}`, which diffusers does not load.
-`model.load_adapter` of that family reads it from `{folder}`.
-"""
 
 
 def write_summary(run: Path, summary: Summary) -> None:
@@ -58,54 +42,55 @@ def write_results(
     write_report(run, summary, captions)
 
 
-def export_adapter(policy: Policy, folder: Path, weights: str, config: Config) -> None:
-    """Write an adapter as a LoRA for diffusers, with a README that loads it.
+def export_step(run: Path, step: int | None = None, folder: Path | None = None) -> Path:
+    """Write the adapter of a step that a run keeps, as training does at its end.
+
+    No weights of the model are loaded.
 
     Args:
-        policy: The policy that owns the adapter.
+        run: The run folder.
+        step: The training step; the last one that is kept by default.
+        folder: Where to write; `adapter-step-000100` in the run folder by default.
+
+    Returns:
+        The folder of the adapter.
+
+    Raises:
+        UserError: This is not a run, the step is not kept, its checkpoint is damaged, or the folder
+            holds other files.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run, because it has no config.yaml. Give a run folder.")
+    checkpoint = find_checkpoint(run, step)
+    verify_checkpoint(checkpoint)
+    folder = folder or run / f"{ADAPTER}-{checkpoint.name}"
+    _refuse_other_files(folder)
+    export_adapter(checkpoint, folder, load_config(run / "config.yaml"))
+    return folder
+
+
+def export_adapter(checkpoint: Path, folder: Path, config: Config) -> None:
+    """Write the trained weights of a checkpoint as a LoRA for other tools, with a README.
+
+    Args:
+        checkpoint: The folder of a checkpoint.
         folder: The target, which is replaced as a whole.
-        weights: The adapter: "policy" or a snapshot such as "ema".
         config: The configuration of the run.
     """
     # Built before anything is written: if it fails, the old export stays.
-    readme = adapter_readme(policy, folder, config)
+    card = adapter_card(config, folder)
 
     def write(unfinished: Path) -> None:
-        save_adapter(policy, unfinished, weights)
-        card = card_head(portable(config.model.path)) + readme
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        export_weights(trained_weights(checkpoint), unfinished)
+        (unfinished / CARD).write_text(card, encoding="utf-8")
 
     write_folder(folder, write)
 
 
-def adapter_readme(policy: Policy, folder: Path, config: Config) -> str:
-    """Return a README whose code makes pictures as the evaluation of the run does."""
-    model, sampler = config.model, config.evaluation_sampler
-    path = portable(model.path)
-    call = policy.model.pipeline_call(sampler.steps, sampler.guidance, sampler.embedded_guidance)
-    if call is None:
-        return README_WITHOUT_PIPELINE.format(path=path, name=model.name, folder=folder)
-    half = model.dtype != "float32"
-    return README.format(
-        path=path,
-        torch="import torch\n" if half else "",
-        pipeline=call.pipeline,
-        loading=keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
-        move='.to("cuda")' if half else "",
-        folder=folder,
-        prompt=first_prompt(config),
-        calling=keywords(call.calling),
-    )
-
-
-def keywords(arguments: Mapping[str, object]) -> str:
-    """Return keyword arguments as code, each after a comma."""
-    return "".join(f", {name}={value!r}" for name, value in arguments.items())
-
-
-def first_prompt(config: Config) -> str:
-    """Return a prompt for the README."""
-    path = config.evaluation.prompts or config.data.prompts
-    if path:
-        return read_prompts(path)[0].text
-    return read_examples(config.data.pairs, "data.pairs", paired=False)[0].prompt.text
+def _refuse_other_files(folder: Path) -> None:
+    """Raise UserError if replacing the folder would remove more than an exported adapter."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(set(names) - {ADAPTER_FILE, CARD})
+    if others or folder.is_file():
+        what = f"holds {others[0]}" if others else "is a file"
+        raise UserError(f"{folder} {what}. Choose a new folder for the adapter: --output FOLDER.")

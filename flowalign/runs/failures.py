@@ -4,12 +4,11 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flowalign import distributed
 from flowalign.batch import Batch
-from flowalign.files import to_json, write_folder
+from flowalign.files import save_tensors, to_json, write_folder
 from flowalign.runs.checkpoint import Progress, TrainState, write_checkpoint
 
 FAILURES = "failures"
@@ -53,7 +52,7 @@ def write_failure(
     facts = {"why": skipped.reason, "update": skipped.update, **asdict(progress)}
 
     def write(unfinished: Path) -> None:
-        save_file(_copies(batch.tensors()), unfinished / "batch.safetensors")
+        save_tensors(_copies(batch.tensors()), unfinished / "batch.safetensors")
         about = {"prompts": batch.prompts, "metadata": batch.metadata, **facts}
         text = to_json(about, indent=2)
         (unfinished / "failure.json").write_text(text, encoding="utf-8")

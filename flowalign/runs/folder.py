@@ -34,7 +34,14 @@ BEFORE = Path("evaluation") / "before.safetensors"
 """The evaluation of the model without adapter, below the run folder."""
 GUIDED = Path("evaluation") / "guided"
 """The evaluation of the model without adapter at its best guidance, below the run folder."""
+AFTER = Path("evaluation") / "after.safetensors"
+"""The evaluation of the exported weights, below the run folder."""
 ANOTHER_FOLDER = "Choose another folder: output=outputs/NAME"
+
+
+def evaluation_file(run: Path, step: int) -> Path:
+    """Return the file of the scores of an evaluated step."""
+    return run / "evaluation" / f"step-{step:06d}.safetensors"
 
 
 def open_folder(folder: Path, config: Config, state: TrainState) -> tuple[FolderLock, Progress]:

@@ -22,7 +22,6 @@ from flowalign.rewards.combine import COMBINE
 from flowalign.rewards.registry import load_specs
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.adapter import load_adapter
-from flowalign.runs.adapter_card import lora_settings
 from flowalign.sampling.result import free_folder, next_folder, SampleResult
 from flowalign.sampling.sources import default_prompts, enclosing_run, guidance_key, Source
 from flowalign.settings.types import Count, Settings
@@ -80,7 +79,7 @@ def evaluate(source: Source) -> EvaluationResult:
         assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
         policy = assembly.state.policy
         if source.adapter:
-            load_source_adapter(policy, source.adapter)
+            load_adapter(policy, source.adapter)
         weights = policy.at("policy" if source.adapter else "reference")
         return assembly.evaluator(weights.sampling(config.evaluation_sampler))
 
@@ -113,23 +112,8 @@ def load_policy(source: Source, settings: SampleSettings) -> Policy:
     model = load_model(source.model, str(distributed.device()))
     policy = Policy(model, sampler_of(source, settings))
     if source.adapter:
-        load_source_adapter(policy, source.adapter)
+        load_adapter(policy, source.adapter)
     return policy
-
-
-def load_source_adapter(policy: Policy, folder: Path) -> None:
-    """Load an adapter that may come from elsewhere than the configuration of the policy.
-
-    Raises UserError if its rank, layers or scale differ from those of the policy.
-    """
-    load_adapter(policy, folder)
-    # The weights alone do not show the scale, so another alpha would load without an error.
-    alpha, own = lora_settings(folder).alpha, policy.lora.lora_alpha
-    if alpha != own:
-        raise UserError(
-            f"{folder} was trained with alpha {alpha}, but model.lora.alpha is {own}. "
-            f"Set model.lora.alpha={alpha}."
-        )
 
 
 def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettings) -> Evaluator:

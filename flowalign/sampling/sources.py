@@ -14,9 +14,9 @@ from flowalign.errors import UserError
 from flowalign.models.config import Lora, ModelConfig
 from flowalign.models.families import describe
 from flowalign.policy import Sampler
-from flowalign.runs.adapter import ADAPTER_FILE
-from flowalign.runs.adapter_card import base_model, lora_settings
-from flowalign.runs.checkpoint import checkpoints
+from flowalign.runs.adapter import ADAPTER_FILE, lora_settings
+from flowalign.runs.adapter_card import base_model
+from flowalign.runs.checkpoint import checkpoints, trained_weights
 
 STEPS = 28
 """Sampler steps for a model without a run."""
@@ -142,12 +142,6 @@ def run_adapter(run: Path) -> Path:
             f"{run} has no adapter and no checkpoint yet. Train it first: python train.py CONFIG."
         )
     return trained_weights(saved[-1])
-
-
-def trained_weights(checkpoint: Path) -> Path:
-    """Return the weights that a run would export: the moving average if there is one."""
-    average = checkpoint / "snapshots" / "ema"
-    return average if average.is_dir() else checkpoint
 
 
 def read_texts(prompts: Iterable[str | Prompt] | str | Path | None) -> list[Prompt]:

@@ -1,5 +1,7 @@
 """The end of a run: evaluate the trained weights, export them, and say where everything is."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from flowalign import distributed
@@ -8,7 +10,14 @@ from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.progress import say
 from flowalign.reporting.console import print_differences
-from flowalign.reporting.summary import baselines, guidance_note, GuidedSummary, Summary
+from flowalign.reporting.summary import (
+    baselines,
+    guidance_note,
+    GuidedSummary,
+    result_notes,
+    Summary,
+)
+from flowalign.runs.checkpoint import find_checkpoint
 from flowalign.runs.environment import peak_memory
 from flowalign.runs.export import (
     ADAPTER,
@@ -17,6 +26,7 @@ from flowalign.runs.export import (
     write_results,
     write_summary,
 )
+from flowalign.runs.folder import AFTER
 from flowalign.training.run import Run
 
 
@@ -28,24 +38,29 @@ def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
         before: The evaluation of the model without adapter.
         reason: Why the loop ended.
     """
-    summary = summarize(run, before, reason)
+    summary = summarize(run, run.reported(before), reason)
     if reason == "interrupted":
         if distributed.is_main():
             say(f"Stopped after step {run.progress.step}. The same command resumes from there.")
             write_summary(run.folder, summary)
         return summary
     step = run.exported_step()
-    after = run.evaluate_step(step)
+    after = run.reported(run.evaluate_step(step))
     # Only now: an interrupted run does not wait for it, and training begins sooner.
     guided = run.evaluate_guided(before)
+    if guided:
+        guided = replace(guided, result=run.reported(guided.result))
+    before = run.reported(before)
     summary["step"] = step
     summary["after"] = after.means
     summary["difference"] = paired_difference(before, after)
     summary["baseline_guided"] = summarize_guided(guided, after) if guided else None
+    summary["better_step"] = run.better_step(step)
     if distributed.is_main():
-        weights, captions = run.exported_weights, run.evaluator.captions(after)
-        export_adapter(run.state.policy, run.folder / ADAPTER, weights, run.config)
-        write_results(run.folder, summary, sheet_rows(before, guided, after), captions)
+        after.save(run.folder / AFTER)
+        export_adapter(find_checkpoint(run.folder, step), run.folder / ADAPTER, run.config)
+        rows, captions = sheet_rows(before, guided, after), run.evaluator.captions(after)
+        write_results(run.folder, summary, rows, captions)
         announce(run, summary)
     return summary
 
@@ -57,14 +72,16 @@ def summarize(run: Run, before: EvaluationResult, reason: str) -> Summary:
         after={},
         difference={},
         baseline_guided=None,
-        prompts=len(run.evaluator.prompts) if before.rewards else 0,
-        held_out=max(map(len, before.held_out.values()), default=0),
+        prompts=before.scored_prompts,
+        held_out=before.scored_entries,
         images=run.progress.images,
         seconds=round(run.progress.seconds, 1),
         peak_memory_bytes=peak_memory(run.state.policy.model.device),
         stopped=reason,
         weights=run.exported_weights,
         step=run.progress.step,
+        chosen_by=run.config.selection_metric[0] if run.config.train.exports_best else "",
+        better_step=None,
     )
 
 
@@ -100,5 +117,7 @@ def announce(run: Run, summary: Summary) -> None:
     print_differences(summary["after"], baselines(summary), summary["prompts"], summary["held_out"])
     if summary["baseline_guided"]:
         say(guidance_note(summary["baseline_guided"]))
+    for note in result_notes(run.folder, summary):
+        say(note)
     for name, path in (("Pictures", PICTURES), ("Report", "report.html"), ("Adapter", ADAPTER)):
         say(f"{name + ':':10}{run.folder / path}")

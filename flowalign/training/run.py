@@ -1,6 +1,7 @@
 """A run: its folder, its progress, and the decisions of the training loop that depend on them."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from flowalign import distributed
@@ -10,10 +11,13 @@ from flowalign.errors import RunError
 from flowalign.evaluation.early_stopping import best_step, stop_reason, within_limits
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
+from flowalign.evaluation.halves import Halves, split_prompts
 from flowalign.evaluation.results import EvaluationResult
+from flowalign.evaluation.statistics import paired_difference
 from flowalign.models import load_model
 from flowalign.policy import Policy
 from flowalign.progress import say
+from flowalign.reporting.summary import BetterStep
 from flowalign.reporting.trackers import open_trackers, Trackers
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.scoring import NotFinite
@@ -26,7 +30,7 @@ from flowalign.runs.checkpoint import (
     TrainState,
 )
 from flowalign.runs.failures import FAILURES, SkippedUpdate, write_failure
-from flowalign.runs.folder import BEFORE, GUIDED, open_folder
+from flowalign.runs.folder import BEFORE, evaluation_file, GUIDED, open_folder
 from flowalign.runs.interrupt import Interrupt, TERMINATED
 from flowalign.runs.lock import FolderLock
 from flowalign.training.preflight import require_preflight
@@ -34,6 +38,8 @@ from flowalign.training.setup import assemble, read_inputs
 
 IDLE_STEPS = 10
 """Steps in a row with a gradient of exactly 0 after which a run says so."""
+EVALUATION, SELECTION = "eval/", "selection/"
+"""How the names of metrics begin: on all evaluation prompts, and on those that choose a step."""
 
 
 @dataclass(kw_only=True)
@@ -177,6 +183,8 @@ class Run:
         if self.last_evaluation is None or self.last_evaluation[0] != self.progress.step:
             result = self.evaluator(self.evaluation_view(self.exported_weights))
             self.last_evaluation = self.progress.step, result
+            if distributed.is_main():
+                result.without_pictures.save(evaluation_file(self.folder, self.progress.step))
         return self.last_evaluation[1]
 
     def evaluate_reference(self) -> EvaluationResult:
@@ -229,7 +237,7 @@ class Run:
 
         Evaluations beyond the limits of `train.stop` do not count. Looks into the run folder.
         """
-        # The present step is not saved yet, but it will be if it is the best.
+        # The present step may not be saved yet, but it will be if it is the best.
         present = [
             entry
             for entry in self.progress.evaluations
@@ -237,12 +245,55 @@ class Run:
             or checkpoint_folder(self.folder, int(entry["step"])).is_dir()
         ]
         name, sign = self.config.selection_metric
-        return best_step(name, sign, within_limits(self.config.train.stop, present))
+        chosen_by = name.replace(EVALUATION, SELECTION, 1)
+        return best_step(chosen_by, sign, within_limits(self.config.train.stop, present))
 
     def exported_step(self) -> int:
-        """Return the step whose weights are exported: the best one if `train.stop` has rules."""
-        best = self.find_best_step() if self.config.train.stop else None
+        """Return the step whose weights are exported: the last one, or the best one."""
+        best = self.find_best_step() if self.config.train.exports_best else None
         return self.progress.step if best is None else best
+
+    @cached_property
+    def halves(self) -> Halves:
+        """The evaluation prompts that choose a step, and those that measure what was chosen."""
+        return split_prompts([prompt.text for prompt in self.evaluator.prompts])
+
+    def selection_score(self, result: EvaluationResult) -> dict[str, float]:
+        """Return the metric that ranks evaluations, on the half of the prompts that chooses.
+
+        It is logged as `selection/NAME`. A metric of training steps has no halves.
+        """
+        name, _ = self.config.selection_metric
+        score = self.halves.choose(result).metrics.get(name)
+        return {} if score is None else {name.replace(EVALUATION, SELECTION, 1): score}
+
+    def reported(self, result: EvaluationResult) -> EvaluationResult:
+        """Return a result with the scores that the summary may show.
+
+        They are those of the prompts that did not choose the exported step.
+        """
+        return self.halves.measure(result) if self.config.train.exports_best else result
+
+    def better_step(self, exported: int) -> BetterStep | None:
+        """Return a saved step that was clearly better than the exported one, or None.
+
+        The step is chosen on one half of the prompts. It is clearly better if the 95 % interval of
+        the difference is above zero on the other half.
+        """
+        best = self.find_best_step()
+        if best is None or best == exported:
+            return None
+        file = evaluation_file(self.folder, best)
+        metric, sign = self.config.selection_metric
+        name = metric.removeprefix(EVALUATION)
+        # Earlier versions kept no scores of single steps.
+        if not file.is_file() or self.last_evaluation is None:
+            return None
+        earlier = self.halves.measure(EvaluationResult.load(file))
+        change = paired_difference(earlier, self.halves.measure(self.last_evaluation[1])).get(name)
+        if change is None or max(sign * end for end in change) >= 0:
+            return None
+        return {"step": best, "metric": name, "change": change}
 
     def save(self) -> None:
         """Save a checkpoint of the present step. All ranks call this together."""

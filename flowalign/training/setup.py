@@ -15,6 +15,7 @@ from flowalign.config.sections import Config
 from flowalign.data.held_out import hold_out
 from flowalign.data.preferences import check_pictures, Example, read_examples
 from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
+from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models.base import FlowModel
@@ -90,6 +91,7 @@ def read_inputs(config: Config) -> Inputs:
     prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(given)
     path = config.evaluation.prompts
     evaluation_prompts = _read_prompts(path, "evaluation.prompts") or prompts
+    check_halves(config, evaluation_prompts)
     # Many rewards load their weights at the first call, which the noise makes here.
     with task("loading rewards"):
         rewards = load_rewards(config.rewards)
@@ -109,6 +111,16 @@ def read_inputs(config: Config) -> Inputs:
         rewards=rewards,
         evaluation_rewards=evaluation_rewards,
     )
+
+
+def check_halves(config: Config, prompts: list[Prompt]) -> None:
+    """Refuse `train.export: best` if no prompt is left to measure the chosen step."""
+    texts = {prompt.text for prompt in prompts}
+    if config.train.export == "best" and config.evaluation.rewards and len(texts) < 2:
+        raise UserError(
+            "train.export is best, which chooses on one half of the evaluation prompts, but "
+            f"{config.evaluation.prompts or 'the file'} holds one prompt. Give two or more."
+        )
 
 
 def batch_plan(config: Config, processes: int = 1) -> BatchPlan:

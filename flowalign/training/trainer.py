@@ -92,7 +92,7 @@ def record(run: Run, trackers: Trackers, metrics: dict[str, float]) -> None:
         if run.evaluation_due:
             result = run.evaluate()
             trackers.images(step, "pictures", result.images, run.evaluator.captions(result))
-            metrics = {**metrics, **result.metrics}
+            metrics = {**metrics, **result.metrics, **run.selection_score(result)}
             run.progress.evaluations.append(metrics)
     finally:
         # The step is logged even if its evaluation fails: the run resumes after it.

@@ -108,7 +108,9 @@ def test_the_pipeline_call_of_a_readme_makes_the_pictures_of_the_sampler(guidanc
         models, (torch.clone, lambda x: pack_for_flux(models[1], x)), strict=True
     ):
         noise, ours = pictures_of(Policy(model, sampler))
-        call = model.pipeline_call(sampler.steps, sampler.guidance, sampler.embedded_guidance)
+        call = model.pipeline_call(
+            model.config, sampler.steps, sampler.guidance, sampler.embedded_guidance
+        )
         assert call.pipeline == type(model.pipe).__name__
         theirs = model.pipe(TEXTS, latents=pack(noise), output_type="pt", **call.calling).images
         assert_close(ours, theirs, atol=1e-4, rtol=0)

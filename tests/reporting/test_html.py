@@ -23,7 +23,8 @@ def summary(name="scene_match", **changes):
         "difference": {name: (0.4, 0.5, 0.6)},
     }
     scores |= {"baseline_guided": None, "prompts": 43, "held_out": 0}
-    return {**scores, "images": 14400, "seconds": 90.0, "stopped": "finished", **changes}
+    end = {"stopped": "finished", "step": 100, "chosen_by": "", "better_step": None}
+    return {**scores, "images": 14400, "seconds": 90.0, **end, **changes}
 
 
 @pytest.fixture

@@ -193,6 +193,6 @@ def test_the_best_checkpoint_stays_though_it_is_old(tmp_path, monkeypatch):
     run = trainer.prepare(config)
     for step in range(1, 5):
         run.progress = Progress(**{**asdict(run.progress), "step": step})
-        run.progress.evaluations.append({"step": step, "eval/scene_match": -abs(step - 2)})
+        run.progress.evaluations.append({"step": step, "selection/scene_match": -abs(step - 2)})
         run.save()
     assert [saved.name for saved in checkpoints(tmp_path / "run")] == ["step-000002", "step-000004"]

@@ -16,7 +16,6 @@ from flowalign.cli import main
 from flowalign.files import verify_checksums
 from flowalign.reporting import html as report
 from flowalign.reporting.trackers import JsonLines, read_metrics
-from flowalign.runs import checkpoint
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import setup
 from tests.runs.damage import (
@@ -34,7 +33,6 @@ class Failing:
     def __init__(self, monkeypatch, first):
         self.calls, self.first = 0, first
         for owner, name, file_of in (
-            (checkpoint, "save_file", lambda tensors, file: file),
             (Path, "write_text", lambda file, *_: file),
             (Path, "write_bytes", lambda file, *_: file),
             (Image.Image, "save", lambda image, file: file),

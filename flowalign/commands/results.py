@@ -1,0 +1,63 @@
+"""Commands about trained runs: export and compare."""
+
+import argparse
+
+from flowalign import api
+from flowalign.commands.command import Command, Commands
+
+
+def add_export(commands: Commands) -> None:
+    """Add the command `export`."""
+    command = Command(
+        name="export",
+        summary="write the adapter of a step that a run keeps, for other tools",
+        examples="  flowalign export outputs/crd --step 100\n"
+        "  flowalign export outputs/crd --step 100 --output my_adapter",
+        action=_export,
+    )
+    parser = command.add_to(commands)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="training step whose checkpoint is kept (default: the last one)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="where to write (default: adapter-step-000100 in the run folder)",
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    api.export(options.run, options.step, options.output)
+    return 0
+
+
+def add_compare(commands: Commands) -> None:
+    """Add the command `compare`."""
+    command = Command(
+        name="compare",
+        summary="compare finished runs that were evaluated on the same prompts and noise",
+        examples="  flowalign compare outputs/crd outputs/awm\n"
+        "  flowalign compare outputs/crd outputs/awm outputs/nft --output comparison.html",
+        action=_compare,
+    )
+    parser = command.add_to(commands)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folders; the others are compared with the first",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page to write (default: comparison.html beside the first run)",
+    )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    api.compare(options.runs, options.output)
+    return 0
