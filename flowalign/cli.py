@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from flowalign import __version__
 from flowalign.commands.output import keep_writing
@@ -15,6 +16,18 @@ from flowalign.commands.reward import add_reward
 from flowalign.commands.runs import add_check, add_config, add_plan, add_train
 from flowalign.commands.sample import add_sample
 from flowalign.errors import RunError, UserError
+from flowalign.rewards.worker import is_any_busy
+
+
+def run(argv: list[str] | None = None) -> NoReturn:
+    """Run a command, and end the process with its exit status."""
+    status = main(argv)
+    if is_any_busy():
+        # Python's own exit would abort the process if a reward that hangs computes with PyTorch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,4 +104,4 @@ def _is_first_process() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

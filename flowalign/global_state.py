@@ -113,6 +113,7 @@ def _attribute(owner: object, name: str) -> State:
     return State(partial(getattr, owner, name), partial(setattr, owner, name))
 
 
+@cache
 def _precisions() -> list[State]:
     """Return PyTorch's old settings of precision, then the new ones, from general to special.
 

@@ -5,10 +5,14 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
+from threading import enumerate as all_threads
 from threading import Thread
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+THREAD = "flowalign-reward"
+"""Name of the threads."""
 
 
 class Worker:
@@ -19,7 +23,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        Thread(target=self._run, name="reward", daemon=True).start()
+        Thread(target=self._run, name=THREAD, daemon=True).start()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Call the function after those that were submitted earlier."""
@@ -36,6 +40,11 @@ class Worker:
     def _run(self) -> None:
         while task := self._tasks.get():
             task()
+
+
+def is_any_busy() -> bool:
+    """Return True if a function is still running in a worker, such as a reward that hangs."""
+    return any(thread.name == THREAD for thread in all_threads())
 
 
 def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
