@@ -31,7 +31,7 @@ from flowalign.runs.checkpoint import (
 )
 from flowalign.runs.failures import FAILURES, SkippedUpdate, write_failure
 from flowalign.runs.folder import BEFORE, evaluation_file, GUIDED, open_folder
-from flowalign.runs.interrupt import Interrupt, TERMINATED
+from flowalign.runs.interrupt import Interrupt
 from flowalign.runs.lock import FolderLock
 from flowalign.training.preflight import require_preflight
 from flowalign.training.setup import assemble, read_inputs
@@ -114,14 +114,6 @@ class Run:
             return rule
         # A signal may reach one rank before another, and all must leave the loop at the same step.
         return "interrupted" if distributed.any_rank(self.interrupt.requested) else ""
-
-    def raise_if_terminated(self) -> None:
-        """Raise SystemExit if SIGTERM stopped the run. All ranks call this together.
-
-        The signal asked the whole process to end, so whatever called the training ends too.
-        """
-        if distributed.any_rank(self.interrupt.terminated):
-            raise SystemExit(TERMINATED)
 
     def next_batch(self) -> tuple[Batch, dict[str, float]]:
         """Make the batch of the next step. Returns it with its metrics.

@@ -8,6 +8,7 @@ from flowalign.progress import task
 from flowalign.reporting.summary import Summary
 from flowalign.reporting.trackers import Trackers
 from flowalign.runs.advice import advise_on_out_of_memory, keep_finished_steps
+from flowalign.runs.interrupt import TERMINATED
 from flowalign.training.finish import finish
 from flowalign.training.run import prepare, Run
 from flowalign.training.update import update, update_snapshots
@@ -32,7 +33,15 @@ def train(config: Config) -> Summary:
     with distributed.ending_together():
         with advise_on_out_of_memory(config):
             run = prepare(config)
-        return execute(run)
+        summary = execute(run)
+        terminated = summary["stopped"] == "interrupted" and distributed.any_rank(
+            run.interrupt.terminated
+        )
+    # SIGTERM asked the whole process to end, so whatever called this function ends too. No rank has
+    # failed, so this stands outside the block.
+    if terminated:
+        raise SystemExit(TERMINATED)
+    return summary
 
 
 def execute(run: Run) -> Summary:
@@ -47,10 +56,7 @@ def execute(run: Run) -> Summary:
         with run.interrupt.listening():
             before = run.evaluate_reference()
             reason = fit(run)
-        summary = finish(run, before, reason)
-    if reason == "interrupted":
-        run.raise_if_terminated()
-    return summary
+        return finish(run, before, reason)
 
 
 def fit(run: Run) -> str:

@@ -239,11 +239,14 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, capsys):
     assert "The same command resumes from there" in capsys.readouterr().out
 
 
-def test_sigterm_saves_the_step_and_ends_the_process_with_143(tmp_path, capsys):
-    run = trainer.prepare(small_config(tmp_path / "run", "train.steps=50"))
+def test_sigterm_saves_the_step_and_ends_the_process_with_143(tmp_path, monkeypatch, capsys):
+    config = small_config(tmp_path / "run", "train.steps=50")
+    run = trainer.prepare(config)
     sent_in_step(run, 1, signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        trainer.execute(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "prepare", lambda _: run)
+        with pytest.raises(SystemExit) as ended:
+            trainer.train(config)
     assert ended.value.code == 143
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000002"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "interrupted"
