@@ -315,7 +315,7 @@ class Policy:
         """Return the latents (B, count + 1, *latent) of the first ODE steps from noise."""
         path = [self.initial_noise(batch, purpose)]
         for k in range(count):
-            path.append(self._ode_step(path[-1], k, batch.cond))
+            path.append(self.step(path[-1], k, batch.cond, stochastic=False).mean)
         return torch.stack(path, 1)
 
     def std(self, k: int) -> float:

@@ -216,6 +216,12 @@ def test_the_gaussian_start_has_the_released_code_s_law():
     assert max(abs(a - b) for a, b in zip(found, seen, strict=True)) < 0.01
 
 
+@pytest.mark.parametrize(("steps", "depth"), [(50, 9.09), (20, 3.94), (8, 1.89)])
+def test_the_share_of_steps_with_gradient_grows_as_steps_get_fewer(steps, depth):
+    """The fraction of a draw is cut off, which is half a step however few there are."""
+    assert mean_depth(law(steps)) == pytest.approx(depth, abs=0.005)
+
+
 def test_the_uniform_start_has_the_released_code_s_law():
     """U{0..49}, drawn again if 0; and U{30..49}, as it was for some hours."""
     found, late = (law(distribution="uniform", start=start) for start in (0.0, 0.6))
