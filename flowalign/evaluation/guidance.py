@@ -222,34 +222,30 @@ def _recall(folder: Path, key: str) -> bool:
     """Return True if the folder holds the baseline, or now holds what an earlier run kept."""
     if GuidedBaseline.load(folder, key):
         return True
-    try:
+    with suppress(UserError):  # There is no folder for caches, so nothing was kept.
         kept = GuidedBaseline.load(_kept(key), key)
-    except UserError:
-        return False  # no folder for caches; `_remember` says so
-    if kept:
-        kept.save(folder)
-    return kept is not None
+        if kept:
+            kept.save(folder)
+            return True
+    return False
 
 
 def _remember(baseline: GuidedBaseline) -> None:
     """Keep a baseline for later runs, if the cache can be written."""
     try:
         kept = _kept(baseline.choice.key)
-    except UserError as error:
-        say(f"Note: the guided baseline is not kept for other runs: {error}")
-        return
-    # A name of its own: two runs may measure the same baseline at the same time.
-    own = kept.with_name(f"{kept.name}.{uuid4().hex}")
-    try:
+        # A name of its own: two runs may measure the same baseline at the same time.
+        own = kept.with_name(f"{kept.name}.{uuid4().hex}")
         baseline.save(own)
-        # What is there was found missing or damaged, or comes from a run that was a bit faster.
+        # What is there was found missing or damaged. If another run fills it now, its copy stays.
         shutil.rmtree(kept, ignore_errors=True)
-        own.rename(kept)
-    except OSError as error:
         with suppress(OSError):
-            shutil.rmtree(own)
-        say(f"Note: the guided baseline is not kept for other runs: {error}.")
+            own.rename(kept)
+        shutil.rmtree(own, ignore_errors=True)
+    except (OSError, UserError) as error:
+        say(f"Note: the guided baseline is not kept for other runs: {error}")
 
 
 def _kept(key: str) -> Path:
+    """Return where a baseline is kept. Raises UserError if there is no folder for caches."""
     return cache_folder() / "guidance" / key

@@ -69,4 +69,7 @@ def _training_fact(config: Config) -> str:
 def _evaluation_fact(config: Config) -> str:
     every = config.train.evaluate_every
     when = f"before, every {plural(every, 'step')}, after" if every else "before and after"
-    return f"{when}; {plural(config.evaluation.images_per_prompt, 'image')} per prompt"
+    images = f"{plural(config.evaluation.images_per_prompt, 'image')} per prompt"
+    scales = config.evaluation.guidance_sweep if config.target_reward else []
+    tried = ", ".join(f"{scale:g}" for scale in scales)
+    return f"{when}; {images}" + (f"; the base at its best guidance of {tried}" if tried else "")

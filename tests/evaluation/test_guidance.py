@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from flowalign.advantages import group_advantage
 from flowalign.config.load import load_config
 from flowalign.data.prompts import Prompt
+from flowalign.errors import UserError
 from flowalign.evaluation import guidance
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
@@ -292,6 +293,18 @@ def test_a_cache_that_cannot_be_written_costs_a_run_nothing(base, cache, tmp_pat
     guided = make_sweep(base)(tmp_path / "guided")
     assert guided.choice.best in (3, 7)
     assert "not kept for other runs" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_folder_for_caches_costs_a_run_nothing(
+    base, monkeypatch, tmp_path, capsys
+):
+    def homeless():
+        raise UserError("The cache cannot be found.")
+
+    monkeypatch.setattr(guidance, "cache_folder", homeless)
+    sweep = make_sweep(base)
+    assert sweep(tmp_path / "guided").choice == sweep(tmp_path / "guided").choice
+    assert "not kept for other runs: The cache cannot be found." in capsys.readouterr().out
 
 
 # runs

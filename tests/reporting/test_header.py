@@ -30,6 +30,9 @@ def test_a_run_that_makes_images_names_its_rewards_and_counts_its_images():
     assert lines["rewards"] == "scene_match 1, brightness 0.5"
     assert lines["training"] == "300 steps x 48 images (8 prompts x 6)"
     assert lines["evaluation"].startswith("before, every 50 steps, after; ")
+    assert lines["evaluation"].endswith("; the base at its best guidance of 2, 3, 4.5, 7")
+    off = facts("flow_grpo", "evaluation.guidance_sweep=[]")
+    assert off["evaluation"].endswith("per prompt")
     assert lines["device"] == "2 processes on cpu, 1 thread each"
     assert lines["output"] == "out/a"
     assert lines["model"].endswith("(sd3, float32, 64 x 64 pixels)")
