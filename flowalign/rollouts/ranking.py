@@ -104,10 +104,10 @@ def dominant_and_dominated(rollout: Rollout, members: Tensor, ranking: Ranking) 
     """
     scores = torch.stack([values.cpu()[members] for values in rollout.rewards.values()])
     difference = scores[:, :, None] - scores[:, None, :]  # (rewards, images, images)
-    no_worse = ((difference >= 0) | difference.isnan()).all(0)
-    better = (difference > ranking.min_gap).any(0)
-    pairs = members[(no_worse & better).nonzero()]
-    return RowPairs(*pairs.T.tolist(), [True] * len(pairs))
+    is_no_worse = ((difference >= 0) | difference.isnan()).all(0)
+    is_better = (difference > ranking.min_gap).any(0)
+    better, worse = members[(is_no_worse & is_better).nonzero()].T.tolist()
+    return RowPairs(better, worse, [True] * len(better))
 
 
 PAIRINGS: dict[str, Callable[[Rollout, Tensor, Ranking], RowPairs]] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+from flowalign import distributed
 from flowalign.batch import Keys, Pairs, Rollout
 from flowalign.data.preferences import Example
 from flowalign.data.prompts import Prompt
@@ -875,6 +876,15 @@ def test_groups_with_fewer_dominance_pairs_are_filled_up_with_rows_of_weight_0()
     outer = (math.sqrt(1 / 6) - math.sqrt(2 / 9)) / 2
     expected = [(1 + outer) * gap for gap in (5 / 6, 4 / 3, 5 / 6)]
     assert_close(weight, torch.tensor([*expected, 1 - outer, 1 - outer, 0.0]))
+
+
+def test_all_processes_make_as_many_rows_of_a_group(monkeypatch):
+    """The other process has a group of five pairs."""
+    monkeypatch.setattr(distributed, "gather_objects", lambda count: [count, 5])
+    found, pairs = dominance_pairs([3.0, 2.0, 1.0])
+    assert (len(found), len(pairs)) == (3, 5)
+    assert pairs.gap[3:].isnan().all()
+    assert pairs.padding(2).gap.isfinite().all()
 
 
 def given(*gaps: float) -> list[Example]:
