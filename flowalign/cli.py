@@ -1,6 +1,7 @@
 """The command line. Each command parses its arguments and calls a function of the Python API.
 
 Exit status 0: done. 1: the run failed, or a check found something wrong. 2: the input was wrong.
+143: SIGTERM stopped a run after a step, which is saved.
 """
 
 import argparse

@@ -205,6 +205,13 @@ def test_a_number_out_of_range_is_named(option, value, capsys):
     assert f"argument {option}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["0", "65536", "http"])
+def test_a_port_out_of_range_is_named(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["reward", "serve", "brightness", "--port", value])
+    assert "argument --port: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "much"])
 def test_memory_is_a_number_above_0(value, capsys):
     with pytest.raises(SystemExit):

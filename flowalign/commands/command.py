@@ -49,6 +49,14 @@ def positive(text: str) -> int:
     return number
 
 
+def port(text: str) -> int:
+    """Convert a TCP port on the command line."""
+    number = int(text)
+    if not 0 < number < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to 65535")
+    return number
+
+
 def gigabytes(text: str) -> float:
     """Convert an amount of memory on the command line."""
     number = float(text)

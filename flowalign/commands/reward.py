@@ -3,7 +3,7 @@
 import argparse
 
 from flowalign import api
-from flowalign.commands.command import Command, Commands, positive
+from flowalign.commands.command import Command, Commands, port, positive
 from flowalign.errors import UserError
 
 REWARD_SPEC = (
@@ -69,7 +69,7 @@ def _add_reward_serve(actions: Commands) -> None:
         help="address to listen on; 0.0.0.0 is the whole network (default: %(default)s)",
     )
     parser.add_argument(
-        "--port", type=positive, default=8000, metavar="N", help="port (default: %(default)s)"
+        "--port", type=port, default=8000, metavar="N", help="port (default: %(default)s)"
     )
     parser.add_argument(
         "--token-variable",

@@ -4,6 +4,7 @@ On a terminal, rich draws progress in place. Everywhere else (a pipe, a log file
 printed as plain lines, at most one every few seconds, without colours or carriage returns.
 """
 
+import io
 import math
 import os
 import sys
@@ -38,16 +39,37 @@ def shown(console: Console | None = None) -> Iterator[Console]:
     Processes other than the first show nothing, so that a distributed run prints each line once.
     """
     console = console or make_console()
+    with _replacing_unprintable(), _display_on(console):
+        yield console
+
+
+@contextmanager
+def _replacing_unprintable() -> Iterator[None]:
+    """Let standard output replace characters that its encoding lacks, so that none ends a run."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def _display_on(console: Console) -> Iterator[None]:
     # In a notebook rich reports no terminal, so training prints plain lines there.
     if console.is_terminal and not console.quiet:
         # `transient` removes finished bars: what stays on the screen are messages and results.
         # Four frames a second look alive; ten would take a share of a small CPU.
         with Progress(*_columns(), console=console, transient=True, refresh_per_second=4) as bars:
             with progress.shown_on(TerminalDisplay(bars)):
-                yield console
+                yield
     else:
         with progress.shown_on(PlainDisplay(console)):
-            yield console
+            yield
 
 
 def make_console(stderr: bool = False) -> Console:

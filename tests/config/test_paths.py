@@ -98,6 +98,14 @@ def test_home_is_expanded_everywhere(project, monkeypatch):
     }
 
 
+def test_a_folder_that_looks_like_a_number_needs_quotes(project):
+    with pytest.raises(
+        UserError, match=r"output is 100000\.0; .* in quotes if it looks like a num"
+    ):
+        load_config(project / "run.yaml", ["output=1e5"])
+    assert load_config(project / "run.yaml", ['output="1e5"']).output == "1e5"
+
+
 def test_code_of_an_objective_is_found_next_to_the_configuration(project):
     code = "from flowalign.objectives.nft import NFT\n\n\nclass Mine(NFT):\n    pass\n"
     (project / "objective.py").write_text(code)

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import sys
 import time
 
 import pytest
@@ -187,3 +188,13 @@ def test_facts_are_one_line_each_however_long():
     print_facts(console, "flowalign train", {"model": "x" * 200, "output": "outputs/a"})
     lines = console.file.getvalue().splitlines()
     assert lines == ["flowalign train", f"  model   {'x' * 200}", "  output  outputs/a"]
+
+
+def test_text_that_standard_output_cannot_encode_is_replaced(monkeypatch):
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with shown():
+        progress.say("a caf\xe9 sign")
+    assert file.getvalue() == b"a caf? sign\n"
+    assert stream.errors == "strict"
