@@ -17,6 +17,8 @@ from flowalign.data.prompts import read_prompts
 from flowalign.errors import UserError
 from flowalign.models.base import PipelineCall
 from flowalign.models.families import family_of
+from flowalign.reporting.console import format_difference, format_mean, interval_note
+from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
 CARD = "README.md"
@@ -56,6 +58,26 @@ def adapter_card(config: Config, folder: Path) -> str:
         family=markdown_code(model.name),
         folder=markdown_code(str(folder)),
     )
+
+
+def card_results(summary: Summary) -> str:
+    """Return the end of a card: what training changed, against every baseline of the run."""
+    columns, guided = baselines(summary), summary["baseline_guided"]
+    labels = [column.label for column in columns]
+    rows = [["reward", *labels, "trained", *(f"trained - {label}" for label in labels)]]
+    rows.append(["---"] * len(rows[0]))
+    for name in summary["difference"]:
+        means = [format_mean(column.means, name) for column in columns]
+        changes = [format_difference(column.difference, name) for column in columns]
+        # A bar would end the cell, also in code.
+        cell = markdown_code(name).replace("|", "\\|")
+        rows.append([cell, *means, format_mean(summary["after"], name), *changes])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    note = ""
+    if guided:
+        note = guidance_note({**guided, "chosen_by": markdown_code(guided["chosen_by"])}) + " "
+    intervals = interval_note(summary["prompts"], summary["held_out"])
+    return f"\n{table}\nBase is the model without the adapter. {note}{intervals}\n"
 
 
 def card_head(model: str) -> str:

@@ -13,7 +13,7 @@ from flowalign.reporting.html import write_report
 from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import ADAPTER_FILE, export_weights
-from flowalign.runs.adapter_card import adapter_card, CARD
+from flowalign.runs.adapter_card import adapter_card, CARD, card_results
 from flowalign.runs.checkpoint import find_checkpoint, trained_weights, verify_checkpoint
 
 ADAPTER = "adapter"
@@ -69,16 +69,19 @@ def export_step(run: Path, step: int | None = None, folder: Path | None = None) 
     return folder
 
 
-def export_adapter(checkpoint: Path, folder: Path, config: Config) -> None:
+def export_adapter(
+    checkpoint: Path, folder: Path, config: Config, summary: Summary | None = None
+) -> None:
     """Write the trained weights of a checkpoint as a LoRA for other tools, with a README.
 
     Args:
         checkpoint: The folder of a checkpoint.
         folder: The target, which is replaced as a whole.
         config: The configuration of the run.
+        summary: The results of this checkpoint, for the README.
     """
     # Built before anything is written: if it fails, the old export stays.
-    card = adapter_card(config, folder)
+    card = adapter_card(config, folder) + (card_results(summary) if summary else "")
 
     def write(unfinished: Path) -> None:
         export_weights(trained_weights(checkpoint), unfinished)

@@ -58,7 +58,8 @@ def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
     summary["better_step"] = run.better_step(step)
     if distributed.is_main():
         after.save(run.folder / AFTER)
-        export_adapter(find_checkpoint(run.folder, step), run.folder / ADAPTER, run.config)
+        checkpoint = find_checkpoint(run.folder, step)
+        export_adapter(checkpoint, run.folder / ADAPTER, run.config, summary)
         rows, captions = sheet_rows(before, guided, after), run.evaluator.captions(after)
         write_results(run.folder, summary, rows, captions)
         announce(run, summary)

@@ -25,6 +25,7 @@ from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.pixel_statistics import brightness, contrast
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.adapter import ADAPTER_FILE
+from flowalign.runs.adapter_card import CARD
 from flowalign.training import trainer
 from tests.processes import run_process, TORCHRUN
 from tests.runs.damage import cut, flip
@@ -347,6 +348,20 @@ def test_the_report_shows_three_columns_and_says_what_they_are(run):
     note = guidance_note(run.summary["baseline_guided"])
     assert "on 6 prompts with other noise" in note
     assert note in page
+
+
+def test_the_readme_of_the_adapter_shows_the_same_table(run):
+    card = (run.folder / "adapter" / CARD).read_text(encoding="utf-8")
+    (row,) = [line for line in card.splitlines() if line.startswith("| `vividness` |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    guided = run.summary["baseline_guided"]
+    means = run.summary["before"], guided["means"], run.summary["after"]
+    assert cells[1:4] == [f"{mean['vividness']:.3f}" for mean in means]
+    differences = run.summary["difference"], guided["difference"]
+    assert [cell.split()[0] for cell in cells[4:]] == [
+        f"{difference['vividness'][1]:+.3f}" for difference in differences
+    ]
+    assert "by `vividness` on 6 prompts with other noise" in card
 
 
 def test_a_resumed_run_keeps_the_baseline_without_the_cache(run, measured, tmp_path):

@@ -59,5 +59,6 @@ def test_a_run_of_hostile_names_ends_with_harmless_files(tmp_path, monkeypatch):
     assert main(["train", str(TINY), *SMALL, *settings, *steps, f"output='{quoted}'"]) == 0
     page = assert_harmless((folder / "report.html").read_text(encoding="utf-8"))
     assert f"{reward}: " in page.text
-    _, code = read_card((folder / "adapter" / CARD).read_text(encoding="utf-8"))
+    card, code = read_card((folder / "adapter" / CARD).read_text(encoding="utf-8"))
     assert calls(code)["load_lora_weights"] == [str(folder / "adapter")]
+    assert f"| {reward} | " in card.text
