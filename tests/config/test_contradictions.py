@@ -142,7 +142,7 @@ CONTRADICTIONS = [
     (
         "crd",
         ["train.updates_per_step=2", "objective.sampler.every=3"],
-        "objective.sampler.every is 3 updates, but snapshots follow once a step",
+        "the snapshot sampler follows every 3 updates, but snapshots follow once a step",
     ),
     ("draft_lv", ["sampler.steps=3"], "objective.step is -5, but sampler.steps is 3"),
     ("alignprop", ["objective.depth=9"], "objective.depth is 9, but sampler.steps is 8"),
