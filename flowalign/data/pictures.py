@@ -18,7 +18,11 @@ def open_picture(data: bytes) -> Image.Image:
     """
     try:
         # `Image.open` reads the header only. The conversion decodes, so it belongs in the `try`.
-        image = _in_bytes(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).convert("RGBA")
+        image = _in_bytes(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        # Faster than the way over RGBA, for the same bytes.
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
     except MemoryError:
         raise
     except Exception as error:

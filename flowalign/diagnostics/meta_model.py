@@ -26,10 +26,11 @@ from torch.utils.flop_counter import flop_registry
 from flowalign.batch import Cond
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
-from flowalign.models.base import ENCODE_AT_ONCE, FlowModel
+from flowalign.models.base import FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.models.families import family_of
 from flowalign.models.pipeline import PipelineModel
+from flowalign.models.text_cache import ENCODE_AT_ONCE
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SIDE = 8

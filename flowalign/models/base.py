@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 C = TypeVar("C", bound=ModelConfig)
-ENCODE_AT_ONCE = 64
-"""Prompts per call of `encode_texts`."""
 
 
 class Scheduler(Protocol):
@@ -150,7 +148,7 @@ class FlowModel(ABC, Generic[C]):
             prompts: One prompt per image.
             embedded_guidance: Scale for a model with distilled guidance; other models ignore it.
         """
-        rows = self._texts.rows(prompts, self._encode_missing)
+        rows = self._texts.rows(prompts, self._encode_chunks)
         inputs, null = {}, {}
         for name, empty in rows[""].items():
             inputs[name] = torch.stack([rows[text][name] for text in prompts]).to(self.device)
@@ -161,21 +159,18 @@ class FlowModel(ABC, Generic[C]):
         return Cond(inputs | scale, null | scale)
 
     def remember(self, prompts: list[str]) -> None:
-        """Encode prompts in advance, as many as the cache holds.
+        """Encode prompts in advance, as many as the cache holds, and keep them.
 
         The text encoders move to the device once for all of them.
         """
-        empty = self._texts.rows([], self._encode_missing)[""]
-        # One place belongs to the empty prompt. More prompts would push each other out again.
-        room = self._texts.capacity(empty) - 1
-        self._texts.rows(list(dict.fromkeys(prompts))[:room], self._encode_missing)
+        self._texts.keep(prompts, self._encode_chunks)
 
     @torch.no_grad()
-    def _encode_missing(self, texts: list[str]) -> Iterator[tuple[str, Row]]:
+    def _encode_chunks(self, chunks: Sequence[list[str]]) -> Iterator[tuple[str, Row]]:
+        total = sum(map(len, chunks))
         # One visit to the device for all chunks: moving large encoders takes longer than they work.
-        with task("encoding prompts", len(texts)) as work, self.text_encoders_on_device():
-            for start in range(0, len(texts), ENCODE_AT_ONCE):
-                chunk = texts[start : start + ENCODE_AT_ONCE]
+        with task("encoding prompts", total) as work, self.text_encoders_on_device():
+            for chunk in chunks:
                 inputs = {name: rows.cpu() for name, rows in self.encode_texts(chunk).items()}
                 for number, text in enumerate(chunk):
                     yield text, {name: rows[number] for name, rows in inputs.items()}

@@ -258,6 +258,8 @@ def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
     if not inputs.held_out:
         return None
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
+    # In chunks that are the same on any number of processes.
+    context.policy.model.remember([example.prompt.text for example in inputs.held_out])
     share = range(distributed.rank(), len(inputs.held_out), distributed.count())
     return HeldOut(make(context, inputs.held_out, {i: i for i in share}, EVALUATION_STEP))
 

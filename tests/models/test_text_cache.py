@@ -5,21 +5,21 @@ import contextlib
 import torch
 
 from flowalign.models import load_model
-from flowalign.models.base import ENCODE_AT_ONCE
-from flowalign.models.text_cache import TextCache
+from flowalign.models.text_cache import ENCODE_AT_ONCE, RECENT, TextCache
 from tests.tiny import sd3_config
 
 ROW_BYTES = 4 * 10
 
 
 class Encoder:
-    """Encodes a text as ten numbers and remembers what it was asked for."""
+    """Encodes a text as ten numbers and records which texts it was given together."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
+        self.chunks: list[list[str]] = []
 
-    def __call__(self, texts: list[str]):
-        self.texts += texts
+    def __call__(self, chunks):
+        self.chunks += chunks
+        texts = [text for chunk in chunks for text in chunk]
         return [(text, {"embeds": torch.full((10,), float(len(text)))}) for text in texts]
 
 
@@ -32,24 +32,52 @@ def test_a_text_is_encoded_once_together_with_the_empty_one():
         "a": 1,
     }
     cache.rows(["a", "ab"], encode)
-    assert encode.texts == ["", "abc", "a", "ab"]
+    assert encode.chunks == [[""], ["abc"], ["a"], ["ab"]]
 
 
-def test_the_least_recently_used_text_leaves_first_and_the_empty_one_stays():
+def test_texts_in_advance_are_kept_as_many_as_fit_and_others_are_encoded_alone():
     cache, encode = TextCache(max_bytes=3 * ROW_BYTES), Encoder()
-    cache.rows(["a", "b"], encode)
-    cache.rows(["a"], encode)
-    cache.rows(["c"], encode)
-    assert encode.texts == ["", "a", "b", "c"]
-    cache.rows(["a"], encode)
-    assert encode.texts == ["", "a", "b", "c"]
-    cache.rows(["b"], encode)
-    assert encode.texts == ["", "a", "b", "c", "b"]
+    cache.keep(["a", "b", "c"], encode)
+    assert encode.chunks == [[""], ["a", "b"]]
+    cache.rows(["a", "c", "d"], encode)
+    assert encode.chunks[2:] == [["c"], ["d"]]
+    cache.keep(["e"], encode)
+    cache.rows(["a", "b", "c"], encode)
+    assert len(encode.chunks) == 4
+
+
+def test_the_least_recently_used_text_leaves_first_and_kept_ones_stay():
+    cache, encode = TextCache(max_bytes=2 * ROW_BYTES), Encoder()
+    cache.keep(["kept"], encode)
+    cache.rows([str(n) for n in range(RECENT)], encode)
+    cache.rows(["0"], encode)
+    cache.rows(["new"], encode)
+    encoded = len(encode.chunks)
+    cache.rows(["kept", "0", "new"], encode)
+    assert len(encode.chunks) == encoded
+    cache.rows(["1"], encode)
+    assert encode.chunks[encoded:] == [["1"]]
 
 
 def test_more_texts_than_fit_are_all_returned():
     cache, encode = TextCache(max_bytes=2 * ROW_BYTES), Encoder()
-    assert set(cache.rows([str(n) for n in range(5)], encode)) == {"", *"01234"}
+    texts = [str(n) for n in range(RECENT + 5)]
+    assert set(cache.rows(texts, encode)) == {"", *texts}
+
+
+def test_the_embedding_of_a_prompt_does_not_depend_on_the_prompts_before_it():
+    """A resumed run does not encode what the steps before it had encoded."""
+    texts = ["a red circle", "a blue square and a star", "two green dots", "a dot"]
+    rows = []
+    for history in ([], texts[2:], texts[:1]):
+        model = load_model(sd3_config())
+        model._texts.max_bytes = 1
+        model.remember(["a circle and a dot"])
+        if history:
+            model.encode(history)
+        rows.append(model.encode(texts).inputs["embeds"])
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
 
 
 def test_a_cache_that_is_too_small_still_holds_a_text_and_the_empty_one():
@@ -70,7 +98,7 @@ def test_texts_are_encoded_in_chunks_during_one_visit_to_the_device(monkeypatch)
     monkeypatch.setattr(
         model, "encode_texts", lambda texts: chunks.append(len(texts)) or encode(texts)
     )
-    model._texts.rows([""], model._encode_missing)
+    model._texts.rows([""], model._encode_chunks)
     model.remember([f"{n} circles" for n in range(ENCODE_AT_ONCE + 3)])
     assert chunks == [1, ENCODE_AT_ONCE, 3]
     assert visits == ["begin", "end"] * 2
@@ -80,7 +108,7 @@ def test_texts_are_encoded_in_chunks_during_one_visit_to_the_device(monkeypatch)
 
 def test_no_more_prompts_are_remembered_than_fit():
     model = load_model(sd3_config())
-    row = model._texts.rows([], model._encode_missing)[""]
+    row = model._texts.rows([], model._encode_chunks)[""]
     model._texts.max_bytes = 3 * sum(tensor.nbytes for tensor in row.values())
     encoded, encode = [], model.encode_texts
     model.encode_texts = lambda texts: encoded.extend(texts) or encode(texts)
