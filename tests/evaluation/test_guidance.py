@@ -16,6 +16,7 @@ from flowalign.errors import UserError
 from flowalign.evaluation import guidance
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
+from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.files import read_json
 from flowalign.policy import Policy, Sampler
@@ -376,6 +377,18 @@ def test_a_resumed_run_keeps_the_baseline_without_the_cache(run, measured, tmp_p
     changed = trainer.train(small_config(run.folder, other, run.rewards, "train.steps=3"))
     assert len(measured) == 1
     assert list(changed["baseline_guided"]["sweep"]) == ["1", "2"]
+
+
+def test_a_chosen_step_is_compared_on_the_prompts_that_did_not_choose_it(run, tmp_path):
+    overrides = ["train.export=best", "train.evaluate_every=1", SWEEP, run.rewards]
+    summary = trainer.train(small_config(tmp_path / "run", *overrides))
+    guided = summary["baseline_guided"]
+    for name, (_, mean, _) in guided["difference"].items():
+        assert mean == pytest.approx(summary["after"][name] - guided["means"][name], abs=1e-6)
+    assert guided["means"] != run.summary["baseline_guided"]["means"]
+    # What is kept for later runs has the scores of all prompts.
+    result = EvaluationResult.load(tmp_path / "run" / "evaluation" / "guided" / guidance.RESULT)
+    assert result.means == run.summary["baseline_guided"]["means"]
 
 
 def test_the_second_baseline_changes_no_other_number(run, tmp_path):
