@@ -35,7 +35,7 @@ FAILURE, ENDED = "flowalign/failure", "flowalign/ended"
 """Keys of the store: the message of the rank that failed first, and that rank 0 has ended."""
 LOST = "Another process has ended without a message. It may have been killed. ({})"
 GRACE = 20.0
-"""Seconds that a rank has to end by itself after another has failed."""
+"""Seconds in which a rank must end after another has failed."""
 SAVING = 60.0
 """Seconds that the other ranks give rank 0 to save."""
 _informed = threading.Event()

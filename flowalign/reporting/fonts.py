@@ -28,7 +28,7 @@ def font_for(texts: Iterable[str]) -> Font | None:
 
     Returns None if no single font has them all.
     """
-    wanted = {character for text in texts for character in text if not character.isspace()}
+    wanted = {character for character in "".join(texts) if not character.isspace()}
     font = default_font()
     if wanted <= _characters_of(font):
         return font
