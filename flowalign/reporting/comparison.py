@@ -145,6 +145,7 @@ def draw_curves(score: str, runs: Mapping[str, Path]) -> str:
         text.set_parse_math(False)
     axes.set_title(score, fontsize=10, parse_math=False)
     axes.set_xlabel(axis, fontsize=9)
+    axes.set_xlim(left=0)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return embedded(figure)

@@ -151,8 +151,8 @@ def read_run(folder: Path) -> FinishedRun:
     for file in (BEFORE, AFTER):
         if not (folder / file).is_file():
             raise UserError(
-                f"{folder} has no {file}, so it is not finished or comes from an earlier version. "
-                f"The same command writes it: python train.py {folder / 'config.yaml'}"
+                f"{folder} has no {file}, so this run is not finished. "
+                f"Finish it first: python train.py {folder / 'config.yaml'}"
             )
     saved = checkpoints(folder)
     return FinishedRun(

@@ -278,7 +278,7 @@ class Run:
         file = evaluation_file(self.folder, best)
         metric, sign = self.config.selection_metric
         name = metric.removeprefix(EVALUATION)
-        # Earlier versions kept no scores of single steps.
+        # The files of single steps are not part of a checkpoint, and a user may remove them.
         if not file.is_file() or self.last_evaluation is None:
             return None
         earlier = self.halves.measure(EvaluationResult.load(file))

@@ -115,7 +115,7 @@ def test_an_exported_layer_is_the_product_of_its_two_matrices(tmp_path):
 
 
 def test_an_adapter_of_either_form_fills_the_policy_with_the_trained_matrices(tmp_path):
-    """Earlier versions exported the trained matrices as they are, with alpha in the metadata."""
+    """A checkpoint has the trained matrices and alpha in the metadata; an export alpha = rank."""
     policy = make_policy(lora=Lora(rank=4, alpha=8))
     stir(policy)
     save_adapter(policy, tmp_path / "trained")
