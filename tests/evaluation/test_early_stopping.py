@@ -108,13 +108,13 @@ def test_a_budget_of_distance_stops_a_run(tmp_path):
     overrides = ["train.steps=9", "train.evaluate_every=1", "train.learning_rate=1e-2"]
     summary = trainer.train(
         small_config(
-            tmp_path / "run", *overrides, "train.stop={eval/velocity_moved: {above: 1e-3}}"
+            tmp_path / "run", *overrides, "train.stop={eval/velocity_moved: {above: 6e-3}}"
         )
     )
     moved = [line["eval/velocity_moved"] for line in read_metrics(tmp_path / "run")]
     assert summary["stopped"].startswith("eval/velocity_moved: ")
-    assert moved[-1] > 1e-3
-    assert all(value <= 1e-3 for value in moved[:-1])
+    assert moved[-1] > 6e-3
+    assert all(value <= 6e-3 for value in moved[:-1])
     assert summary["step"] < len(moved)  # the exported weights are within the budget
 
 
