@@ -206,20 +206,17 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     """Make pictures with a model, and with its adapter from the same noise.
 
     Args:
-        source: A run folder, a checkpoint folder, an adapter folder, a model folder, or a model on
-            the Hugging Face hub.
+        source: The folder of a run, checkpoint, adapter or model, or a model on Hugging Face's hub.
         prompts: Texts, or one .txt or .jsonl file. A run has its evaluation prompts as default.
         images: Pictures per prompt.
         seed: The noise depends on it, on the prompt's position and on the picture's number alone.
         steps: Sampler steps; those of the run's evaluation, or 28.
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
         model: The base model of an adapter whose model card does not name it.
-        rewards: Rewards that score the pictures, each as for `load_reward`. Those of a run are not
-            loaded unless they are named here, because its file may come from somebody else.
+        rewards: Rewards that score the pictures, as for `load_reward`. Those of a run are not loaded.
 
     Returns:
-        Pictures, prompts and scores. `result.before` holds the same without the adapter, or None
-        for a model. `result.save(folder)` writes PNG files.
+        Pictures, prompts and scores; in `result.before` the same without the adapter, if any.
 
     Raises:
         UserError: The source is none of these, its adapter does not fit, or it needs no `model`.
@@ -228,8 +225,6 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         >>> samples = flowalign.sample("assets/tiny-sd3", ["a red circle"], images=2, steps=4)
         >>> samples.images.shape, samples.images.dtype
         (torch.Size([2, 3, 64, 64]), torch.uint8)
-        >>> [picture.size for picture in samples.pil()]
-        [(64, 64), (64, 64)]
     """
     with screen.shown() as console:
         _import_sampling()
