@@ -207,13 +207,13 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
 
     Args:
         source: The folder of a run, checkpoint, adapter or model, or a model on Hugging Face's hub.
-        prompts: Texts, or one .txt or .jsonl file. A run has its evaluation prompts as default.
+        prompts: Texts, or one .txt or .jsonl file; evaluation prompts of the run by default.
         images: Pictures per prompt.
         seed: The noise depends on it, on the prompt's position and on the picture's number alone.
         steps: Sampler steps; those of the run's evaluation, or 28.
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
         model: The base model of an adapter whose model card does not name it.
-        rewards: Rewards that score the pictures, as for `load_reward`. Those of a run are not loaded.
+        rewards: Rewards that score the pictures, as for `load_reward`. No others are loaded.
 
     Returns:
         Pictures, prompts and scores; in `result.before` the same without the adapter, if any.
@@ -222,9 +222,8 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         UserError: The source is none of these, its adapter does not fit, or it needs no `model`.
 
     Example:
-        >>> samples = flowalign.sample("assets/tiny-sd3", ["a red circle"], images=2, steps=4)
-        >>> samples.images.shape, samples.images.dtype
-        (torch.Size([2, 3, 64, 64]), torch.uint8)
+        >>> flowalign.sample("assets/tiny-sd3", ["a red circle"], images=2, steps=4).images.shape
+        torch.Size([2, 3, 64, 64])
     """
     with screen.shown() as console:
         _import_sampling()
