@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import yaml
@@ -69,7 +69,7 @@ class Result(Comparison):
     """A run: its evaluations in order, its summary, its machine and the policy's measures."""
 
     points: list[Point]
-    summary: dict[str, object]
+    summary: dict[str, Any]
     device: str
 
 
@@ -332,7 +332,7 @@ def gain(points: list[Point], images: int) -> float:
 def report(results: Results, score: str, folder: Path) -> None:
     """Write table.md, results.json, curves.png and seconds.png."""
     targets = [f"images to {target}" for target in TARGETS]
-    columns = ["strict", "CLIP", "diversity", "moved", "s"]
+    columns = ["strict", "above guided", "CLIP", "diversity", "moved", "s"]
     head = ["row", f"gain, {EARLY:,} images", *targets, *columns]
     rows = [" | ".join([name, *cells(runs)]) for name, runs in results.items()]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {row} |" for row in rows)]
@@ -352,11 +352,23 @@ def cells(runs: list[Result]) -> list[str]:
         spread([gain(run["points"], EARLY) for run in runs], "+.3f"),
         *(to_target([until(run["points"], target) for run in runs]) for target in TARGETS),
         spread([end["scene_match"] for end in ends], ".3f"),
+        above_guided(runs),
         spread(clip_gains, "+.3f"),
         spread(diversities, ".2f"),
         spread([run["velocity_moved"] for run in runs], ".3f"),
         f"{statistics.median(end['seconds'] for end in ends):.0f}",
     ]
+
+
+def above_guided(runs: list[Result]) -> str:
+    """Describe by how much the strict score ends above that of the guided model."""
+    baselines = [run["summary"].get("baseline_guided") for run in runs]
+    # A table may leave the guided model out.
+    if None in baselines:
+        return "-"
+    guided = [baseline["means"]["scene_match"] for baseline in baselines]
+    gains = [run["points"][-1]["scene_match"] - w for run, w in zip(runs, guided, strict=True)]
+    return spread(gains, "+.3f")
 
 
 def to_target(points: list[Point | None]) -> str:

@@ -77,6 +77,7 @@ def test_rows_are_compared_in_a_table_and_a_plot(tmp_path):
         ]
         return {
             "points": points,
+            "summary": {"baseline_guided": {"means": {"scene_match": 0.5}} if rise > 0.1 else None},
             "diversity_before": 0.4,
             "diversity_after": 0.2,
             "velocity_moved": 0.125,
@@ -92,13 +93,16 @@ def test_rows_are_compared_in_a_table_and_a_plot(tmp_path):
         "5,000 (2 of 3)",
         "6,000 (1 of 3)",
         "0.850 (0.700 to 1.000)",
+        "+0.350 (+0.200 to +0.500)",
         "+0.225 (+0.150 to +0.300)",
         "0.50 (0.50 to 0.50)",
         "0.125 (0.125 to 0.125)",
         "150",
     ]
     assert table[2] == f"| {' | '.join(cells)} |"
-    assert table[3].startswith("| slow | +0.067 (+0.067 to +0.067) | no | no | 0.500")
+    assert table[3].startswith(
+        "| slow | +0.067 (+0.067 to +0.067) | no | no | 0.500 (0.500 to 0.500) | - |"
+    )
     for plot in ("curves.png", "seconds.png"):
         assert Image.open(tmp_path / plot).size[0] > 1000
 
