@@ -492,7 +492,7 @@ def test_without_held_out_pairs_a_tenth_is_split_off(
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Finished after 2 steps" in report
     assert "<td>reconstruction_error</td>" in report
-    assert 'alt="eval/reconstruction_error"' in report
+    assert "Curve of eval/reconstruction_error" in report
     paired = "beta" in objective
     figures = {"reconstruction_error", *(["chosen_preferred", "margin"] if paired else [])}
     assert set(summary["before"]) == set(summary["after"]) == set(summary["difference"]) == figures
