@@ -24,7 +24,7 @@ from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
 from flowalign.global_state import restored_state
 from flowalign.rewards.journal import Journal
-from flowalign.rewards.worker import Worker
+from flowalign.rewards.worker import in_background
 
 RewardFunction = Callable[[Tensor, list[str], list[Metadata]], object]
 """(images, prompts, metadata) -> one number per image. `as_scores` says what may hold them."""
@@ -165,9 +165,7 @@ class Reward:
         """
         # The main thread must only wait: Python delivers Ctrl-C to it, between two lines of its
         # own. A reward that hangs there, or catches every exception, could not be stopped.
-        worker = Worker()
-        task = worker.submit(self._score, images, prompts, metadata, step)
-        worker.close()
+        task = in_background(self._score, images, prompts, metadata, step)
         if not wait([task], self.time_limit).done:
             raise RunError(
                 f"rewards.{self.name} has not returned after {self.time_limit:g} s, its "

@@ -42,6 +42,14 @@ class Worker:
             task()
 
 
+def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call the function in a worker of its own."""
+    worker = Worker()
+    task = worker.submit(function, *arguments)
+    worker.close()
+    return task
+
+
 def is_any_busy() -> bool:
     """Return True if a function is still running in a worker, such as a reward that hangs."""
     return any(thread.name == THREAD for thread in all_threads())

@@ -14,30 +14,31 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, KW_ONLY
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import requests
 from PIL import Image
 from requests.adapters import HTTPAdapter
 from torch import Tensor
-from urllib3.exceptions import HTTPError, ReadTimeoutError
-from urllib3.util import Retry
+from urllib3.exceptions import HTTPError, ProtocolError
 
 from flowalign.data.prompts import Metadata
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.base import Traits
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from urllib3.connectionpool import ConnectionPool
-    from urllib3.response import BaseHTTPResponse
+from flowalign.rewards.worker import in_background
 
 TRANSIENT = {408, 429, *range(500, 600)}
+REDIRECTS = range(300, 400)
 BUSY = "x-flowalign-busy"
+BUSY_PAUSE = 1.0
+"""How long to wait before a request that found the server busy is sent again, in seconds."""
+BUSY_SECONDS = 1800.0
+"""How long a busy server is awaited."""
+LONGEST_PAUSE = 8.0
+"""The longest wait before a failed request is repeated, in seconds."""
 MAX_BYTES = 2**24
 """The largest answer that is read, in bytes."""
 
@@ -46,28 +47,16 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 
-class RetryPolicy(Retry):
-    """Retries a failed request, with two exceptions.
+class Transient(RunError):
+    """A failure that another attempt may not have, such as a lost connection."""
 
-    A read timeout is final: the server may still be at work, and a retry would double the load.
-    An answer that the server is busy does not use up a retry.
-    """
 
-    def increment(
-        self,
-        method: str | None = None,
-        url: str | None = None,
-        response: "BaseHTTPResponse | None" = None,
-        error: Exception | None = None,
-        _pool: "ConnectionPool | None" = None,
-        _stacktrace: "TracebackType | None" = None,
-    ) -> Retry:
-        """Return the policy for the next attempt, or raise if there is none."""
-        if isinstance(error, ReadTimeoutError):
-            raise error
-        if response is not None and BUSY in response.headers:
-            return self
-        return super().increment(method, url, response, error, _pool, _stacktrace)
+class Busy(RunError):
+    """The server is busy with other requests."""
+
+
+class Redirected(RunError):
+    """The server names another address, which never gets the images."""
 
 
 @dataclass
@@ -80,7 +69,7 @@ class Endpoint:
     token_variable: str = "FLOWALIGN_TOKEN"
     """The environment variable with the token; without it, no token is sent."""
     seconds: float = 60.0
-    """How long to wait for an answer to begin, and then for its end."""
+    """How long an attempt may take, from the connection to the last byte of the answer."""
     concurrency: int = 2
     """How many requests are sent at once."""
     retries: int = 8
@@ -104,16 +93,8 @@ class Endpoint:
             )
         self.session = requests.Session()
         self.session.auth = _bearer(token_in(self.token_variable))
-        policy = RetryPolicy(
-            self.retries, backoff_factor=0.5, backoff_max=8, status_forcelist=TRANSIENT
-        )
-        # Scoring has no side effects, so POST is retried as well. A server's own Retry-After is
-        # ignored: it could name an hour.
-        policy.allowed_methods, policy.raise_on_status = None, False
-        policy.respect_retry_after_header = False
         for scheme in ("http://", "https://"):
-            adapter = HTTPAdapter(pool_maxsize=self.concurrency, max_retries=policy)
-            self.session.mount(scheme, adapter)
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency))
 
     def address(self, path: str) -> str:
         """Return the full address of a path."""
@@ -123,44 +104,97 @@ class Endpoint:
         """Return the name of a path in messages."""
         return f"{self.key}: {self.address(path)}"
 
-    def request(self, path: str, body: Mapping[str, object] | None = None) -> str:
-        """Send a POST, or a GET without a body, and return the answer's text.
+    def request(self, path: str, body: Mapping[str, object]) -> str:
+        """Send a POST, again after transient failures, and return the answer's text.
 
         Raises RunError with the address if there is no answer or its status is an error.
         """
-        method = "GET" if body is None else "POST"
-        address, limit = self.address(path), self.seconds
+        data = self._encode(path, body)
+        # A server's own Retry-After is ignored: it could name an hour.
+        pauses = [min(0.25 * 2**n, LONGEST_PAUSE) for n in range(self.retries)]
+        patience = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return self.attempt(path, data)
+            except Busy:
+                if time.monotonic() > patience:
+                    raise
+                time.sleep(BUSY_PAUSE)
+            # Scoring has no side effects, so a POST can be repeated.
+            except Transient:
+                if not pauses:
+                    raise
+                time.sleep(pauses.pop(0))
+
+    def attempt(self, path: str, data: bytes | None = None) -> str:
+        """Send a POST, or a GET without data, once, and return the answer's text.
+
+        Raises RunError with the address if there is no answer in time or its status is an error.
+        """
+        # The timeouts of sockets limit only the gaps between bytes, and a server could send one
+        # byte of its headers at a time. So the exchange runs in a thread that can be abandoned.
+        task = in_background(self._exchange, path, data)
+        if not wait([task], self.seconds).done:
+            # Final: the server may still be at work, and a retry would double the load.
+            raise RunError(
+                f"{self.source(path)} did not answer: the request timed out after "
+                f"{self.seconds:g} seconds. Look at the server, or set a larger `seconds`."
+            )
+        return task.result()
+
+    def _encode(self, path: str, body: Mapping[str, object]) -> bytes:
         try:
-            with self.session.request(
-                method,
-                address,
-                json=body,  # pyright: ignore[reportArgumentType]  checked by the except below
-                timeout=limit,
-                stream=True,
-            ) as reply:
-                text = self._read(reply)
-        except requests.exceptions.InvalidJSONError as error:
+            return json.dumps(body, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
             raise RunError(
                 f"{self.source(path)} cannot be called: a prompt's metadata cannot be written as "
                 f"JSON ({error}). Correct the prompt file."
             ) from error
+
+    def _exchange(self, path: str, data: bytes | None) -> str:
+        try:
+            with self.session.request(
+                "GET" if data is None else "POST",
+                self.address(path),
+                data=data,
+                headers={"Content-Type": "application/json"},
+                # Half, so that a machine that is being restarted counts as a failed connection.
+                timeout=(self.seconds / 2, self.seconds),
+                allow_redirects=False,
+                stream=True,
+            ) as reply:
+                text = self._read(path, reply)
+        except (requests.ConnectionError, ProtocolError) as error:
+            raise Transient(f"{self.source(path)} did not answer: {error}") from error
         except (requests.RequestException, HTTPError) as error:
             raise RunError(f"{self.source(path)} did not answer: {error}") from error
-        if not reply.ok:
-            raise RunError(f"{self.source(path)} answered {reply.status_code}: {text[:300]}")
+        self._check(path, reply, text)
         return text
 
-    def _read(self, reply: requests.Response) -> str:
-        """Read the whole body within one deadline, as `timeout` limits only gaps between pieces."""
-        deadline, body = time.monotonic() + self.seconds, bytearray()
+    def _read(self, path: str, reply: requests.Response) -> str:
+        body = bytearray()
         while piece := reply.raw.read1(2**16, decode_content=True):
             body += piece
-            if len(body) > MAX_BYTES or time.monotonic() > deadline:
-                raise requests.Timeout(
-                    f"the answer was incomplete after {len(body)} bytes and {self.seconds:g} "
-                    "seconds"
+            if len(body) > MAX_BYTES:
+                raise RunError(
+                    f"{self.source(path)} sent more than {MAX_BYTES} bytes. Correct the address."
                 )
         return body.decode(errors="replace")
+
+    def _check(self, path: str, reply: requests.Response, text: str) -> None:
+        """Raise RunError, or the kind of it that says what to do, for an answer with an error."""
+        if reply.status_code in REDIRECTS:
+            target = reply.headers.get("location", "")[:300]
+            raise Redirected(
+                f"{self.source(path)} answered {reply.status_code} and redirects to {target!r}, "
+                "but images are sent to no other address. If it is right, write it instead."
+            )
+        if reply.ok:
+            return
+        problem = f"{self.source(path)} answered {reply.status_code}: {text[:300]}"
+        if BUSY in reply.headers:
+            raise Busy(problem)
+        raise (Transient if reply.status_code in TRANSIENT else RunError)(problem)
 
     def ask_all(self, ask: Callable[[Question], Answer], questions: list[Question]) -> list[Answer]:
         """Ask several questions at once, and return the answers in their order."""
@@ -180,9 +214,10 @@ class RemoteReward(Endpoint):
             raise UserError(f"{self.key}.batch is {self.batch}. Set it to 1 or more.")
         self.connect()
         # Without retries: a server that is absent when a run starts is an error, not a delay.
-        self.session.mount(self.address("/health"), HTTPAdapter())
         try:
-            self.traits = _traits(json.loads(self.request("/health")))
+            self.traits = _traits(json.loads(self.attempt("/health")))
+        except Redirected as error:
+            raise UserError(str(error)) from error
         except RunError as error:
             raise UserError(
                 f"{error}\nStart one there: flowalign reward serve NAME --port PORT."

@@ -1,53 +1,40 @@
 """Serve a reward over HTTP, for scorers that need another environment or another GPU.
 
 `flowalign reward serve SPEC` runs it. The protocol is described in rewards/remote/client.py.
-Requests come from other machines, so everything in them is checked before memory is spent on it.
+Requests come from other machines, so everything in them is checked before memory is spent on it,
+and answers say nothing about files and exceptions of this one.
 """
 
 import asyncio
-import base64
 import hmac
-import io
 import math
 import socket
-import struct
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from threading import Lock, Semaphore
 
-import torch
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from PIL import Image
-from pydantic import BaseModel
-from torchvision.transforms.functional import pil_to_tensor
+from fastapi import Depends, FastAPI, HTTPException, Request
+from starlette.requests import ClientDisconnect
 
 from flowalign import distributed
 from flowalign.data.prompts import Metadata
 from flowalign.errors import RunError, UserError
+from flowalign.flow import PerImage
 from flowalign.rewards.base import Reward
 from flowalign.rewards.reference_pictures import reference_path
+from flowalign.rewards.remote import connections
 from flowalign.rewards.remote.client import BUSY, token_in
+from flowalign.rewards.remote.decoding import decode_request, DecodedRequest
+from flowalign.rewards.worker import in_background
 
 QUEUE_SECONDS = 5.0
 """How long a request waits for others before the client is asked to send it again."""
-ARRIVAL_SECONDS = 60.0
-"""How long a request may take to arrive."""
-PNG_START = b"\x89PNG\r\n\x1a\nIHDR"
-
-
-class ScoreRequest(BaseModel):
-    """The body of /v1/score."""
-
-    images: list[str]
-    """PNG files in base64, all of one size."""
-    prompts: list[str]
-    """One per image."""
-    metadata: list[Metadata]
-    """One per image."""
+SCORING_SECONDS = 600.0
+"""How long a call of a reward without `time_limit` may take."""
+BODIES = 4
+"""How many of the largest requests may be in memory at once."""
 
 
 def make_app(reward: Reward, token: str | None, max_bytes: int) -> FastAPI:
@@ -55,26 +42,19 @@ def make_app(reward: Reward, token: str | None, max_bytes: int) -> FastAPI:
 
     Requests without the token, or larger than `max_bytes` as sent or decoded, are rejected.
     """
+
+    async def admit(request: Request) -> None:
+        reject_unread(request, token, max_bytes)
+
     title = f"flowalign reward {reward.name}"
-    app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
-    scorer = _Scorer(reward, max_bytes)
-
-    @app.middleware("http")
-    async def admit(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        rejection = reject_unread(request, token, max_bytes)
-        if rejection:
-            return rejection
-        try:
-            await asyncio.wait_for(request.body(), ARRIVAL_SECONDS)
-        except TimeoutError:
-            return error_reply(408, f"the request did not arrive in {ARRIVAL_SECONDS:g} seconds")
-        return await answer(request)
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # The first problem only: the default lists all, and repeats the images in its answer.
-        first = error.errors()[0]
-        return error_reply(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    app = FastAPI(
+        title=title,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        dependencies=[Depends(admit)],
+    )
+    scorer, intake = _Scorer(reward, max_bytes), _Intake(BODIES * max_bytes)
 
     @app.get("/health")
     async def health() -> dict[str, object]:
@@ -82,61 +62,126 @@ def make_app(reward: Reward, token: str | None, max_bytes: int) -> FastAPI:
         level = "group" if reward.of_groups else "pointwise"
         return {"name": reward.name, "level": level, "range": ends}
 
+    # FastAPI would parse a declared body before this function could refuse it.
     @app.post("/v1/score")
-    def score(body: ScoreRequest) -> dict[str, object]:
-        return {"scores": scorer(body)}
+    async def score(request: Request) -> dict[str, object]:
+        try:
+            async with intake.body(request) as body:
+                return {"scores": await scorer(body)}
+        # The server is about to end. The client repeats the request, by then to the next one.
+        except asyncio.CancelledError:
+            raise HTTPException(503, "the server is stopping") from None
 
     return app
+
+
+def reject_unread(request: Request, token: str | None, max_bytes: int) -> None:
+    """Raise HTTPException for a request that is rejected by its headers."""
+    sent = request.headers.get("authorization", "")
+    # `compare_digest` takes the same time for every wrong token.
+    if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+        raise HTTPException(401, "the token is missing or wrong")
+    size = request.headers.get("content-length", "0")
+    if "transfer-encoding" in request.headers or not size.isdecimal():
+        raise HTTPException(411, "send a content-length, and no chunks")
+    if request.method == "POST" and int(size) == 0:
+        raise HTTPException(411, "send a body and its content-length")
+    if int(size) > max_bytes:
+        raise HTTPException(413, f"the request has {size} bytes; the limit is {max_bytes}")
+
+
+class _Intake:
+    """Reads bodies, with a limit on the time of each and on the bytes of all together."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.held = max_bytes, 0
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytearray]:
+        """Read the body of a request, which counts as held until the context ends.
+
+        Raises HTTPException if it does not arrive, or if there is no room for it.
+        """
+        body = bytearray()
+        try:
+            await self._read(request, body)
+            yield body
+        finally:
+            self.held -= len(body)
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        try:
+            async with asyncio.timeout(connections.ARRIVAL_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    self.held += len(piece)
+                    # The bytes that arrived are counted, not the announced ones: announcing a
+                    # large request costs nothing, and would keep others out.
+                    if self.held > self.max_bytes:
+                        raise _busy()
+        except TimeoutError:
+            seconds = connections.ARRIVAL_SECONDS
+            raise HTTPException(408, f"the request did not arrive in {seconds:g} seconds") from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the request is incomplete") from None
 
 
 class _Scorer:
     """Scores one request at a time, while a second one is decoded and others wait."""
 
     def __init__(self, reward: Reward, max_bytes: int) -> None:
-        self.reward, self.max_bytes = reward, max_bytes
-        self.slots, self.one_at_a_time = Semaphore(2), Lock()
+        self.max_bytes = max_bytes
+        # The limit is kept here, because a call that exceeds it must keep out all later ones.
+        self.reward, self.time_limit = replace(reward, time_limit=None), reward.time_limit
+        self.slots, self.one_at_a_time = asyncio.Semaphore(2), asyncio.Lock()
+        self.hanging: asyncio.Future[PerImage] | None = None
 
-    def __call__(self, body: ScoreRequest) -> list[float | None]:
-        counts = {len(body.images), len(body.prompts), len(body.metadata)}
-        if len(counts) != 1 or counts == {0}:
-            raise HTTPException(422, "give as many prompts and metadata as images, at least one")
-        # The client repeats a 503, which keeps the number of requests in memory at two.
-        if not self.slots.acquire(timeout=QUEUE_SECONDS):
-            raise HTTPException(503, "busy with other requests", {BUSY: "yes"})
+    async def __call__(self, body: bytearray) -> list[float | None]:
+        # The client repeats a 503, which keeps the number of decoded requests at two.
         try:
-            reject_foreign_files(body.metadata)
-            pixels = decode_images(body.images, self.max_bytes)
-            with self.one_at_a_time:
-                images = pixels.to(distributed.device()).float() / 255
-                scores = self.reward(images, body.prompts, body.metadata)
-        except RunError as error:
-            raise HTTPException(422, str(error)) from error
+            async with asyncio.timeout(QUEUE_SECONDS):
+                await self.slots.acquire()
+        except TimeoutError:
+            raise _busy() from None
+        try:
+            request = await asyncio.wrap_future(in_background(self._decode, body))
+            async with self.one_at_a_time:
+                scores = await self._score(request)
         finally:
             self.slots.release()
         if scores.isinf().any():
             raise HTTPException(422, f"rewards.{self.reward.name} was infinite for an image")
         return [None if math.isnan(value) else value for value in scores.tolist()]
 
+    def _decode(self, body: bytearray) -> DecodedRequest:
+        request = decode_request(body, self.max_bytes)
+        reject_foreign_files(request.metadata)
+        return request
 
-def reject_unread(request: Request, token: str | None, max_bytes: int) -> JSONResponse | None:
-    """Return the answer to a request that is rejected by its headers, or None."""
-    sent = request.headers.get("authorization", "")
-    # `compare_digest` takes the same time for every wrong token.
-    if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
-        return error_reply(401, "the token is missing or wrong")
-    size = request.headers.get("content-length", "0")
-    if "transfer-encoding" in request.headers or not size.isdecimal():
-        return error_reply(411, "send a content-length, and no chunks")
-    if request.method == "POST" and int(size) == 0:
-        return error_reply(411, "send a body and its content-length")
-    if int(size) > max_bytes:
-        return error_reply(413, f"the request has {size} bytes; the limit is {max_bytes}")
-    return None
+    async def _score(self, request: DecodedRequest) -> PerImage:
+        if self.hanging and not self.hanging.done():
+            raise HTTPException(503, "the reward hangs in an earlier request; restart the server")
+        call = asyncio.wrap_future(in_background(self._call, request))
+        seconds = self.time_limit or SCORING_SECONDS
+        done, _ = await asyncio.wait({call}, timeout=seconds)
+        if not done:
+            self.hanging = call
+            problem = f"the reward has not returned after {seconds:g} seconds"
+            print(f"{self.reward.name}: {problem}.", file=sys.stderr, flush=True)
+            raise HTTPException(503, problem)
+        try:
+            return call.result()
+        except RunError as error:
+            print(error, file=sys.stderr, flush=True)
+            raise HTTPException(422, "the reward failed; its server printed why") from None
+
+    def _call(self, request: DecodedRequest) -> PerImage:
+        images = request.pixels.to(distributed.device()).float().div_(255)
+        return self.reward(images, request.prompts, request.metadata)
 
 
-def error_reply(status: int, detail: str) -> JSONResponse:
-    """Return an answer in the form of FastAPI's own errors."""
-    return JSONResponse({"detail": detail}, status)
+def _busy() -> HTTPException:
+    return HTTPException(503, "busy with other requests", {BUSY: "yes"})
 
 
 def reject_foreign_files(metadata: list[Metadata]) -> None:
@@ -148,42 +193,6 @@ def reject_foreign_files(metadata: list[Metadata]) -> None:
             raise HTTPException(
                 422, "ref_image must be a file in the folder that this server was started in"
             )
-
-
-def decode_images(images: list[str], max_bytes: int) -> torch.Tensor:
-    """Decode base64 PNGs of one size to bytes (B, 3, H, W).
-
-    Raises HTTPException if one is not a PNG of 8 bits, or if they are too large to be decoded.
-    """
-    try:
-        files = [base64.b64decode(text, validate=True) for text in images]
-        width, height = _common_size(files)
-        # Known from the headers, before any pixel takes memory.
-        size = 3 * len(files) * width * height
-        if size > max_bytes:
-            raise HTTPException(
-                413, f"the images have {size} bytes when decoded; the limit is {max_bytes}"
-            )
-        return torch.stack([_decode(file) for file in files])
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error) as error:
-        raise HTTPException(422, f"an image is not a base64 PNG: {error}") from error
-
-
-def _common_size(files: list[bytes]) -> tuple[int, int]:
-    """Return width and height of PNG files, from their headers."""
-    sizes = set()
-    for file in files:
-        width, height, depth = struct.unpack(">IIB", file[16:25])
-        if file[:8] + file[12:16] != PNG_START or depth > 8:
-            raise ValueError("it must begin as one, with 8 bits per channel")
-        sizes.add((width, height))
-    if len(sizes) > 1:
-        raise HTTPException(422, "the images of a request must be of one size")
-    return sizes.pop()
-
-
-def _decode(file: bytes) -> torch.Tensor:
-    return pil_to_tensor(Image.open(io.BytesIO(file), formats=["PNG"]).convert("RGB"))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -215,6 +224,6 @@ def serve(reward: Reward, host: str, port: int, token_variable: str, max_megabyt
         access = "required" if token else f"not required (set {token_variable})"
         print(f"{reward.name} at {address}, token {access}")
         print(f'Use it with   rewards: {{"{address}": 1.0}}', flush=True)
-        config = uvicorn.Config(make_app(reward, token, max_megabytes * 2**20), log_level="warning")
+        server = connections.make_server(make_app(reward, token, max_megabytes * 2**20))
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[incoming])
+            server.run(sockets=[incoming])

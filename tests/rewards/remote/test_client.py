@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -22,6 +21,7 @@ from flowalign.rewards.inspection import bundled_samples
 from flowalign.rewards.registry import load_reward
 from flowalign.rewards.remote import client as client_module
 from flowalign.rewards.remote.client import RemoteReward, token_in
+from flowalign.rewards.remote.connections import make_server
 from flowalign.rewards.remote.server import make_app
 
 IMAGES = torch.tensor([10, 250, 90, 30, 170, 60, 200])[:, None, None, None].expand(7, 3, 8, 8) / 255
@@ -35,7 +35,7 @@ def served(
     """The address of the reward behind a real server."""
     listening = create_server(("127.0.0.1", port))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(make_app(reward, token, max_bytes), log_config=None))
+    server = make_server(make_app(reward, token, max_bytes))
     thread = Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -101,14 +101,13 @@ def test_rewards_of_groups_get_whole_groups(level):
 
 
 HEALTH = 200, '{"level": "pointwise", "range": [null, null]}'
-Answer = tuple[int, str] | tuple[int, str, dict[str, str]] | Iterator[bytes] | Event | None
-"""A status, a text and headers; a body in pieces; nothing before an event; or an abrupt end."""
+Reply = tuple[int, str] | tuple[int, str, dict[str, str]]
+Answer = Reply | Iterator[bytes] | Event | None
+"""A status, a text and headers; all bytes in pieces; nothing before an event; or an abrupt end."""
 
 
 @contextmanager
-def answering(
-    answer: Callable[[dict[str, Any]], Answer], health: tuple[int, str] = HEALTH
-) -> Iterator[str]:
+def answering(answer: Callable[[dict[str, Any]], Answer], health: Reply = HEALTH) -> Iterator[str]:
     """The address of a server with these answers."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -122,8 +121,6 @@ def answering(
             elif isinstance(reply, Event):
                 reply.wait(300)
             elif reply:
-                self.send_response(200)
-                self.end_headers()
                 with suppress(OSError):
                     self.wfile.writelines(reply)
 
@@ -204,10 +201,12 @@ def test_a_late_answer_is_not_awaited():
     with answering(lambda body: bodies.append(body) or late) as url:
         reward = RemoteReward(url)
         reward.seconds = 0.1
-        with pytest.raises(RunError, match=rf"{url}/v1/score did not answer: .*Read timed out"):
+        with pytest.raises(
+            RunError, match=rf"{url}/v1/score did not answer: .*timed out after 0\.1"
+        ):
             score(make_reward("late", reward))
         late.set()
-    assert len(bodies) == 1
+    assert len(bodies) < 2
 
 
 def test_a_retry_does_not_wait_as_long_as_the_server_says():
@@ -216,26 +215,66 @@ def test_a_retry_does_not_wait_as_long_as_the_server_says():
         assert score(remote(url, retries=1))[1] == 1
 
 
-def test_a_slow_stream_ends_at_the_deadline():
+HEADERS = b"HTTP/1.0 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "start", [b"", HEADERS + b"slow: ", HEADERS + b"\r\n"], ids=["status", "headers", "body"]
+)
+def test_an_answer_in_drips_ends_at_the_deadline(start):
     over = Event()
 
     def drips() -> Iterator[bytes]:
-        while not over.wait(0.02):
-            yield b" "
+        yield start
+        # Bounded, so that a client without a deadline fails this test rather than never ends it.
+        for _ in range(1000):
+            if not over.wait(0.01):
+                yield b"H"
 
     with answering(lambda body: drips()) as url:
         reward = RemoteReward(url)
         reward.seconds = 0.2
-        message = rf"{url}/v1/score did not answer: .*incomplete after \d+ bytes and 0\.2 sec"
-        with pytest.raises(RunError, match=message):
-            score(make_reward("drips", reward))
-        over.set()
+        message = rf"{url}/v1/score did not answer: .*timed out after 0\.2 seconds"
+        try:
+            with pytest.raises(RunError, match=message):
+                score(make_reward("drips", reward))
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize("status", [301, 303, 307, 308])
+def test_redirects_are_refused_by_name_and_carry_no_images(status):
+    bodies: list[dict[str, Any]] = []
+    with answering(lambda body: bodies.append(body) or FINE) as other:
+        redirect = {"location": f"{other}/v1/score"}
+        with answering(lambda body: (status, "", redirect)) as url:
+            message = rf"{url}/v1/score answered {status} and redirects to '{other}/v1/score'"
+            with pytest.raises(RunError, match=message):
+                score(remote(url))
+    assert not bodies
+
+
+def test_a_redirect_of_the_first_request_is_refused_by_name():
+    with answering(lambda body: FINE) as other:
+        redirect = {"location": f"{other}/health"}
+        with answering(lambda body: FINE, (302, "", redirect)) as url:
+            with pytest.raises(UserError, match=f"redirects to '{other}/health'") as caught:
+                remote(url)
+    assert "Start one" not in str(caught.value)
+
+
+def test_a_server_that_stays_busy_is_not_awaited_forever(monkeypatch):
+    monkeypatch.setattr(client_module, "BUSY_SECONDS", 0.0)
+    busy = 503, "busy", {client_module.BUSY: "yes"}
+    with answering(lambda body: busy) as url:
+        with pytest.raises(RunError, match=rf"{url}/v1/score answered 503: busy"):
+            score(remote(url))
 
 
 def test_an_endless_answer_is_cut_off(monkeypatch):
     monkeypatch.setattr(client_module, "MAX_BYTES", 1000)
     with answering(lambda body: (200, " " * 2000)) as url:
-        message = rf"{url}/v1/score did not answer: .*incomplete after \d+ bytes and 60 sec"
+        message = rf"{url}/v1/score sent more than 1000 bytes"
         with pytest.raises(RunError, match=message):
             score(remote(url))
 

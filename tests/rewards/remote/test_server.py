@@ -4,11 +4,15 @@ import base64
 import io
 import json
 import math
+import select
 import socket
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from queue import Queue
+from threading import enumerate as enumerate_threads
 from threading import Event, Thread
 from typing import Any
 
@@ -17,17 +21,23 @@ import requests
 import torch
 import uvicorn
 from PIL import Image
+from torch import Tensor
 from torch.testing import assert_close
 
 from flowalign.cli import main
 from flowalign.errors import RunError, UserError
 from flowalign.reporting.trackers import read_metrics
 from flowalign.rewards.adapters import make_reward, to_pil
+from flowalign.rewards.base import Reward
 from flowalign.rewards.pixel_statistics import brightness
 from flowalign.rewards.remote import client as client_module
+from flowalign.rewards.remote import connections
 from flowalign.rewards.remote import server as server_module
 from flowalign.rewards.remote.client import to_base64
-from flowalign.rewards.remote.server import decode_images, serve
+from flowalign.rewards.remote.connections import make_server
+from flowalign.rewards.remote.decoding import decode_images, decode_request
+from flowalign.rewards.remote.server import make_app, serve
+from flowalign.rewards.worker import THREAD
 from flowalign.runs.checkpoint import checkpoints
 from tests.rewards.remote.test_client import Answer, answering, IMAGES, remote, score, served
 from tests.tiny import ROOT, SMALL, TINY
@@ -69,18 +79,103 @@ def test_a_request_that_is_too_large_is_rejected():
         assert b" 411 " in first_line(url, "content-length: 5\r\ntransfer-encoding: chunked")
 
 
+def connect(url: str, text: str = "") -> socket.socket:
+    """A connection that has sent a text. Reading from it fails after minutes."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), 120)
+    connection.sendall(text.encode())
+    return connection
+
+
+def post(headers: str, body: str = "") -> str:
+    """The text of a POST with these headers."""
+    return f"POST /v1/score HTTP/1.1\r\nhost: here\r\n{headers}\r\n\r\n{body}"
+
+
 def first_line(url: str, headers: str) -> bytes:
     """The first line of the answer to a request whose body is never sent."""
-    host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), 60) as connection:
-        connection.sendall(f"POST /v1/score HTTP/1.1\r\nhost: {host}\r\n{headers}\r\n\r\n".encode())
+    with connect(url, post(headers)) as connection:
         return connection.makefile("rb").readline()
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """True if the server closes the connection rather than sends anything."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+HALF_SENT = "GET /health HTTP/1.1\r\nhost: he"
+
+
+def test_a_connection_whose_headers_do_not_arrive_is_closed(monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.1)
+    with served(BRIGHTNESS) as url:
+        for text in ("", HALF_SENT):
+            with connect(url, text) as connection:
+                assert is_closed(connection)
+
+
+def test_a_connection_that_goes_on_after_a_rejection_is_closed(monkeypatch):
+    monkeypatch.setattr(connections, "ARRIVAL_SECONDS", 0.5)
+    with served(BRIGHTNESS, token="secret") as url:
+        with connect(url, post("content-length: 50", "half")) as connection:
+            file = connection.makefile("rb")
+            assert file.readline().startswith(b"HTTP/1.1 401 ")
+            # uvicorn's own limit ends with the first byte after an answer.
+            with suppress(ConnectionError):
+                connection.sendall(b"more")
+                file.read()
+            assert is_closed(connection)
+
+
+def test_half_sent_headers_on_all_connections_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
+    with served(BRIGHTNESS, token="secret") as url, ExitStack() as stack:
+        silent = [stack.enter_context(connect(url, HALF_SENT)) for _ in range(20)]
+        headers = {"authorization": "Bearer secret"}
+        reply = requests.get(f"{url}/health", headers=headers, timeout=120)
+        assert reply.status_code == 200
+        # The oldest are closed, and the answered one was the last of eight.
+        assert all(map(is_closed, silent[:13]))
+
+
+def test_half_sent_bodies_on_all_connections_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 4)
+    with served(BRIGHTNESS) as url, ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(connect(url, post("content-length: 50", "half")))
+        assert torch.equal(score(remote(url)), score(BRIGHTNESS))
+
+
+def test_unfinished_bodies_share_one_limit_and_leave_room_when_they_end():
+    with served(BRIGHTNESS, max_bytes=4096) as url:
+        part = "x" * 3800
+        with ExitStack() as stack:
+            unfinished = [
+                stack.enter_context(connect(url, post("content-length: 4000", part)))
+                for _ in range(5)
+            ]
+            readable, _, _ = select.select(unfinished, [], [], 120)
+            answer = readable[0].recv(2**16)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert client_module.BUSY.encode() in answer
+        assert score(remote(url, batch=1)).tolist() == score(BRIGHTNESS).tolist()
+
+
 def test_a_request_that_does_not_arrive_times_out(monkeypatch):
-    monkeypatch.setattr(server_module, "ARRIVAL_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "ARRIVAL_SECONDS", 0.1)
     with served(BRIGHTNESS) as url:
         assert b" 408 " in first_line(url, "content-length: 50")
+
+
+def test_a_picture_of_too_many_pixels_is_rejected_by_its_header():
+    with served(BRIGHTNESS, max_bytes=2**28) as url:
+        body = request_body(png(9000, 9000, chunk(b"IDAT", b"")))
+        reply = requests.post(f"{url}/v1/score", json=body, timeout=120)
+    assert reply.status_code == 413
+    assert reply.json()["detail"] == "an image has 9000 x 9000 pixels; the limit is 16777216"
 
 
 def test_images_that_are_too_large_when_decoded_are_rejected():
@@ -205,17 +300,18 @@ def test_a_busy_server_is_awaited_without_using_up_a_retry(monkeypatch):
     """One request is scored and one decoded, so a third is answered that the server is busy."""
     busy, over, scores = Event(), Event(), []
 
-    class Recording(client_module.RetryPolicy):
-        def increment(self, *arguments: Any, **settings: Any) -> Any:
+    class Recording(client_module.Busy):
+        def __init__(self, problem: str) -> None:
             busy.set()
-            return super().increment(*arguments, **settings)
+            super().__init__(problem)
 
     def slow(images, prompts, metadata):
         assert over.wait(60)
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(server_module, "QUEUE_SECONDS", 0.05)
-    monkeypatch.setattr(client_module, "RetryPolicy", Recording)
+    monkeypatch.setattr(client_module, "BUSY_PAUSE", 0.01)
+    monkeypatch.setattr(client_module, "Busy", Recording)
     with served(make_reward("slow", slow)) as url:
         far = remote(url, retries=0)
         threads = [Thread(target=lambda: scores.append(score(far))) for _ in range(3)]
@@ -228,20 +324,114 @@ def test_a_busy_server_is_awaited_without_using_up_a_retry(monkeypatch):
     assert_close(torch.stack(scores), score(BRIGHTNESS).expand(3, -1))
 
 
-def test_an_exception_of_a_remote_reward_is_an_error_here_and_not_retried():
+def test_an_exception_of_a_remote_reward_is_explained_only_where_it_runs(capfd):
     calls = []
 
     def broken(images, prompts, metadata):
         calls.append(len(images))
-        raise ValueError("no weights")
+        raise ValueError("no weights in /home/someone")
 
     with served(make_reward("broken", broken)) as url:
-        with pytest.raises(
-            RunError,
-            match=rf"{url}/v1/score answered 422: .*rewards\.broken raised ValueError: no weights",
-        ):
+        with pytest.raises(RunError, match=rf"{url}/v1/score answered 422: ") as caught:
             score(remote(url))
     assert calls == [7]
+    assert "the reward failed; its server printed why" in str(caught.value)
+    for secret in ("ValueError", "weights", "/home", ".py"):
+        assert secret not in str(caught.value)
+    printed = capfd.readouterr().err
+    assert "rewards.broken raised ValueError: no weights in /home/someone" in printed
+    assert "test_server.py, line" in printed
+
+
+@pytest.fixture
+def hanging() -> Iterator[tuple[Reward, Event, Event]]:
+    """A reward that hangs for black images, an event that it does, and one that ends it."""
+    begun, over = Event(), Event()
+
+    def hang(images, prompts, metadata):
+        if not images.any():
+            begun.set()
+            over.wait(600)
+        return images.mean((1, 2, 3))
+
+    yield make_reward("hang", hang), begun, over
+    over.set()
+
+
+BLACK = IMAGES[:1] * 0
+
+
+def test_a_reward_that_hangs_keeps_nobody_waiting(hanging, monkeypatch):
+    reward, begun, over = hanging
+    earlier = enumerate_threads()
+    monkeypatch.setattr(server_module, "SCORING_SECONDS", 0.1)
+    with served(reward, token="secret") as url:
+        headers = {"authorization": "Bearer secret"}
+
+        def ask(images: Tensor) -> requests.Response:
+            body = request_body(*map(to_base64, to_pil(images)))
+            return requests.post(f"{url}/v1/score", json=body, headers=headers, timeout=120)
+
+        assert ask(BLACK).json() == {"detail": "the reward has not returned after 0.1 seconds"}
+        assert begun.wait(120)
+        monkeypatch.setattr(server_module, "SCORING_SECONDS", 120.0)
+        # Its thread still runs, and a second call could disturb it.
+        reply = ask(IMAGES)
+        assert (reply.status_code, client_module.BUSY in reply.headers) == (503, False)
+        assert "the reward hangs in an earlier request" in reply.text
+        assert requests.get(f"{url}/health", headers=headers, timeout=120).status_code == 200
+        assert requests.get(f"{url}/health", timeout=120).status_code == 401
+        over.set()
+        for thread in enumerate_threads():
+            if thread.name == THREAD and thread not in earlier:
+                thread.join(120)
+        assert ask(IMAGES).json() == {"scores": score(BRIGHTNESS).tolist()}
+
+
+def test_the_time_limit_of_a_reward_holds_behind_http(hanging):
+    with served(replace(hanging[0], time_limit=0.1)) as url:
+        with pytest.raises(RunError, match=r"has not returned after 0\.1 seconds"):
+            score(remote(url, retries=0), BLACK)
+
+
+def test_a_reward_that_hangs_does_not_keep_the_server_alive(hanging, monkeypatch):
+    monkeypatch.setattr(connections, "STOPPING_SECONDS", 0)
+    reward, begun, _ = hanging
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = make_server(make_app(reward, None, 2**20))
+    thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    body = json.dumps(request_body(to_base64(to_pil(BLACK)[0])))
+    with connect(url, post(f"content-length: {len(body)}", body)) as connection:
+        assert begun.wait(120)
+        # What uvicorn sets at SIGTERM.
+        server.should_exit = True
+        answer = connection.makefile("rb").read()
+    thread.join(120)
+    assert not thread.is_alive()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"the server is stopping" in answer
+
+
+def test_a_request_is_answered_while_others_are_decoded(monkeypatch):
+    begun, over = Event(), Event()
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert over.wait(120)
+        return decode_request(*arguments)
+
+    monkeypatch.setattr(server_module, "decode_request", slow)
+    with served(BRIGHTNESS) as url:
+        far, scores = remote(url), []
+        thread = Thread(target=lambda: scores.append(score(far)))
+        thread.start()
+        assert begun.wait(120)
+        assert requests.get(f"{url}/health", timeout=120).status_code == 200
+        over.set()
+        thread.join()
+    assert torch.equal(scores[0], score(BRIGHTNESS))
 
 
 class Learning:
@@ -299,11 +489,11 @@ def test_the_command_prints_its_address_and_how_to_use_it(host, token, access, m
 
 def test_an_address_that_cannot_be_used_ends_with_one_message_and_status_2(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        for port in (taken.getsockname()[1], 70000):
-            assert main(["reward", "serve", "brightness", "--port", str(port)]) == 2
-            output = capsys.readouterr()
-            assert f"The server cannot listen on 127.0.0.1, port {port}" in output.err
-            assert not output.out
+        port = taken.getsockname()[1]
+        assert main(["reward", "serve", "brightness", "--port", str(port)]) == 2
+    output = capsys.readouterr()
+    assert f"The server cannot listen on 127.0.0.1, port {port}" in output.err
+    assert not output.out
 
 
 @pytest.fixture
