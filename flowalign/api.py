@@ -80,8 +80,9 @@ def train(config: "Config | str | Path", overrides: Overrides = ()) -> "Summary"
     Returns:
         `before` and `after`: the mean of each evaluation reward. `difference`: low end, mean and
         high end of the 95 % interval of its change. `baseline_guided`: the model without adapter at
-        its best guidance, and what training adds to that. Further keys: `images`, `seconds`,
-        `peak_memory_bytes`, `stopped`, `weights`, `step`.
+        its best guidance, and what training adds to that. Further keys: `prompts`,
+        `held_out`, `images`, `seconds`, `peak_memory_bytes`, `stopped`, `weights`, `step`,
+        `chosen_by`, `better_step`.
 
     Raises:
         UserError: The configuration cannot work. The message says what to write instead.

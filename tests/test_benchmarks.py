@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def test_every_row_of_a_shipped_table_is_a_valid_configuration(file, tmp_path):
     for job in jobs:
         config = load_config(Path(job.command[2]), job.command[3:])
         assert config.train.seed == 1
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_the_calls_in_the_documentation_parse(monkeypatch):
+    objectives, root = importlib.import_module("objectives"), FOLDER.parent
+    pages = [page.read_text(encoding="utf-8") for page in (root / "docs").rglob("*.md")]
+    calls = re.findall(r"^python benchmarks/objectives\.py.*$", "\n".join(pages), re.MULTILINE)
+    assert len(calls) >= 2
+    for call in calls:
+        monkeypatch.setattr(sys, "argv", call.split()[1:])
+        assert (root / objectives.parse_options().table).is_file()
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ def add_export(commands: Commands) -> None:
     command = Command(
         name="export",
         summary="write the adapter of a step that a run keeps, for other tools",
-        examples="  flowalign export outputs/crd --step 100\n"
-        "  flowalign export outputs/crd --step 100 --output my_adapter",
+        examples="  flowalign export outputs/crd --step 50\n"
+        "  flowalign export outputs/crd --step 50 --output my_adapter",
         action=_export,
     )
     parser = command.add_to(commands)

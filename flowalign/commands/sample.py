@@ -13,7 +13,7 @@ def add_sample(commands: Commands) -> None:
         name="sample",
         summary="make pictures with a run, a checkpoint, an adapter or a model",
         examples='  flowalign sample outputs/crd "a red circle left of a blue square" --images 4\n'
-        "  flowalign sample outputs/crd/checkpoints/step-000100 prompts.txt\n"
+        "  flowalign sample outputs/crd/checkpoints/step-000050 prompts.txt\n"
         '  flowalign sample my_adapter "a red circle" --model assets/tiny-sd3\n'
         '  flowalign sample assets/tiny-sd3 "a red circle" --steps 10 --output pictures',
         action=_sample,

@@ -271,6 +271,9 @@ def check_pictures(examples: Sequence[Example]) -> None:
     Raises UserError that names the first entry with an image that cannot be opened.
     """
     images = [(read, e.where) for e in examples for read in (e.chosen, e.rejected) if read]
+    # Most runs have no pictures, and need no line about them.
+    if not images:
+        return
     with task("opening pictures", len(images)) as work, ThreadPoolExecutor() as threads:
         # In parts, because the threads would be given all images of the data set at once.
         for start in range(0, len(images), OPENED_AT_ONCE):

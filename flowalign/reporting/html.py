@@ -71,13 +71,18 @@ def _amount(entries: Sequence[Mapping[str, float]], summary: Summary) -> str:
 
 def draw_curves(entries: Sequence[Mapping[str, float]], summary: Summary) -> list[tuple[str, str]]:
     """Draw one curve per metric. Returns names and PNG files in base64."""
-    # The evaluations before and after training are not in `metrics.jsonl`, so they are added below.
     # A run that learns from given pictures makes no images, so its steps are the horizontal axis.
     axis = "images" if summary["images"] else "step"
     last = max([entry[axis] for entry in entries], default=1)
-    ends = [_evaluation(axis, 0, summary["before"]), _evaluation(axis, last, summary["after"])]
-    points = sorted([*entries, *ends], key=lambda entry: entry[axis])
-    heights = _guided_heights(summary)
+    points, heights = list(entries), {}
+    # The summary of a chosen step is of half of the prompts and perhaps of an earlier step. The
+    # curves are of all prompts, up to the last step.
+    if not summary["chosen_by"]:
+        # `metrics.jsonl` has no evaluation before training.
+        points += [_evaluation(axis, 0, summary["before"])]
+        points += [_evaluation(axis, last, summary["after"])]
+        heights = _guided_heights(summary)
+    points.sort(key=lambda entry: entry[axis])
     curves = []
     for name in _names(points):
         values = [(point[axis], point[name]) for point in points if name in point]

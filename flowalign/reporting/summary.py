@@ -111,12 +111,13 @@ def guidance_note(guided: GuidedSummary) -> str:
         "prompts with other noise"
     )
     if best == own:
-        return f"Base and trained are sampled at {setting} {own:g}, for the base {reason}."
-    note = (
-        f"Guided is the base at {setting} {best:g}, {reason}. "
-        f"Base and trained are sampled at {own:g}."
-    )
-    if best == max(map(float, guided["sweep"])):
+        note = f"Base and trained are sampled at {setting} {own:g}, for the base {reason}."
+    else:
+        note = (
+            f"Guided is the base at {setting} {best:g}, {reason}. "
+            f"Base and trained are sampled at {own:g}."
+        )
+    if best == max(map(float, guided["sweep"]), default=None):
         note += " No larger one was tried: add one to evaluation.guidance_sweep."
     return note
 

@@ -14,6 +14,7 @@ from PIL import Image
 from flowalign.config.load import load_config
 from flowalign.data.preferences import check_pictures, Example, read_examples
 from flowalign.errors import UserError
+from flowalign.reporting.console import shown
 from flowalign.training.trainer import train
 from tests.data.image_files import plain
 from tests.tiny import ROOT
@@ -301,6 +302,12 @@ def test_every_image_is_opened_once(folder):
     ]
     check_pictures(examples)
     assert len(opened) == 601
+
+
+def test_a_run_without_pictures_shows_no_progress_of_them(capsys):
+    with shown():
+        check_pictures([])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("fault", [b"text", plain("red")[:40], None])

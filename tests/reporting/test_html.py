@@ -101,6 +101,8 @@ def test_a_base_whose_own_guidance_is_best_is_one_column(run):
 def test_the_largest_scale_that_was_tried_may_not_be_the_best():
     assert "add one to evaluation.guidance_sweep" in guidance_note(guided(guidance=7.0))
     assert "add one" not in guidance_note(guided(guidance=3.0))
+    own = {**guided(guidance=7.0), "own_guidance": 7.0}
+    assert "add one to evaluation.guidance_sweep" in guidance_note(own)
 
 
 def test_whatever_the_user_wrote_is_escaped(run):
@@ -145,3 +147,12 @@ def test_a_run_without_images_is_drawn_over_steps():
     entries = [{"step": 1, "images": 0, "loss": 2.0}, {"step": 2, "images": 0, "loss": None}]
     names = [name for name, _ in draw_curves(entries, summary(images=0))]
     assert names == ["eval/scene_match", "loss"]
+
+
+def test_the_figures_of_a_chosen_step_are_not_drawn_at_the_last_one():
+    entries = [{"step": n, "images": 8 * n, "eval/scene_match": 0.5 - 0.1 * n} for n in (1, 2)]
+    other = {"before": {"scene_match": 0.125}, "after": {"scene_match": 0.875}}
+    last, chosen = summary(), summary(step=1, chosen_by="eval/scene_match")
+    # The evaluations on the way are of all prompts, those of the summary of one half.
+    assert draw_curves(entries, chosen) == draw_curves(entries, {**chosen, **other})
+    assert draw_curves(entries, last) != draw_curves(entries, {**last, **other})
