@@ -104,6 +104,8 @@ class GuidanceSweep:
     """The reward that chooses."""
     sign: int
     """1 if more of it is better, -1 if less is."""
+    rewards: Sequence[str] = ()
+    """Code and settings of the rewards, which may show in guided pictures alone."""
 
     @property
     def setting(self) -> str:
@@ -129,8 +131,9 @@ class GuidanceSweep:
     def key(self) -> str:
         """A hash of everything that the baseline depends on.
 
-        The evaluation of the run's own baseline stands for model, text encoders, noise and rewards.
-        Any change of their weights or code changes some of its pictures or scores.
+        The evaluation of the run's own baseline stands for model, text encoders, noise and weights
+        of rewards. Any change of them changes some of its pictures or scores. A reward's code and
+        settings are named beside it: a limit may hold for guided pictures alone.
         """
         sampler, evaluator, before = self.policy.sampler, self.evaluator, self.before
         facts = {
@@ -138,6 +141,7 @@ class GuidanceSweep:
             "sampler": [sampler.steps, sampler.guidance, sampler.embedded_guidance],
             "candidates": [self.setting, *self.candidates],
             "target": [self.target, self.sign],
+            "rewards": list(self.rewards),
             "prompts": [[prompt.text, prompt.metadata] for prompt in evaluator.prompts],
             "images": [evaluator.images_per_prompt, evaluator.seed],
             "tuning": [len(self.tuning.prompts), self.tuning.images_per_prompt],

@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 
 from flowalign.bundled import locate, locate_spec
 from flowalign.errors import did_you_mean, UserError
+from flowalign.files import sha256
 from flowalign.global_state import restored_state
 from flowalign.rewards import REWARDS
 from flowalign.settings.by_name import imported, refuse_standard_library
@@ -140,6 +141,20 @@ def _load(entry: RewardEntry, key: str) -> "Reward":
     with restored_state():
         made = configure(reward, settings, key, OWN_KEYS)
         return make_reward(entry.name, made, entry.weight, entry.time_limit)
+
+
+def reward_identities(section: Section) -> list[str]:
+    """Return for each reward of a map what its scores depend on: its code and its settings.
+
+    Own code is known by the content of its file, not by its path.
+    """
+    entries = [reward_entry(key, value) for key, value in section.items()]
+    return [f"{entry.name} {_code(entry.spec)} {entry.settings!r}" for entry in entries]
+
+
+def _code(spec: str) -> str:
+    file = Path(spec.rpartition(":")[0])
+    return sha256(file) if file.is_file() else spec
 
 
 def locate_rewards(rewards: object, folders: Sequence[Path] = ()) -> object:

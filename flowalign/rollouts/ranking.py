@@ -69,7 +69,10 @@ def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
     if ranking.weighted:
         rewards = rollout.reward.cpu()
         scales = [group_scale(rewards[members]) for members in groups]
-        weight = (weight * gap_weights(gap, scales)).nan_to_num(nan=0)
+        # An image can dominate one of a larger combined reward. Its gap is 0 then, because a weight
+        # below 0 would prefer the dominated image.
+        counted = gap.clamp(min=0).masked_fill(weight == 0, torch.nan)
+        weight = gap_weights(counted, scales).nan_to_num(nan=0)
     return Pairs(
         prompts=chosen.prompts,
         metadata=chosen.metadata,

@@ -5,8 +5,9 @@ same order. Models that are sharded over processes exchange weights in each forw
 and hang if one process makes fewer. A process that trains on fewer rows than another therefore
 repeats rows in passes of weight 0.
 
-AlignProp and ReFL are exceptions, because each of their passes draws how many of its steps have a
-gradient. Their processes make equally many passes, but they cannot train a sharded model.
+AlignProp and ReFL are exceptions, because each of their passes draws at which step its gradient
+starts. Their processes make equally many passes, each with a number of forwards of its own. So they
+cannot train a sharded model.
 """
 
 import math

@@ -19,6 +19,7 @@ from flowalign.policy import Policy
 from flowalign.progress import say
 from flowalign.reporting.summary import BetterStep
 from flowalign.reporting.trackers import open_trackers, Trackers
+from flowalign.rewards.registry import reward_identities
 from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.scoring import NotFinite
 from flowalign.rollouts.sources import Source
@@ -210,6 +211,7 @@ class Run:
             scales=scales,
             target=name,
             sign=sign,
+            rewards=reward_identities(self.config.evaluation.rewards),
         )
         return find(self.folder / GUIDED)
 

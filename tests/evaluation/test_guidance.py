@@ -391,6 +391,16 @@ def test_a_chosen_step_is_compared_on_the_prompts_that_did_not_choose_it(run, tm
     assert result.means == run.summary["baseline_guided"]["means"]
 
 
+def test_a_reward_edited_where_the_base_does_not_show_it_is_measured_again(run, measured, tmp_path):
+    own, rewards = tmp_path / "own.py", []
+    for limit in (1.0, 0.99):
+        own.write_text(VIVIDNESS.replace("std((1, 2, 3))", f"std((1, 2, 3)).clamp(max={limit})"))
+        rewards = f'evaluation.rewards={{"{own}:vividness": 1, brightness: 1}}'
+        summary = trainer.train(small_config(tmp_path / f"{limit}", SWEEP, rewards))
+        assert summary["before"] == run.summary["before"]
+    assert len(set(measured)) == len(measured) == 2
+
+
 def test_the_second_baseline_changes_no_other_number(run, tmp_path):
     summary = trainer.train(small_config(tmp_path / "run", run.rewards))
     assert summary["baseline_guided"] is None

@@ -878,6 +878,21 @@ def test_groups_with_fewer_dominance_pairs_are_filled_up_with_rows_of_weight_0()
     assert_close(weight, torch.tensor([*expected, 1 - outer, 1 - outer, 0.0]))
 
 
+def test_a_dominating_image_with_a_smaller_combined_reward_is_still_preferred():
+    """Its gap of -1 counts as 0, so that gaps have the mean 1/3."""
+    rollout = replace(judged([[1.0, 1.0, 0.0, 1.0]]), rewards={"one": torch.tensor([4.0, 3, 2, 1])})
+    pairs = rank(rollout, Ranking(by="dominance", weighted=True))
+    assert pairs.gap.tolist() == [0, 1, 0, 1, 0, -1]
+    assert_close(pairs.weight, torch.tensor([2.0, 5, 2, 5, 2, 2]) / 3)
+
+
+def test_pairs_that_are_not_trained_on_take_no_part_in_the_mean_weight():
+    """Gaps of 1, 3/4, 1/4 and 0, of which the last does not count: the others have the mean 2/3."""
+    weight = rank(judged([[4.0, 1.0, 1.0, 0.0]]), Ranking(top=2, weighted=True)).weight
+    assert_close(weight.sort().values, torch.tensor([0.0, 7, 13, 16]) / 12)
+    assert weight[weight > 0].mean().item() == pytest.approx(1, rel=1e-6)
+
+
 def test_all_processes_make_as_many_rows_of_a_group(monkeypatch):
     """The other process has a group of five pairs."""
     monkeypatch.setattr(distributed, "gather_objects", lambda count: [count, 5])
