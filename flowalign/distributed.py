@@ -57,6 +57,13 @@ def _on_connection() -> None:
     atexit.register(_disconnect)
     watchdog = threading.Thread(target=_watch, args=[_store()], name="watchdog", daemon=True)
     watchdog.start()
+    # A thread inside the store aborts the process too, if it comes back after the interpreter.
+    atexit.register(_end_watch, watchdog)
+
+
+def _end_watch(watchdog: threading.Thread) -> None:
+    _informed.set()
+    watchdog.join(GRACE)
 
 
 def _disconnect() -> None:
@@ -83,7 +90,8 @@ def _failure(store: Any) -> str | None:
 def _watch(store: Any) -> None:
     """End this process some time after another has failed, wherever its main thread waits."""
     while not (message := _failure(store)):
-        time.sleep(1)
+        if _informed.wait(1):
+            return
     if not _informed.wait(GRACE):
         # The main thread is inside a call that does not return, so nothing can be saved.
         print(f"{message}\nThis process waited, and was ended.", file=sys.stderr, flush=True)
@@ -100,6 +108,8 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # First, because the wait for rank 0 may take longer than the grace.
+        _informed.set()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _leave(error)
         raise
@@ -127,7 +137,12 @@ def _collective(exchange: Callable[P, T]) -> Callable[P, T]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return exchange(*args, **kwargs)
+        # Its handler gives better advice, and it says nothing about another rank.
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            if count() == 1:
+                raise
             # From here on the main thread ends by itself. Saving may take longer than the grace.
             _informed.set()
             raise RunError(_failure(_store()) or LOST.format(error)) from error

@@ -189,7 +189,7 @@ try:
                     time.sleep(600)
                 distributed.mean(torch.ones(3))
             except RunError:
-                time.sleep(2)  # as long as saving takes
+                time.sleep(5)  # as long as saving takes
                 print("saved")
                 raise
         elif sys.argv[1] == "killed":
@@ -217,7 +217,62 @@ def test_a_rank_that_fails_alone_ends_the_other(case, main_status, message, tmp_
     assert main.returncode == main_status
     assert message in main.stderr
     assert ("saved" in main.stdout) == (case != "elsewhere")
+    # The rank that failed first waits for rank 0, also if that takes longer than the grace.
+    assert "This process waited" not in other.stderr
     assert other.returncode == (-9 if case == "killed" else 1)
+
+
+def test_errors_of_this_process_are_not_taken_for_those_of_another(monkeypatch):
+    with pytest.raises(RuntimeError, match="dimensions"):
+        distributed.gather(torch.ones(3))
+
+    def fail(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "accelerate_gather", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        distributed.gather(torch.ones(3, 1))
+
+
+ENDS_WHILE_WATCHED = """
+import sys
+import time
+from datetime import timedelta
+
+import torch
+
+from flowalign import distributed
+
+
+class Held:
+    # Keeps the interpreter busy while it ends.
+    def __del__(self):
+        time.sleep(0.5)
+
+
+class SlowStore:
+    # As far away as a store on another machine, and as this one inside PyTorch while it answers.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
+
+    def check(self, keys):
+        try:
+            self.store.wait(["never"], timedelta(seconds=2))
+        except RuntimeError:
+            return False
+
+
+distributed._store = SlowStore
+distributed._on_connection()
+sys.held = Held()
+time.sleep(1.9)
+"""
+
+
+def test_a_process_ends_while_its_watchdog_asks_the_store(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS_WHILE_WATCHED)
+    run_process([sys.executable, str(script)])
 
 
 FAILS_IN_BACKPROPAGATION = """

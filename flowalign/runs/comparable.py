@@ -64,8 +64,13 @@ class FinishedRun:
 
     @property
     def pairs(self) -> object:
-        """The content of the file that held-out figures come from."""
-        return self._file(self._written(PAIRS)).value
+        """The entries that held-out figures come from: key and content of their file, and figures.
+
+        A file of its own is held out as a whole, and of the training data a tenth. Only figures of
+        pairs leave out ties.
+        """
+        key = self._written(PAIRS)
+        return key, self._file(key).value, sorted(self.after.held_out)
 
     @property
     def rewards(self) -> dict[str, object]:

@@ -194,3 +194,16 @@ def test_held_out_figures_of_other_pairs_are_left_out(two):
     assert "error" in compare_runs(two)[0].scores
     edit_config(two[1], data={"pairs": "other_pairs"})
     assert "error" not in compare_runs(two)[0].scores
+
+
+@pytest.mark.parametrize("figures", [["error"], ["error", "margin"]])
+def test_a_held_out_tenth_is_not_compared_with_all_entries_or_with_pairs(two, figures):
+    """Both runs name one file: as data and as evaluation, or for pictures and for pairs."""
+    for run, names, count in zip(two, (["error"], figures), (3, 7), strict=True):
+        for file in (AFTER, "evaluation/before.safetensors"):
+            result = EvaluationResult.load(run / file)
+            result.held_out = {name: torch.ones(count) for name in names}
+            result.save(run / file)
+    edit_config(two[0], data={"pairs": "pairs"})
+    edit_config(two[1], **{"data" if figures[1:] else "evaluation": {"pairs": "pairs"}})
+    assert "error" not in compare_runs(two)[0].scores
