@@ -70,6 +70,7 @@ def test_an_installed_wheel_writes_the_schema_of_its_configurations(installed, t
     assert {"model", "objective", "rewards", "train"} <= set(schema["properties"])
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_scores_with_the_bundled_clip(installed, tmp_path):
     output = run(installed / "bin" / "flowalign", "reward", "test", "clip_score", folder=tmp_path)
     assert "clip_score" in output

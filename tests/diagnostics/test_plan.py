@@ -182,7 +182,6 @@ def test_a_faster_gpu_takes_less_time():
     ("options", "said"),
     [
         (["--gpu", "h10"], "'h100'"),
-        (["--memory", "0"], "above 0"),
         (["model.path=nowhere/at/all"], "model.path: there is no folder"),
         (["train.updates_per_step=7"], "cannot share evenly"),
     ],

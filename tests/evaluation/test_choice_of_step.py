@@ -94,6 +94,7 @@ def test_the_best_step_is_exported_with_figures_of_the_other_half(broken, tmp_pa
     assert f"intervals (±) rest on {after.scored_prompts} prompts." in out
 
 
+@pytest.mark.slow
 def test_the_best_step_of_a_resumed_run_is_that_of_a_run_without_a_stop(tmp_path):
     settings = ["train.evaluate_every=1", "train.save_every=1", "train.learning_rate=3e-2"]
     settings += ["train.export=best", "train.ema.decay=0"]

@@ -118,6 +118,7 @@ def test_a_budget_of_distance_stops_a_run(tmp_path):
     assert summary["step"] < len(moved)  # the exported weights are within the budget
 
 
+@pytest.mark.slow
 def test_an_evaluation_whose_checkpoint_is_gone_is_not_exported(tmp_path):
     """Rules of train.stop may be added later, when the best checkpoint is already removed."""
     overrides = [

@@ -256,6 +256,7 @@ def test_the_code_of_a_reward_and_of_the_family_s_guidance_is_in_the_key(base, m
     assert make_sweep(base).key != key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -365,6 +366,7 @@ def test_the_readme_of_the_adapter_shows_the_same_table(run):
     assert "by `vividness` on 6 prompts with other noise" in card
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_baseline_without_the_cache(run, measured, tmp_path):
     """The fixture of this module has emptied the cache."""
     assert not (tmp_path / "cache").exists()

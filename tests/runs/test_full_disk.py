@@ -99,6 +99,7 @@ def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, cap
     assert first > 30
 
 
+@pytest.mark.slow
 def test_a_file_that_may_grow_no_larger_is_named_and_the_run_resumes_afterwards(run, finished):
     """A real failing write: the system refuses bytes beyond a limit, as a quota does."""
     shutil.rmtree(run / "checkpoints" / "step-000004")

@@ -192,6 +192,7 @@ def test_rewards_that_score_nothing_end_the_run(tmp_path):
     assert "no image was given a score by rewards.silent" in (dump / "failure.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_between_two_updates_of_a_step_leaves_the_step_before(tmp_path, monkeypatch):
     overrides = [
         "train.updates_per_step=2",

@@ -166,6 +166,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_forwards_and_backwards_if_one_has_nothing_to_train_on(
     tmp_path: Path,
 ):

@@ -255,6 +255,7 @@ def test_sigterm_saves_the_step_and_ends_the_process_with_143(tmp_path, monkeypa
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_last_step_leaves_a_finished_run(tmp_path):
     run = trainer.prepare(small_config(tmp_path / "run", "train.steps=1"))
     sent_in_step(run, 0, signal.SIGTERM)
