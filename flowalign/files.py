@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 
 from flowalign.errors import similar_file, UserError
@@ -177,8 +179,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file with the permissions of any other new file."""
-    from safetensors.torch import save
-
     # The library's `save_file` makes files that only their owner may read.
     file.write_bytes(save(tensors))
 
@@ -189,9 +189,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    # Imported here, because reading a prompt file needs this module and no tensors.
-    from safetensors import safe_open, SafetensorError
-
     try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
@@ -204,8 +201,6 @@ def _tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]
 
 def with_checksum(tensors: Mapping[str, Tensor]) -> bytes:
     """Return a safetensors file of some tensors, whose header holds their checksum."""
-    from safetensors.torch import save
-
     whole = {name: value.contiguous() for name, value in tensors.items()}
     return save(whole, {CHECKSUM: tensor_checksum(whole)})
 

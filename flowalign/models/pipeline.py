@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, TYPE_CHECKING
 import torch
 from torch import nn, Tensor
 
-from flowalign import distributed
 from flowalign.errors import UserError
 from flowalign.flow import Latent
 from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
@@ -236,4 +235,7 @@ def picture_side(path: str) -> int:
 
 def dtype_for_device(half: Literal["float16", "bfloat16"]) -> Dtype:
     """Return the half precision that a family is published in on a GPU, and float32 on a CPU."""
+    # It imports accelerate, which takes seconds and which reading a YAML file does not need.
+    from flowalign import distributed
+
     return half if distributed.uses_gpus() else "float32"
