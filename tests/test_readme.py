@@ -69,6 +69,13 @@ def test_commands_read_configurations_that_exist():
         assert all((ROOT / file).is_file() for file in files), command
 
 
+def test_your_own_votes_are_measured_on_your_own_pairs():
+    (line,) = [line for line in TEXT.splitlines() if "data.pairs=" in line]
+    _, _, file, *overrides = shlex.split(line)
+    # A file that names held-out pairs of the bundled world would keep any of yours from being held.
+    assert flowalign.load_config(ROOT / file, overrides).evaluation.pairs == ""
+
+
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", TEXT):

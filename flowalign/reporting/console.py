@@ -155,7 +155,8 @@ def interval_note(prompts: int, held_out: int = 0) -> str:
         few = " Use 20 or more prompts for a narrow interval." if prompts < 20 else ""
         note = f"The 95 % intervals (±) rest on {prompts} prompts.{few}"
     if held_out:
-        note += f" Those of held-out figures rest on {_entries(held_out)}."
+        few = " Use 20 or more entries for a narrow interval." if held_out < 20 else ""
+        note += f" Those of held-out figures rest on {_entries(held_out)}.{few}"
     return note
 
 

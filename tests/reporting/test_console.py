@@ -176,7 +176,8 @@ def test_few_prompts_are_named_as_a_weakness(prompts, expected):
         ((0, 3), "rest on 3 held-out entries. Use 20 or more for a narrow interval."),
         ((0, 1), "rest on 1 held-out entry. Use 20 or more for a narrow interval."),
         ((0, 60), "rest on 60 held-out entries."),
-        ((43, 3), "rest on 43 prompts. Those of held-out figures rest on 3 held-out entries."),
+        ((43, 60), "rest on 43 prompts. Those of held-out figures rest on 60 held-out entries."),
+        ((43, 3), "rest on 3 held-out entries. Use 20 or more entries for a narrow interval."),
     ],
 )
 def test_the_note_says_how_many_held_out_entries_an_interval_rests_on(counts, expected):
