@@ -29,7 +29,10 @@ class UpdateResult:
     outcomes: list[bool]
     """True for each update that was applied, False for each that was skipped, in their order."""
     has_gradient: bool
-    """False if the gradient of every update was exactly 0, or nothing was trained on."""
+    """False if the gradient of every update was exactly 0, or no row was trained on.
+
+    A batch without rows, in place of one that was not finite, says nothing of gradients: True.
+    """
 
 
 def update(
@@ -72,7 +75,7 @@ def update(
     mean_norm = sum(norms) / max(1, len(norms))
     # The loss is NaN if nothing was trained on, because 0 would look like a perfect fit.
     metrics = {"loss": math.nan, **meter.values(), "grad_norm": mean_norm}
-    return UpdateResult(metrics, outcomes, has_gradient=any(norms))
+    return UpdateResult(metrics, outcomes, has_gradient=any(norms) or not len(batch))
 
 
 def _shares(batch: Batch, updates: int) -> list[Batch]:

@@ -192,6 +192,19 @@ def test_rewards_that_score_nothing_end_the_run(tmp_path):
     assert "no image was given a score by rewards.silent" in (dump / "failure.json").read_text()
 
 
+def test_steps_that_were_not_finite_are_not_reported_as_steps_without_a_gradient(tmp_path, capsys):
+    (tmp_path / "silent.py").write_text(
+        "def silent(images, prompts, metadata):\n    return [None] * len(images)\n"
+    )
+    rewards = f'rewards={{"{tmp_path}/silent.py:silent": 1.0}}'
+    config = small_config(
+        tmp_path / "run", *FEW, rewards, "train.max_bad_steps=12", "train.steps=20"
+    )
+    with pytest.raises(RunError, match=r"12 updates in a row were not finite"):
+        trainer.train(config)
+    assert "exactly 0" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_failure_between_two_updates_of_a_step_leaves_the_step_before(tmp_path, monkeypatch):
     overrides = [
