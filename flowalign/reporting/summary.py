@@ -126,13 +126,19 @@ def result_notes(run: Path, summary: Summary) -> list[str]:
     """Return sentences on which step was exported, and whether an earlier one was better."""
     notes = []
     if summary["chosen_by"]:
-        notes.append(
-            f"Step {summary['step']} was chosen by {summary['chosen_by']} on one half of the "
-            "evaluation prompts. The figures are those of the other half."
-        )
+        notes.append(_chosen_step_note(summary))
     if summary["better_step"]:
         notes.append(_better_step_note(run, summary["better_step"]))
     return notes
+
+
+def _chosen_step_note(summary: Summary) -> str:
+    chosen = f"Step {summary['step']} was chosen by {summary['chosen_by']}"
+    if summary["chosen_by"].removeprefix("eval/") in summary["difference"]:
+        half = "on one half of the evaluation prompts. The figures are those of the other half."
+        return f"{chosen} {half}"
+    # Metrics of training steps, and signs of over-optimisation, are not split into halves.
+    return f"{chosen}. The figures are those of one half of the evaluation prompts."
 
 
 def _better_step_note(run: Path, better: BetterStep) -> str:

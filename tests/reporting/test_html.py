@@ -10,7 +10,7 @@ import torch
 
 from flowalign.reporting.html import draw_curves, write_report
 from flowalign.reporting.images import save_picture
-from flowalign.reporting.summary import guidance_note
+from flowalign.reporting.summary import guidance_note, result_notes
 from flowalign.reporting.trackers import JsonLines
 
 HOSTILE = "<script>alert('x')</script>"
@@ -103,6 +103,17 @@ def test_the_largest_scale_that_was_tried_may_not_be_the_best():
     assert "add one" not in guidance_note(guided(guidance=3.0))
     own = {**guided(guidance=7.0), "own_guidance": 7.0}
     assert "add one to evaluation.guidance_sweep" in guidance_note(own)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_split"),
+    [("eval/scene_match", True), ("eval/velocity_moved", False), ("reward/combined", False)],
+)
+def test_only_metrics_that_have_halves_choose_on_one(run, metric, is_split):
+    (note,) = result_notes(run, summary(chosen_by=metric))
+    assert f"was chosen by {metric}" in note
+    assert ("on one half" in note) == is_split
+    assert note.endswith("half." if is_split else "those of one half of the evaluation prompts.")
 
 
 def test_whatever_the_user_wrote_is_escaped(run):
