@@ -5,6 +5,7 @@ Sampling and training depend on it, so it is restored after a file is imported a
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,20 @@ def restored_state() -> Iterator[set[str]]:
             _write_changed(own_before)
             for state, value in drawn:
                 state.write(value)
+
+
+@contextmanager
+def hidden_arguments() -> Iterator[None]:
+    """Hide the arguments of the command line in the block.
+
+    A YAML file may name the main function of an installed program. It would take the arguments for
+    its own, and some programs execute the file that is named there: the YAML file.
+    """
+    arguments, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _write_changed(values: list[tuple[State, Any]]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import flowalign
+from flowalign import distributed
 from flowalign.cli import main
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
+from flowalign.evaluation.evaluator import Evaluator
 from flowalign.runs.adapter import load_adapter, lora_settings, save_adapter
 from flowalign.runs.adapter_card import base_model
 from flowalign.sampling.generate import output_folder
@@ -289,6 +292,28 @@ def test_a_model_gives_pictures_without_scores(tmp_path):
     names = sorted(file.name for file in (tmp_path / "pictures").iterdir())
     assert names == [f"000-a-red-circle-image{i}-seed7.png" for i in range(2)]
     assert [entry["seed"] for entry in read_json(tmp_path / "scores.json")] == [7, 7]
+
+
+def test_sampling_ends_on_all_ranks_together(monkeypatch):
+    """One that fails would otherwise leave the others in a collective, without its message."""
+    seen = []
+
+    @contextmanager
+    def together():
+        try:
+            yield
+        except RunError as error:
+            seen.append(error)
+            raise
+
+    def fail(*_):
+        raise RunError("the device is gone")
+
+    monkeypatch.setattr(distributed, "ending_together", together)
+    monkeypatch.setattr(Evaluator, "sample", fail)
+    with pytest.raises(RunError):
+        flowalign.sample("assets/tiny-sd3", [PROMPT], steps=2)
+    assert len(seen) == 1
 
 
 def test_the_same_seed_gives_the_same_picture_however_many_are_made():

@@ -75,7 +75,7 @@ class EvaluationResult:
             tensors = read_with_checksum(path)
             _require_rows(tensors, path)
         except UserError as error:
-            raise UserError(f"{error} Remove the file; the same command makes it again.") from None
+            raise UserError(f"{error} Remove the file; training makes it again.") from None
         return cls(
             prompt=tensors["prompt"],
             rewards=_with_prefix(tensors, "reward/"),

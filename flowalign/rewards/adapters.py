@@ -22,6 +22,7 @@ from flowalign import distributed
 from flowalign.data.prompts import Metadata
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
+from flowalign.global_state import hidden_arguments
 from flowalign.rewards.base import as_scores, LearnedReward, Reward, RewardFunction, Traits
 from flowalign.rewards.journal import Journal
 from flowalign.settings.by_name import instance_signature
@@ -130,7 +131,8 @@ def _made_by(name: str, factory: Function) -> Function:
     """Call a factory and return what it makes. Raises UserError if it fails."""
     needs_device = _without_default(_signature(name, factory))
     try:
-        score = factory(str(distributed.device())) if needs_device else factory()
+        with hidden_arguments():
+            score = factory(str(distributed.device())) if needs_device else factory()
     except UserError:
         raise
     # It may also end the program, as a script does that finds its weights missing.

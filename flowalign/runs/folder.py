@@ -165,6 +165,8 @@ def _on_main(folder: Path, work: Callable[[], None]) -> None:
 def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:
     if is_new:
         (folder / BEFORE).unlink(missing_ok=True)
+    # The run may go on to more steps, and its end replaces this file.
+    (folder / AFTER).unlink(missing_ok=True)
     remove_unfinished(folder)
     about = {
         **environment(distributed.device(), distributed.count()),

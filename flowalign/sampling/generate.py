@@ -52,12 +52,13 @@ def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> S
     prompts = prompts or default_prompts(source)
     # First, because a model takes longer to load than a wrong name takes to answer.
     evaluator = make_evaluator(source, prompts, settings)
-    policy = load_policy(source, settings)
-    # The adapter is switched off, not removed: both rows come from one model in memory.
-    before = evaluator.score(evaluator.sample(policy.at("reference")))
-    if not source.adapter:
-        return _result(before, prompts, settings)
-    after = evaluator.score(evaluator.sample(policy.at("policy")))
+    with distributed.ending_together():
+        policy = load_policy(source, settings)
+        # The adapter is switched off, not removed: both rows come from one model in memory.
+        before = evaluator.score(evaluator.sample(policy.at("reference")))
+        if not source.adapter:
+            return _result(before, prompts, settings)
+        after = evaluator.score(evaluator.sample(policy.at("policy")))
     return replace(
         _result(after, prompts, settings),
         adapter=source.adapter,

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, overload, TypeVar
 
 from flowalign.errors import did_you_mean, similar_file, UserError
-from flowalign.global_state import restored_state
+from flowalign.global_state import hidden_arguments, restored_state
 from flowalign.progress import say
 from flowalign.settings.imports import import_file, import_module, in_standard_library
 from flowalign.settings.types import configure, mapping
@@ -146,7 +146,7 @@ def imported(spec: str, key: str, table: Mapping[str, object]) -> Any:
 def _import(source: str, key: str) -> ModuleType:
     """Import a file or a module. Raises UserError with the key if that fails."""
     try:
-        with restored_state() as changed:
+        with restored_state() as changed, hidden_arguments():
             module = import_file(source) if source.endswith(".py") else import_module(source)
     except FileNotFoundError:
         raise UserError(
@@ -187,7 +187,8 @@ def home_of(value: object) -> str:
     while isinstance(value, partial):
         value = value.func
     owner = value if inspect.isroutine(value) or isinstance(value, type) else type(value)
-    return owner.__module__ or ""
+    # Methods of built-in types have no module, and others none that is known.
+    return getattr(owner, "__module__", None) or ""
 
 
 def unknown_name(name: str, key: str, table: Mapping[str, object]) -> str:

@@ -155,6 +155,12 @@ def test_what_is_not_a_finished_run_is_answered(two, tmp_path, capsys):
     assert " other/whole " in out
 
 
+def test_a_run_that_goes_on_is_not_compared_by_its_earlier_end(two, capsys):
+    trainer.prepare(small_config(two[1], *STEPS, "train.learning_rate=1e-3", "train.steps=5"))
+    assert main(["compare", *map(str, two)]) == 2
+    assert "so this run is not finished" in capsys.readouterr().err
+
+
 def test_runs_without_a_score_in_common_are_refused(two, capsys):
     for file in (AFTER, "evaluation/before.safetensors"):
         result = EvaluationResult.load(two[1] / file)

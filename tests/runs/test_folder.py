@@ -98,7 +98,7 @@ def test_a_damaged_evaluation_before_is_made_again_once_removed(run, capsys):
         assert train_again(run) == 2
         error = capsys.readouterr().err
         assert f"{before} is damaged" in error
-        assert "Remove the file; the same command makes it again." in error
+        assert "Remove the file; training makes it again." in error
         before.write_bytes(content)
     before.unlink()
     assert train_again(run) == 0

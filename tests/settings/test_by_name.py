@@ -162,3 +162,40 @@ def test_what_a_file_changes_when_it_is_imported_is_restored_and_named(tmp_path,
     assert value.requires_grad
     assert str(value.dtype) == "torch.float32"
     assert "careless.py changed global state when it was imported" in capsys.readouterr().out
+
+
+PROGRAM = """
+import sys
+
+at_import = list(sys.argv)
+
+
+def main():
+    # As the launchers of accelerate and PyTorch do, which execute the file that is named first.
+    if sys.argv[1:]:
+        exec(open(sys.argv[1]).read(), {})
+"""
+POLYGLOT = """
+rewards: {"%s:main": 1.0}
+output: open("hacked", "w").close()
+"""
+
+
+def test_a_program_that_a_file_names_does_not_execute_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    spec = f"{tmp_path}/program.py"
+    (tmp_path / "config.yaml").write_text(POLYGLOT % spec)
+    arguments = ["train.py", "config.yaml"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(UserError, match="returned a NoneType"):
+        load_rewards({f"{spec}:main": 1.0})
+    assert not (tmp_path / "hacked").exists()
+    assert imported(f"{spec}:at_import", "rewards", {}) == ["train.py"]
+    assert sys.argv is arguments
+
+
+def test_a_method_of_a_built_in_type_is_answered(tmp_path):
+    (tmp_path / "mine.py").write_text("score = str.join\n")
+    with pytest.raises(UserError, match="takes"):
+        load_rewards({f"{tmp_path}/mine.py:score": 1.0})
