@@ -19,8 +19,8 @@ def advise_on_out_of_memory(config: Config) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         advice = (
-            f"Lower train.images_per_pass (now {config.train.images_per_pass}), which changes no "
-            "result"
+            f"Lower train.images_per_pass (now {config.train.images_per_pass}), so that a step has "
+            "the same images in smaller passes"
         )
         if not config.model.gradient_checkpointing:
             advice += ", or set model.gradient_checkpointing: true"
