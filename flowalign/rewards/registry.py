@@ -7,13 +7,13 @@ import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from flowalign.bundled import locate, locate_spec
 from flowalign.errors import did_you_mean, UserError
-from flowalign.files import sha256
 from flowalign.global_state import restored_state
 from flowalign.rewards import REWARDS
 from flowalign.settings.by_name import imported, refuse_standard_library
@@ -154,7 +154,7 @@ def reward_identities(section: Section) -> list[str]:
 
 def _code(spec: str) -> str:
     file = Path(spec.rpartition(":")[0])
-    return sha256(file) if file.is_file() else spec
+    return sha256(file.read_bytes()).hexdigest() if file.is_file() else spec
 
 
 def locate_rewards(rewards: object, folders: Sequence[Path] = ()) -> object:
