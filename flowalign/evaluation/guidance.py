@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flowalign import distributed
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.files import cache_folder, verify_checksums, write_checksums, write_folder
@@ -169,11 +169,14 @@ class GuidanceSweep:
 
         Args:
             folder: Where this run keeps it, so that a resumed run compares with the same numbers.
+
+        Raises:
+            RunError: A reward failed on a guided image.
         """
         # Only the main process looks for it: others may see files later, or round differently.
         key = distributed.gather_objects(self.key)[0]
         if not distributed.any_rank(distributed.is_main() and _recall(folder, key)):
-            baseline = self.measure(key)
+            baseline = self._measure_or_explain(key)
             if distributed.is_main():
                 baseline.save(folder)
                 _remember(baseline)
@@ -181,6 +184,15 @@ class GuidanceSweep:
         baseline = GuidedBaseline.load(folder, key)
         assert baseline is not None
         return baseline
+
+    def _measure_or_explain(self, key: str) -> GuidedBaseline:
+        try:
+            return self.measure(key)
+        except RunError as error:
+            raise RunError(
+                "The model without adapter could not be evaluated under guidance. "
+                f"evaluation.guidance_sweep=[] leaves this comparison out. {error}"
+            ) from error
 
     def measure(self, key: str) -> GuidedBaseline:
         """Choose the guidance on the tuning images, and evaluate the model at it."""

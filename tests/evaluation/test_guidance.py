@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from flowalign.advantages import group_advantage
 from flowalign.config.load import load_config
 from flowalign.data.prompts import Prompt
-from flowalign.errors import UserError
+from flowalign.errors import RunError, UserError
 from flowalign.evaluation import guidance
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
@@ -167,6 +167,21 @@ def test_a_guidance_without_scores_is_not_chosen(base, tmp_path):
         tmp_path / "guided"
     ).choice
     assert (choice.best, choice.scores) == (1, {})
+
+
+def test_a_reward_that_fails_on_guided_images_alone_names_the_setting_that_leaves_them_out(
+    base, tmp_path
+):
+    calls = []
+
+    def fails(images, prompts, metadata):
+        calls.append(len(images))
+        # The unguided evaluation has two passes.
+        return images.mean((1, 2, 3)) / (len(calls) <= 2)
+
+    sweep = make_sweep(base, make_evaluator(rewards=[fails]), target="fails")
+    with pytest.raises(RunError, match=r"evaluation\.guidance_sweep=\[\] leaves .* was infinite"):
+        sweep(tmp_path / "guided")
 
 
 def test_a_policy_that_samples_with_guidance_is_compared_with_other_scales(base, tmp_path):
