@@ -39,7 +39,9 @@ GRACE = 20.0
 SAVING = 60.0
 """Seconds that the other ranks give rank 0 to save."""
 _informed = threading.Event()
-"""Set when the main thread knows of a failure, or has ended."""
+"""Set while the main thread ends by itself: after a block, and once it knows of a failure."""
+_exiting = threading.Event()
+"""Set when the interpreter ends."""
 
 
 def state() -> PartialState:
@@ -62,6 +64,7 @@ def _on_connection() -> None:
 
 
 def _end_watch(watchdog: threading.Thread) -> None:
+    _exiting.set()
     _informed.set()
     watchdog.join(GRACE)
 
@@ -90,7 +93,7 @@ def _failure(store: Any) -> str | None:
 def _watch(store: Any) -> None:
     """End this process some time after another has failed, wherever its main thread waits."""
     while not (message := _failure(store)):
-        if _informed.wait(1):
+        if _exiting.wait(1):
             return
     if not _informed.wait(GRACE):
         # The main thread is inside a call that does not return, so nothing can be saved.
@@ -105,6 +108,7 @@ def ending_together() -> Iterator[None]:
     A rank that fails says so to the others and closes its connections. It then waits until rank 0
     has saved, because launchers end all processes when one of them ends.
     """
+    _informed.clear()
     try:
         yield
     except BaseException as error:

@@ -180,6 +180,10 @@ from flowalign.errors import RunError
 
 distributed.GRACE = 1.0
 assert distributed.count() == 2
+# One process may train several times.
+with distributed.ending_together():
+    distributed.barrier()
+time.sleep(1.5)
 try:
     with distributed.ending_together():
         distributed.barrier()
