@@ -39,7 +39,7 @@ GRACE = 20.0
 SAVING = 60.0
 """Seconds that the other ranks give rank 0 to save."""
 _informed = threading.Event()
-"""Set while the main thread ends by itself: after a block, and once it knows of a failure."""
+"""Set after a block, and once the main thread knows of a failure: nobody needs to end it."""
 _exiting = threading.Event()
 """Set when the interpreter ends."""
 

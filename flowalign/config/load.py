@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowalign.bundled import locate
-from flowalign.config.paths import belongs_to_run, locate_files, started_in
+from flowalign.config.paths import absolute_files, belongs_to_run, locate_files, started_in
 from flowalign.config.sections import (
     Config,
     Data,
@@ -55,7 +55,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         # The folder may have been moved, or be named from another working directory.
         folder = path.parent if path.parent.name else path.absolute().parent
         values["output"] = escape(str(folder))
-        folders = (*folders, *started_in(path.parent))
+        for origin in started_in(path.parent):
+            folders = (*folders, origin)
+            # Before the working directory, which may hold other files of these names.
+            if origin != Path.cwd().resolve():
+                values = absolute_files(values, origin)
     with naming(path):
         values = overridden(values, list(overrides or ()), parse_yaml)
         return build_config(values, path, folders)

@@ -155,3 +155,21 @@ def test_a_misspelt_key_is_answered_without_importing_torch(tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_a_run_keeps_its_files_in_a_folder_with_others_of_these_names(project, monkeypatch):
+    run = project / "outputs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(CONFIG)
+    (run / "environment.json").write_text('{"started_in": "../.."}')
+    for name in ("mine.py", "prompts.txt"):
+        Path(name).write_text("other")
+    config = load_config(run / "config.yaml")
+    assert config.data.prompts == str(project / "prompts.txt")
+    assert list(config.rewards) == [f"{project}/mine.py:score"]
+    # An override belongs to the directory in which it is typed.
+    assert (
+        load_config(run / "config.yaml", ["data.prompts=prompts.txt"]).data.prompts == "prompts.txt"
+    )
+    monkeypatch.chdir(project)
+    assert load_config(run / "config.yaml").data.prompts == "prompts.txt"
