@@ -396,6 +396,7 @@ def test_a_resumed_run_keeps_the_baseline_without_the_cache(run, measured, tmp_p
     assert list(changed["baseline_guided"]["sweep"]) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_chosen_step_is_compared_on_the_prompts_that_did_not_choose_it(run, tmp_path):
     overrides = ["train.export=best", "train.evaluate_every=1", SWEEP, run.rewards]
     summary = trainer.train(small_config(tmp_path / "run", *overrides))
@@ -408,6 +409,7 @@ def test_a_chosen_step_is_compared_on_the_prompts_that_did_not_choose_it(run, tm
     assert result.means == run.summary["baseline_guided"]["means"]
 
 
+@pytest.mark.slow
 def test_a_reward_edited_where_the_base_does_not_show_it_is_measured_again(run, measured, tmp_path):
     own, rewards = tmp_path / "own.py", []
     for limit in (1.0, 0.99):

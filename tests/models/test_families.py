@@ -163,6 +163,8 @@ def test_settings_of_another_family_are_not_known():
 )
 def test_a_model_that_cannot_be_found_is_explained(section, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
+    # Where there is no network, the hub's client would try again for half a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=expected):
         read_model_config(section)
 

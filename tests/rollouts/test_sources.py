@@ -560,7 +560,7 @@ def adapter_of(output: Path) -> bytes:
     return (output / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("encoded", [1, 4])
+@pytest.mark.parametrize("encoded", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_run_that_is_stopped_while_pictures_are_encoded_ends_the_same(
     encoded, pairs, few_prompts, tmp_path, monkeypatch
 ):
