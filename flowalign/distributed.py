@@ -96,7 +96,7 @@ def _watch(store: Any) -> None:
         if _exiting.wait(1):
             return
     if not _informed.wait(GRACE):
-        # The main thread is inside a call that does not return, so nothing can be saved.
+        # The main thread still computes, or waits for a GPU. Only it could save its last steps.
         print(f"{message}\nThis process waited, and was ended.", file=sys.stderr, flush=True)
         os._exit(1)
 

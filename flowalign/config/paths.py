@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flowalign.bundled import locate, locate_spec
 from flowalign.rewards.registry import is_path, locate_rewards
@@ -38,18 +39,32 @@ def locate_files(values: Section, folders: Sequence[Path]) -> Section:
     """
     # Every key is looked up next to all files of the chain of `extends`: after a merge, a value
     # does not remember which of them it came from.
+    return _with_files(
+        values,
+        file=lambda text: locate(text, folders),
+        spec=lambda text: locate_spec(text, folders),
+        rewards=lambda rewards: locate_rewards(rewards, folders),
+    )
+
+
+def _with_files(
+    values: Section,
+    file: Callable[[str], str],
+    spec: Callable[[str], str],
+    rewards: Callable[[Any], object],
+) -> Section:
+    """Return the values with each file, each `file.py:name` and each map of rewards changed."""
     for key in FILES:
-        values = with_text(values, key, lambda text: locate(text, folders))
+        values = with_text(values, key, file)
     for key in SPECS:
-        values = with_text(values, key, lambda text: locate_spec(text, folders))
-    located = dict(values)
+        values = with_text(values, key, spec)
+    changed = dict(values)
     evaluation = values.get("evaluation")
     if "rewards" in values:
-        located["rewards"] = locate_rewards(values["rewards"], folders)
+        changed["rewards"] = rewards(values["rewards"])
     if isinstance(evaluation, dict) and "rewards" in evaluation:
-        rewards = locate_rewards(evaluation["rewards"], folders)
-        located["evaluation"] = evaluation | {"rewards": rewards}
-    return located
+        changed["evaluation"] = evaluation | {"rewards": rewards(evaluation["rewards"])}
+    return changed
 
 
 def with_text(values: Section, key: Sequence[str], change: Callable[[str], str]) -> Section:
@@ -94,18 +109,12 @@ def absolute_files(values: Section, base: Path) -> Section:
         values: the merged configuration; it does not change.
         base: the working directory that relative paths refer to.
     """
-    for key in FILES:
-        values = with_text(values, key, lambda text: _absolute(text, base))
-    for key in SPECS:
-        values = with_text(values, key, lambda text: _absolute_spec(text, base))
-    changed = dict(values)
-    evaluation = values.get("evaluation")
-    if "rewards" in values:
-        changed["rewards"] = _absolute_settings(values["rewards"], base)
-    if isinstance(evaluation, dict) and "rewards" in evaluation:
-        rewards = _absolute_settings(evaluation["rewards"], base)
-        changed["evaluation"] = evaluation | {"rewards": rewards}
-    return changed
+    return _with_files(
+        values,
+        file=lambda text: _absolute(text, base),
+        spec=lambda text: _absolute_spec(text, base),
+        rewards=lambda rewards: _absolute_settings(rewards, base),
+    )
 
 
 def _absolute_settings(value: object, base: Path) -> object:

@@ -94,8 +94,8 @@ class D3PO(PathObjective[Pairs]):
             "ratio/clipped": Mean((log_ratio != clipped).float()),
         }
         # A reference that does not move is the base, whose step is known already.
-        asked = self.kl_weight and self.reference.every
-        base = policy.at("reference").step(paths[:, k], k, cond) if asked else gaussian_ref
+        needs_base = self.kl_weight and self.reference.every
+        base = policy.at("reference").step(paths[:, k], k, cond) if needs_base else gaussian_ref
         return Loss(loss, stats) + self.penalty(gaussian, base)
 
     def penalty(self, gaussian: Gaussian, base: Gaussian) -> Loss:

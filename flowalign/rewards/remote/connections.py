@@ -39,7 +39,7 @@ class LimitedConnection(H11Protocol):
     are those without complete headers, whose token is unknown: honest clients send them at once.
     """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
         """Wait for a request, and close another connection if there are too many."""
         super().connection_made(transport)
         self._wait(HEADER_SECONDS)
