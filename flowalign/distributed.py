@@ -5,16 +5,19 @@ collective: all ranks must call it, in the same order, or the run hangs.
 
 A rank that fails leaves a note in the store that connected the processes, and closes its
 connections. The collectives that other ranks wait in then raise a RunError with the note's message.
-A rank that waits elsewhere is ended by its own watchdog.
+In a rank that is elsewhere, its own watchdog raises that error after some seconds, so that it can
+still save. One that does not return from a call into a library is ended.
 """
 
 import atexit
+import ctypes
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any, cast, ParamSpec, TypeVar
 
@@ -35,13 +38,23 @@ FAILURE, ENDED = "flowalign/failure", "flowalign/ended"
 """Keys of the store: the message of the rank that failed first, and that rank 0 has ended."""
 LOST = "Another process has ended without a message. It may have been killed. ({})"
 GRACE = 20.0
-"""Seconds in which a rank must end after another has failed."""
+"""Seconds in which a rank must notice that another failed. It is then interrupted, and then ended."""
 SAVING = 60.0
 """Seconds that the other ranks give rank 0 to save."""
-_informed = threading.Event()
-"""Set after a block, and once the main thread knows of a failure: nobody needs to end it."""
 _exiting = threading.Event()
 """Set when the interpreter ends."""
+
+
+@dataclass
+class _Block:
+    """The present block of `ending_together`."""
+
+    thread: threading.Thread = field(default_factory=threading.main_thread)
+    informed: threading.Event = field(default_factory=threading.Event)
+    """Set after the block, and once its thread knows of a failure: nobody needs to end it."""
+
+
+_block = _Block()
 
 
 def state() -> PartialState:
@@ -65,7 +78,7 @@ def _on_connection() -> None:
 
 def _end_watch(watchdog: threading.Thread) -> None:
     _exiting.set()
-    _informed.set()
+    _block.informed.set()
     watchdog.join(GRACE)
 
 
@@ -90,13 +103,28 @@ def _failure(store: Any) -> str | None:
         return "Another process has ended. Its message says why, unless it was killed."
 
 
+class _OtherRankFailed(RunError):
+    """Raised in a thread that is busy while another rank fails."""
+
+    def __init__(self) -> None:
+        super().__init__(_failure(_store()) or "Another process has failed.")
+        # From here on the thread ends by itself. Saving may take longer than the grace.
+        _block.informed.set()
+
+
 def _watch(store: Any) -> None:
-    """End this process some time after another has failed, wherever its main thread waits."""
+    """End this process some time after another has failed, wherever its thread is."""
     while not (message := _failure(store)):
         if _exiting.wait(1):
             return
-    if not _informed.wait(GRACE):
-        # The main thread still computes, or waits for a GPU. Only it could save its last steps.
+    if _block.informed.wait(GRACE):
+        return
+    # The thread computes, perhaps for minutes. Only it can save its finished steps, so it gets an
+    # exception between two Python instructions. No signal is free for this: schedulers use them.
+    thread, error = ctypes.c_ulong(_block.thread.ident or 0), ctypes.py_object(_OtherRankFailed)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
+    if not _block.informed.wait(GRACE):
+        # It does not come back from a call: it waits for a GPU, or for another machine.
         print(f"{message}\nThis process waited, and was ended.", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -108,17 +136,18 @@ def ending_together() -> Iterator[None]:
     A rank that fails says so to the others and closes its connections. It then waits until rank 0
     has saved, because launchers end all processes when one of them ends.
     """
-    _informed.clear()
+    _block.thread = threading.current_thread()
+    _block.informed.clear()
     try:
         yield
     except BaseException as error:
         # First, because the wait for rank 0 may take longer than the grace.
-        _informed.set()
+        _block.informed.set()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _leave(error)
         raise
     finally:
-        _informed.set()
+        _block.informed.set()
 
 
 def _leave(error: BaseException) -> None:
@@ -147,8 +176,8 @@ def _collective(exchange: Callable[P, T]) -> Callable[P, T]:
         except RuntimeError as error:
             if count() == 1:
                 raise
-            # From here on the main thread ends by itself. Saving may take longer than the grace.
-            _informed.set()
+            # As above: saving may take longer than the grace.
+            _block.informed.set()
             raise RunError(_failure(_store()) or LOST.format(error)) from error
 
     return guarded

@@ -91,11 +91,6 @@ class PipelineModel(FlowModel[C]):
         return self.scheduler(steps).sigmas.tolist()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the transformer without its adapters."""
-        return self.transformer.dtype
-
-    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         scale = self.pipe.vae_scale_factor

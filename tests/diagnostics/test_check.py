@@ -69,9 +69,9 @@ def test_nothing_is_wrong_with_shipped_configurations(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("flow_grpo", "float16"),
+        pytest.param("flow_grpo", "float16", marks=pytest.mark.slow),
         ("flow_grpo", "bfloat16"),
-        ("crd", "bfloat16"),
+        pytest.param("crd", "bfloat16", marks=pytest.mark.slow),
         ("flow_grpo_flux", "bfloat16"),
     ],
 )
@@ -134,11 +134,12 @@ ONLINE = "4 prompts × 4 images = 16 images"
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "texts"),
+    ("images_per_pass", "name", "overrides", "texts"),
     [
-        ("flow_grpo", [], (ONLINE, "8 images", "32 images; each prompt")),
-        ("draft_lv", [], (ONLINE, "8 images", "32 images; each prompt")),
+        (1, "flow_grpo", [], (ONLINE, "8 images", "32 images; each prompt")),
+        (2, "draft_lv", [], (ONLINE, "8 images", "32 images; each prompt")),
         (
+            2,
             "dpo_online",
             ["data.ranking.top=2"],
             (
@@ -147,16 +148,16 @@ ONLINE = "4 prompts × 4 images = 16 images"
                 "32 images; each prompt",
             ),
         ),
-        ("dpo", ["train.images_per_prompt=1"], ("4 pairs", "2 pairs", "8 pairs; each pair")),
+        (1, "dpo", ["train.images_per_prompt=1"], ("4 pairs", "2 pairs", "8 pairs; each pair")),
         (
+            2,
             "sft",
             ["train.images_per_prompt=1"],
             ("4 pictures", "2 pictures", "8 pictures; each picture"),
         ),
     ],
 )
-@pytest.mark.parametrize("images_per_pass", [1, 2])
-def test_the_arithmetic_is_that_of_the_run(name, overrides, texts, images_per_pass):
+def test_the_arithmetic_is_that_of_the_run(images_per_pass, name, overrides, texts):
     counts = [
         "train.steps=2",
         "train.prompts_per_step=4",
@@ -328,14 +329,14 @@ def log_probabilities_of_another_step(monkeypatch):
         (schedule_off_by_one, "sampler"),
         (times_off_by_one, "schedule"),
         (noise_shared_across_prompts, "noise"),
-        (noise_the_same_in_every_step, "noise"),
+        pytest.param(noise_the_same_in_every_step, "noise", marks=pytest.mark.slow),
         (adapter_left_on_in_the_reference, "reference"),
         (alpha_lost_on_saving, "adapter"),
-        (matrices_lost_on_saving, "adapter"),
-        (optimiser_of_the_wrong_adapter, "optimizer"),
+        pytest.param(matrices_lost_on_saving, "adapter", marks=pytest.mark.slow),
+        pytest.param(optimiser_of_the_wrong_adapter, "optimizer", marks=pytest.mark.slow),
         (optimiser_of_the_wrong_adapter, "update"),
         (sampler_with_the_wrong_drift, "marginals"),
-        (frozen_matrices, "optimizer"),
+        pytest.param(frozen_matrices, "optimizer", marks=pytest.mark.slow),
         (base_weights_that_train, "gradient"),
         (log_probabilities_of_another_step, "ratio"),
     ],
@@ -351,7 +352,9 @@ def test_broken_code_is_caught(broken, subject, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
-        (alpha_lost_on_saving, "its scale is 1.0 instead of 2.0"),
+        pytest.param(
+            alpha_lost_on_saving, "its scale is 1.0 instead of 2.0", marks=pytest.mark.slow
+        ),
         (matrices_lost_on_saving, "2 of 78 matrices were lost"),
     ],
 )
@@ -372,8 +375,8 @@ def test_a_kl_without_gradient_is_caught_on_the_forward_process(monkeypatch, tmp
     ("name", "more"),
     [
         ("flow_grpo", "train.seed=1"),
-        ("ddpo", "objective.estimator=importance_sampling"),
-        ("prdp", "data.ranking.top=1"),
+        pytest.param("ddpo", "objective.estimator=importance_sampling", marks=pytest.mark.slow),
+        pytest.param("prdp", "data.ranking.top=1", marks=pytest.mark.slow),
     ],
 )
 def test_the_noise_of_log_ratios_is_compared_with_the_clip_range(name, more, tmp_path):

@@ -406,7 +406,15 @@ def test_updates_that_nothing_is_learned_from_move_nothing(few_prompts, tmp_path
 GIVEN = ["train.images_per_prompt=1", "train.images_per_pass=2", "train.learning_rate=1e-3"]
 
 
-@pytest.mark.parametrize("objective", ["nft", "crd", "dpo", "d3po", "prdp", "alignprop"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "crd",
+        "d3po",
+        "alignprop",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nft", "dpo", "prdp")),
+    ],
+)
 def test_an_objective_that_makes_its_images_runs(objective, few_prompts, tmp_path):
     summary = run(
         tmp_path / "run", f"{{name: {objective}}}", few_prompts, "rewards={brightness: 1}"
@@ -619,7 +627,10 @@ def test_imitating_pictures_brings_them_nearer(pairs, few_prompts, tmp_path):
 
 @pytest.mark.parametrize(
     ("objective", "images"),
-    [("{name: crd}", True), ("{name: dpo, beta: 100, reference: {every: 2}}", False)],
+    [
+        pytest.param("{name: crd}", True, marks=pytest.mark.slow),
+        ("{name: dpo, beta: 100, reference: {every: 2}}", False),
+    ],
 )
 def test_stopping_and_going_on_equals_never_stopping(
     objective, images, pairs, few_prompts, tmp_path

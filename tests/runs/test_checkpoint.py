@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
@@ -29,9 +30,17 @@ from tests.runs.damage import (
 )
 from tests.tiny import small_config
 
+DAMAGES = [cut, flip, pickled, pickled_with_its_checksum, removed]
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [cut, flip, pickled, pickled_with_its_checksum, removed])
+
+def each_damage():
+    """Yield every file with every damage, one of them for each file in the fast tests."""
+    for (number, name), (which, damage) in product(enumerate(FILES), enumerate(DAMAGES)):
+        marks = () if which == number % len(DAMAGES) else pytest.mark.slow
+        yield pytest.param(name, damage, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "damage"), each_damage())
 def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
     if damage is pickled_with_its_checksum and name == "sha256.json":
         pytest.skip("the list of checksums is not in itself")

@@ -75,7 +75,14 @@ def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path):
     first.release()
 
 
-@pytest.mark.parametrize("damaged", [b"3", b"\xff\xfe{", b'{"step": 1, "lo', b"[]"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"step": 1, "lo',
+        b"\xff\xfe{",
+        *(pytest.param(line, marks=pytest.mark.slow) for line in (b"3", b"[]")),
+    ],
+)
 def test_a_damaged_line_of_metrics_costs_no_other(damaged, run):
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     (run / "metrics.jsonl").write_bytes(b"\n".join([damaged, *lines[1:], b""]))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -40,11 +41,11 @@ def infinite_at(calls, tmp_path):
 
 
 def test_a_step_with_an_infinite_reward_is_not_applied_and_is_dumped(tmp_path, capsys):
-    rewards = infinite_at([20], tmp_path)
+    rewards = infinite_at([10], tmp_path)
     before = small_config(
         tmp_path / "run",
         *rewards,
-        "train.steps=30",
+        "train.steps=8",
         "train.learning_rate=1e-9",
         "train.save_every=1",
     )
@@ -252,8 +253,8 @@ def test_an_evaluation_that_failed_is_repeated_when_the_run_resumes(tmp_path, mo
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_same_adapter():
     """The short form of `benchmarks/interruptions.py`."""
-    command = [sys.executable, "benchmarks/interruptions.py", "--runs", "2"]
+    command = [sys.executable, "benchmarks/interruptions.py"]
+    command += ["--objectives", "crd", "dpo", "alignprop", "--kills", "5"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "2 of 2 runs end with the adapter of the run that was never killed" in ended.stdout, (
-        ended.stdout + ended.stderr
-    )
+    same_for_all = r"(\d+) of \1 runs end with the adapter of the run that was never killed"
+    assert re.search(same_for_all, ended.stdout), ended.stdout + ended.stderr
