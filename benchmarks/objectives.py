@@ -1,6 +1,7 @@
 """Train the rows of a table on the same work, several seeds each, and compare them.
 
-    python benchmarks/objectives.py [TABLE.yaml] [--seeds 3] [--workers 2] [--minutes 60]
+    python benchmarks/objectives.py [TABLE.yaml] [--rows crd awm] [--seeds 3] [--workers 2]
+                                    [--minutes 60]
 
 A table (benchmarks/tables/*.yaml) names the rows: a file of configs/tiny, and what is changed in
 it. All rows have the same model, prompts, images and seeds. For each row the comparison gives the
@@ -124,7 +125,7 @@ def main() -> None:
     # Seed by seed: a benchmark that is stopped early has compared all rows, on fewer seeds.
     jobs = [
         make_job(table, row, seed, output)
-        for seed, row in product(range(options.seeds), table.rows)
+        for seed, row in product(range(options.seeds), options.rows or table.rows)
     ]
     for _ in finished(jobs, options.workers, deadline):
         # After every run: a benchmark of hours can be read while it goes, and interrupted.
@@ -140,6 +141,7 @@ def parse_options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("table", nargs="?", type=Path, default=TABLES / "objectives.yaml", help="a table's file")
+    add("--rows", nargs="+", metavar="ROW", help="rows to train, all by default")
     add("--seeds", type=int, default=3)
     add("--workers", type=int, default=2, help="runs at a time, each with one thread")
     add("--minutes", type=float, default=math.inf, help="stop then; the next call goes on")

@@ -38,7 +38,7 @@ FAILURE, ENDED = "flowalign/failure", "flowalign/ended"
 """Keys of the store: the message of the rank that failed first, and that rank 0 has ended."""
 LOST = "Another process has ended without a message. It may have been killed. ({})"
 GRACE = 20.0
-"""Seconds in which a rank must notice that another failed. It is then interrupted, and then ended."""
+"""Seconds in which a rank must notice that another failed, before it is interrupted, and ended."""
 SAVING = 60.0
 """Seconds that the other ranks give rank 0 to save."""
 _exiting = threading.Event()

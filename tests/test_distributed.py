@@ -290,67 +290,96 @@ def test_a_process_ends_while_its_watchdog_asks_the_store(tmp_path):
     run_process([sys.executable, str(script)])
 
 
-FAILS_IN_BACKPROPAGATION = """
-import os
-
-calls = 0
-
-
-def brightness(images, prompts, metadata):
-    global calls
-    calls += images.requires_grad
-    if calls > 4 and os.environ["RANK"] == "1":
-        raise ConnectionError("the scorer is gone")
-    return images.mean((1, 2, 3))
-"""
-
-
-@pytest.mark.slow
-def test_a_reward_that_fails_in_backpropagation_on_one_process_ends_both(tmp_path):
-    (tmp_path / "mine.py").write_text(FAILS_IN_BACKPROPAGATION)
-    settings = [
-        f'rewards={{"{tmp_path}/mine.py:brightness": 1.0}}',
-        "evaluation.rewards={brightness: 1.0}",
-        "objective={name: alignprop}",
-        "sampler.dynamics={name: ode}",
-        *("train.images_per_pass=3", "train.steps=20", f"output={tmp_path / 'run'}"),
-    ]
-    main, other = start_two(ROOT / "train.py", str(TINY), *SMALL, *settings)
-    assert main.returncode == other.returncode == 1
-    (saved,) = checkpoints(tmp_path / "run")
-    assert "brightness raised ConnectionError: the scorer is gone" in other.stderr
-    assert "Process 1 failed" in main.stderr
-    assert f"The finished steps are in {saved}" in main.stderr
-
-
 FAILS_ON_ONE = """
 import os
+import signal
+
+import torch
 
 calls = 0
 
 
 def fails(images, prompts, metadata):
     global calls
-    calls += 1
-    if calls > 12 and os.environ.get("RANK") == "1":
-        raise ConnectionError("the scorer is gone")
+    calls += COUNTED
+    if calls > FIRST and os.environ.get("RANK") == "1":
+        FAULT
     return images.mean((1, 2, 3))
 """
+RAISES = 'raise ConnectionError("the scorer is gone")'
+SMALL_RUN = [*SMALL, "train.images_per_pass=3", "evaluation.rewards={brightness: 1.0}"]
+
+
+def failing(folder, fault, first, counted="1"):
+    """Write a reward that fails on the second process after some calls. Returns its setting."""
+    file = folder / "mine.py"
+    code = FAILS_ON_ONE.replace("FAULT", fault).replace("FIRST", str(first))
+    file.write_text(code.replace("COUNTED", counted))
+    return f'rewards={{"{file}:fails": 1.0}}'
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_on_one_process_leaves_the_finished_steps(tmp_path):
-    (tmp_path / "mine.py").write_text(FAILS_ON_ONE)
-    rewards = [
-        f'rewards={{"{tmp_path}/mine.py:fails": 1.0}}',
-        "evaluation.rewards={brightness: 1.0}",
+def test_a_reward_that_fails_in_backpropagation_on_one_process_ends_both(tmp_path):
+    settings = [
+        failing(tmp_path, RAISES, 4, "images.requires_grad"),
+        "objective={name: alignprop}",
+        "sampler.dynamics={name: ode}",
+        *("train.steps=20", f"output={tmp_path / 'run'}"),
     ]
+    main, other = start_two(ROOT / "train.py", str(TINY), *SMALL_RUN, *settings)
+    assert main.returncode == other.returncode == 1
+    (saved,) = checkpoints(tmp_path / "run")
+    assert "fails raised ConnectionError: the scorer is gone" in other.stderr
+    assert "Process 1 failed" in main.stderr
+    assert f"The finished steps are in {saved}" in main.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (RAISES, "fails raised ConnectionError: the scorer is gone"),
+        (
+            "torch.empty(2**50)",
+            "can't allocate memory: you tried to allocate 4503599627370496 bytes",
+        ),
+        # So ends a process when the machine is out of memory.
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_process_that_fails_alone_leaves_the_finished_steps(fault, message, tmp_path):
     # One prompt to evaluate: the second rank has no images, and must not make the first one wait.
     (tmp_path / "one.txt").write_text("a red circle\n")
-    settings = ["train.images_per_pass=3", "train.steps=20", f"output={tmp_path / 'run'}", *rewards]
+    settings = ["train.steps=20", f"output={tmp_path / 'run'}", failing(tmp_path, fault, 12)]
     settings += [f"evaluation.prompts={tmp_path / 'one.txt'}"]
-    ended = start([*TORCHRUN, "train.py", str(TINY), *SMALL, *settings])
+    ended = start([*TORCHRUN, "train.py", str(TINY), *SMALL_RUN, *settings])
     assert ended.returncode != 0
-    assert "fails raised ConnectionError: the scorer is gone" in ended.stderr
+    assert message in ended.stderr
     (saved,) = checkpoints(tmp_path / "run")
     assert f"The finished steps are in {saved}" in ended.stderr
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end_and_the_run_resumes_exactly(tmp_path):
+    command = [*TORCHRUN, "train.py", str(TINY), *SMALL_RUN, "rewards={brightness: 1.0}"]
+    command += ["train.save_every=1000", "train.learning_rate=1e-2"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = subprocess.Popen(
+        [*command, "train.steps=1000", f"output={run}"], cwd=ROOT, env=ENVIRONMENT, **quiet
+    )
+    while not read_metrics(run):
+        assert launcher.poll() is None
+        time.sleep(0.2)
+    workers = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    ended, alive = psutil.wait_procs(workers, timeout=4 * distributed.GRACE)
+    assert (len(ended), alive) == (2, [])
+    (saved,) = checkpoints(run)
+    done = read_metrics(run)[-1]["step"]
+    assert saved.name == f"step-{done:06d}"
+    for folder in (run, whole):
+        run_process([*command, f"train.steps={done + 1}", f"output={folder}"])
+    one, other = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (run, whole))
+    assert distance(one, other) == 0

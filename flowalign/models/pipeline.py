@@ -91,6 +91,12 @@ class PipelineModel(FlowModel[C]):
         return self.scheduler(steps).sigmas.tolist()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the transformer without its adapters."""
+        # Its own `dtype` looks at every parameter, and this is asked for in every call.
+        return next(self.transformer.parameters()).dtype
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         scale = self.pipe.vae_scale_factor

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,14 @@ from flowalign.reporting import html as report
 from flowalign.reporting.trackers import JsonLines, read_metrics
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import setup
+from tests.processes import ENVIRONMENT
 from tests.runs.damage import (
     FILES,
     same_adapter,
     STEPS,
     train_again,
 )
-from tests.tiny import SMALL, TINY
+from tests.tiny import ROOT, SMALL, TINY
 
 
 class Failing:
@@ -112,3 +115,53 @@ def test_a_file_that_may_grow_no_larger_is_named_and_the_run_resumes_afterwards(
     assert "Traceback" not in ended.stderr
     assert train_again(run) == 0
     assert same_adapter(run, finished)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_mid_run_loses_no_checkpoint_and_the_run_resumes(disk, tmp_path):
+    run, filler = disk / "run", disk / "filler"
+    long = [*SMALL, *STEPS, "train.steps=12"]
+    command = [sys.executable, "train.py", str(TINY), *long]
+    with subprocess.Popen(
+        [*command, f"output={run}"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while len(checkpoints(run)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        # Another program takes what is left.
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "No space left on device" in error
+    assert "Traceback" not in error
+    for saved in checkpoints(run):
+        verify_checksums(saved, FILES[:-1])
+    filler.unlink()
+    for folder in (run, tmp_path / "whole"):
+        subprocess.run(
+            [*command, f"output={folder}"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            check=True,
+            capture_output=True,
+        )
+    assert same_adapter(run, tmp_path / "whole")

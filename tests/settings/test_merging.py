@@ -73,7 +73,7 @@ def test_an_override_with_nested_references_is_refused_by_their_number():
 
 def test_references_that_are_nested_too_deep_for_a_parser_are_refused():
     with pytest.raises(UserError, match="nested too deep"):
-        merge({"a": "${a:" * 2_000 + "}" * 2_000}, {})
+        merge({}, {"a": "${a:" * 2_000 + "}" * 2_000})
 
 
 def test_values_without_references_stay_as_they_are():
@@ -98,7 +98,7 @@ def test_a_reference_that_leads_nowhere_is_named_by_its_key(text, problem):
 
 def test_a_malformed_reference_is_named_by_its_key():
     with pytest.raises(UserError, match=r"^a cannot be used: .* references are \$\{section.key\}"):
-        merge({"a": "x${"}, {})
+        merge({}, {"a": "x${"})
 
 
 def test_references_in_a_circle_are_refused():

@@ -6,10 +6,12 @@ import json
 import math
 import select
 import socket
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import replace
 from queue import Queue
 from threading import enumerate as enumerate_threads
@@ -39,7 +41,9 @@ from flowalign.rewards.remote.decoding import decode_images, decode_request
 from flowalign.rewards.remote.server import make_app, serve
 from flowalign.rewards.worker import THREAD
 from flowalign.runs.checkpoint import checkpoints
+from tests.processes import ENVIRONMENT
 from tests.rewards.remote.test_client import Answer, answering, IMAGES, remote, score, served
+from tests.runs.damage import same_adapter
 from tests.tiny import ROOT, SMALL, TINY
 
 BRIGHTNESS = make_reward("brightness", brightness)
@@ -563,6 +567,75 @@ def test_a_run_survives_a_restart_of_its_server(command, tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2]
     assert all(0 < line[f"reward/{url.removeprefix('http://')}"] < 1 for line in lines)
+
+
+SERVE = "import sys; from flowalign.cli import main; sys.exit(main())"
+
+
+@contextmanager
+def server_process(port: int) -> Iterator[None]:
+    """A server in a process of its own, from its first answer until it is killed."""
+    options = ["reward", "serve", "brightness", "--port", str(port)]
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, *options], env=ENVIRONMENT, stdout=nowhere, stderr=nowhere
+    )
+    try:
+        while not is_healthy(port):
+            assert process.poll() is None
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def keep_busy(port: int, over: Event) -> None:
+    """Ask for scores without a pause, also while nobody answers."""
+    body = request_body(*[PNG] * 8)
+    while not over.is_set():
+        with suppress(requests.RequestException):
+            requests.post(f"http://127.0.0.1:{port}/v1/score", json=body, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_server_killed_and_started_again_under_load_changes_no_bit(command, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    train = [*command(f"http://127.0.0.1:{port}", retries=20), "train.steps=30"]
+    with server_process(port):
+        assert main(train) == 0
+    (tmp_path / "run").rename(tmp_path / "undisturbed")
+    over, steps = Event(), []
+
+    def keep_restarting() -> None:
+        while not over.is_set():
+            with server_process(port):
+                started.set()
+                over.wait(3)
+            steps.append(len(read_metrics(tmp_path / "run")))
+
+    started = Event()
+    others = [Thread(target=keep_busy, args=(port, over)) for _ in range(8)]
+    threads = [Thread(target=keep_restarting), *others]
+    for thread in threads:
+        thread.start()
+    try:
+        assert started.wait(60)
+        assert main(train) == 0
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    # At least one server was killed between the first step and the last.
+    assert any(0 < step < 30 for step in steps)
+    assert same_adapter(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_a_run_whose_server_stays_away_stops_and_can_be_resumed(command, tmp_path, capsys):
