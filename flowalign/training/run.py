@@ -7,7 +7,7 @@ from pathlib import Path
 from flowalign import distributed
 from flowalign.batch import Batch
 from flowalign.config.sections import Config
-from flowalign.errors import RunError
+from flowalign.errors import RunError, UserError
 from flowalign.evaluation.early_stopping import best_step, stop_reason, within_limits
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
@@ -252,14 +252,14 @@ class Run:
         """The evaluation prompts that choose a step, and those that measure what was chosen."""
         return split_prompts([prompt.text for prompt in self.evaluator.prompts])
 
-    def selection_score(self, result: EvaluationResult) -> dict[str, float]:
-        """Return the metric that ranks evaluations, on the half of the prompts that chooses.
+    def selection_scores(self, result: EvaluationResult) -> dict[str, float]:
+        """Return the metrics of an evaluation on the half of the prompts that chooses a step.
 
-        It is logged as `selection/NAME`. A metric of training steps has no halves.
+        They are logged as `selection/NAME`. All are logged, because another one may rank the
+        evaluations when the run is resumed.
         """
-        name, _ = self.config.selection_metric
-        score = self.halves.choose(result).metrics.get(name)
-        return {} if score is None else {name.replace(EVALUATION, SELECTION, 1): score}
+        scores = self.halves.choose(result).metrics
+        return {name.replace(EVALUATION, SELECTION, 1): score for name, score in scores.items()}
 
     def reported(self, result: EvaluationResult) -> EvaluationResult:
         """Return a result with the scores that the summary may show.
@@ -280,10 +280,14 @@ class Run:
         file = evaluation_file(self.folder, best)
         metric, sign = self.config.selection_metric
         name = metric.removeprefix(EVALUATION)
-        # The files of single steps are not part of a checkpoint, and a user may remove them.
-        if not file.is_file() or self.last_evaluation is None:
+        if self.last_evaluation is None:
             return None
-        earlier = self.halves.measure(EvaluationResult.load(file))
+        try:
+            earlier = self.halves.measure(EvaluationResult.load(file))
+        except UserError:
+            # The files of single steps are not part of a checkpoint. A removed or damaged one
+            # costs this note, and not the export.
+            return None
         change = paired_difference(earlier, self.halves.measure(self.last_evaluation[1])).get(name)
         if change is None or max(sign * end for end in change) >= 0:
             return None

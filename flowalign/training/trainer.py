@@ -1,6 +1,8 @@
 """The training loop: a batch, its updates, the evaluation, the log, the checkpoint."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flowalign import distributed
 from flowalign.config.sections import Config
@@ -46,17 +48,26 @@ def train(config: Config) -> Summary:
 
 def execute(run: Run) -> Summary:
     """Evaluate, train, evaluate again and export a run that `prepare` returned."""
+    with run.lock:
+        # A signal must not end the process while it saves, either: when one process is killed,
+        # launchers send SIGTERM to the others within a tenth of a second.
+        with run.interrupt.listening(), finished_steps_kept(run):
+            before = run.evaluate_reference()
+            reason = fit(run)
+        # Ctrl-C in the export stops at once, which loses nothing: the last step is saved, and the
+        # same command exports it.
+        with finished_steps_kept(run):
+            return finish(run, before, reason)
+
+
+@contextmanager
+def finished_steps_kept(run: Run) -> Iterator[None]:
+    """Save the finished steps if the block fails, and say where they are and what to do."""
     with (
-        run.lock,
         keep_finished_steps(run.folder, run.save_finished_steps),
         advise_on_out_of_memory(run.config),
     ):
-        # Only the loop waits for the end of a step. Ctrl-C in the export stops at once, which loses
-        # nothing: the last step is saved, and the same command exports it.
-        with run.interrupt.listening():
-            before = run.evaluate_reference()
-            reason = fit(run)
-        return finish(run, before, reason)
+        yield
 
 
 def fit(run: Run) -> str:
@@ -98,7 +109,7 @@ def record(run: Run, trackers: Trackers, metrics: dict[str, float]) -> None:
         if run.evaluation_due:
             result = run.evaluate()
             trackers.images(step, "pictures", result.images, run.evaluator.captions(result))
-            metrics = {**metrics, **result.metrics, **run.selection_score(result)}
+            metrics = {**metrics, **result.metrics, **run.selection_scores(result)}
             run.progress.evaluations.append(metrics)
     finally:
         # The step is logged even if its evaluation fails: the run resumes after it.

@@ -94,6 +94,23 @@ def test_the_best_step_is_exported_with_figures_of_the_other_half(broken, tmp_pa
     assert f"intervals (±) rest on {after.scored_prompts} prompts." in out
 
 
+def test_a_damaged_evaluation_of_a_step_costs_its_note_and_not_the_export(broken, tmp_path):
+    run = shutil.copytree(broken, tmp_path / "damaged")
+    shutil.rmtree(run / "adapter")
+    (run / "evaluation" / "step-000001.safetensors").write_bytes(b"{")
+    settings = [*SETTINGS, "train.steps=3", "train.learning_rate=0.3"]
+    assert trainer.train(small_config(run, *settings))["better_step"] is None
+    assert (run / "adapter" / ADAPTER_FILE).is_file()
+
+
+def test_a_run_that_resumes_with_another_metric_knows_the_steps_before(broken, tmp_path):
+    run = shutil.copytree(broken, tmp_path / "other")
+    settings = [*SETTINGS, "train.steps=3", "train.learning_rate=0.3"]
+    rule = "train.stop={eval/scene_match_graded: {falling: 9}}"
+    summary = trainer.train(small_config(run, *settings, rule))
+    assert (summary["step"], summary["chosen_by"]) == (1, "eval/scene_match_graded")
+
+
 @pytest.mark.slow
 def test_the_best_step_of_a_resumed_run_is_that_of_a_run_without_a_stop(tmp_path):
     settings = ["train.evaluate_every=1", "train.save_every=1", "train.learning_rate=3e-2"]
