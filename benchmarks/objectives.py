@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain, pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypedDict
@@ -71,7 +71,9 @@ class Result(Comparison):
 
     points: list[Point]
     summary: dict[str, Any]
-    device: str
+    environment: dict[str, Any]
+    seconds: float
+    """Seconds of training: the median step's, times the steps. Other work slows some of them."""
 
 
 Results = dict[str, list[Result]]
@@ -239,15 +241,21 @@ def read_run(folder: Path) -> Result:
     return {
         "points": evaluations(folder, summary),
         "summary": summary,
-        "device": environment["device"],
+        "environment": environment,
+        "seconds": typical_seconds(folder),
         **comparison,
     }
 
 
-def read_results(folder: Path) -> Results:
-    """Return the runs that results.json holds."""
-    path = folder / "results.json"
-    return json.loads(path.read_text())["results"] if path.exists() else {}
+def typical_seconds(folder: Path) -> float:
+    """Return the seconds of a run's training as if each step had taken the median step's time."""
+    ends = [0.0, *(line["seconds"] for line in read_metrics(folder))]
+    return (len(ends) - 1) * statistics.median(after - before for before, after in pairwise(ends))
+
+
+def read_results(file: Path) -> Results:
+    """Return the runs that a results.json holds."""
+    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
 
 
 def best_first(results: Results, score: str) -> Results:
@@ -333,16 +341,20 @@ def gain(points: list[Point], images: int) -> float:
 
 def report(results: Results, score: str, folder: Path) -> None:
     """Write table.md, results.json, curves.png and seconds.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text("\n".join(table_lines(results)) + "\n")
+    (folder / "results.json").write_text(json.dumps({"results": results}, indent=2))
+    plot(results, score, "images", folder / "curves.png")
+    plot(results, score, "seconds", folder / "seconds.png")
+
+
+def table_lines(results: Results) -> list[str]:
+    """Return the lines of a Markdown table with one line for each row."""
     targets = [f"images to {target}" for target in TARGETS]
     columns = ["strict", "above guided", "CLIP", "diversity", "moved", "s"]
     head = ["row", f"gain, {EARLY:,} images", *targets, *columns]
     rows = [" | ".join([name, *cells(runs)]) for name, runs in results.items()]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {row} |" for row in rows)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    (folder / "results.json").write_text(json.dumps({"results": results}, indent=2))
-    plot(results, score, "images", folder / "curves.png")
-    plot(results, score, "seconds", folder / "seconds.png")
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {row} |" for row in rows)]
 
 
 def cells(runs: list[Result]) -> list[str]:
@@ -358,7 +370,7 @@ def cells(runs: list[Result]) -> list[str]:
         spread(clip_gains, "+.3f"),
         spread(diversities, ".2f"),
         spread([run["velocity_moved"] for run in runs], ".3f"),
-        f"{statistics.median(end['seconds'] for end in ends):.0f}",
+        f"{statistics.median(run['seconds'] for run in runs):.0f}",
     ]
 
 

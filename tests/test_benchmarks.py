@@ -82,10 +82,13 @@ def test_rows_are_compared_in_a_table_and_a_plot(tmp_path):
             "diversity_before": 0.4,
             "diversity_after": 0.2,
             "velocity_moved": 0.125,
+            "seconds": 150.0,
         }
 
     objectives.report({"slow": [run(0.1)] * 3}, "scene_match", tmp_path)
-    both = objectives.read_results(tmp_path) | {"quick": [run(0.6), run(0.45), run(0.3)]}
+    both = objectives.read_results(tmp_path / "results.json") | {
+        "quick": [run(0.6), run(0.45), run(0.3)]
+    }
     objectives.report(objectives.best_first(both, "scene_match"), "scene_match", tmp_path)
     table = (tmp_path / "table.md").read_text().splitlines()
     cells = [

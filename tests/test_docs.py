@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import statistics
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -113,30 +112,13 @@ def test_the_metrics_on_the_page_of_an_objective_are_those_it_logs(page):
         assert metric.startswith(LOGGED_BY_THE_LOOP) or f'"{metric}"' in code, metric
 
 
-def test_measured_curves_are_those_of_the_benchmark():
-    results = json.loads((ROOT / "benchmarks" / "objectives.json").read_text())["results"]
-    shown = set()
-    for page in OBJECTIVE_PAGES:
-        blocks = re.findall(
-            r"<!-- curve: (\w+) -->\n(.*?)<!-- end of curve -->",
-            page.read_text(encoding="utf-8"),
-            re.DOTALL,
-        )
-        for objective, table in blocks:
-            assert table.splitlines()[2:] == curve_rows(results[objective])
-            shown.add(objective)
-    assert shown == set(results)
-
-
-def curve_rows(runs: list[dict]) -> list[str]:
-    """Rows of images, and the median, lowest and highest strict score of the runs' evaluations."""
-    rows = []
-    # The last point repeats the evaluation of the last step.
-    for number, point in enumerate(runs[0]["points"][:-1]):
-        scores = [run["points"][number]["scene_match"] for run in runs]
-        spread = f"{min(scores):.3f} to {max(scores):.3f}"
-        rows.append(f"| {point['images']:,} | {statistics.median(scores):.3f} | {spread} |")
-    return rows
+def test_measured_tables_and_curves_are_those_of_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pages = importlib.import_module("pages")
+    for page, text in pages.pages().items():
+        assert page.read_text(encoding="utf-8") == text, page
+    shown = re.findall(r"<!-- curve: (\w+) -->", "".join(pages.pages().values()))
+    assert set(shown) == set(pages.read_results(pages.MEASURED / "objectives.json"))
 
 
 def test_the_drawn_layers_are_those_that_the_imports_are_held_to():
