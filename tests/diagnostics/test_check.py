@@ -55,7 +55,14 @@ def wrong_lines(text):
 
 
 @pytest.mark.parametrize(
-    "name", ["flow_grpo", "crd", "dpo_online", "kto", "draft_lv", "flow_grpo_flux"]
+    "name",
+    [
+        "flow_grpo",
+        "crd",
+        "kto",
+        "flow_grpo_flux",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo_online", "draft_lv")),
+    ],
 )
 def test_nothing_is_wrong_with_shipped_configurations(name, tmp_path):
     fine, text = run_check(name, tmp_path / "run")
