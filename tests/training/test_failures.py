@@ -155,6 +155,17 @@ def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(wrong, tmp
     assert [line["grad_norm"] for line in read_metrics(tmp_path / "run")] == [0.0] * 12
 
 
+@pytest.mark.slow
+def test_a_learning_rate_that_destroys_the_adapter_ends_the_run(tmp_path, capsys):
+    overrides = ["train.learning_rate=0.99", "train.ema.decay=0", "train.max_bad_steps=2"]
+    overrides += ["train.steps=20", f"output={tmp_path}/run"]
+    assert main(["train", str(TINY), *SMALL, *FEW, *overrides]) == 1
+    assert "a lower train.learning_rate in a new output folder" in capsys.readouterr().err
+    norms = [line["grad_norm"] for line in read_metrics(tmp_path / "run")]
+    assert norms[0] > 0
+    assert norms[1:] == [0.0] * 12
+
+
 @pytest.mark.parametrize("objective", ["nft", "flow_grpo"])
 def test_an_adapter_of_nan_ends_the_run(objective, tmp_path):
     config = small_config(
