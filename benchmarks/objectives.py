@@ -124,12 +124,16 @@ def main() -> None:
     table = read_table(options.table)
     output = options.output / table.name
     deadline = time.monotonic() + 60 * options.minutes
+    unknown = set(options.rows or ()) - set(table.rows)
+    if unknown:
+        sys.exit(f"{min(unknown)} is not a row of {options.table}. Its rows: {[*table.rows]}.")
     # Seed by seed: a benchmark that is stopped early has compared all rows, on fewer seeds.
     jobs = [
         make_job(table, row, seed, output)
-        for seed, row in product(range(options.seeds), options.rows or table.rows)
+        for seed, row in product(range(options.seeds), table.rows)
     ]
-    for _ in finished(jobs, options.workers, deadline):
+    chosen = [job for job in jobs if job.row in (options.rows or table.rows)]
+    for _ in finished(chosen, options.workers, deadline):
         # After every run: a benchmark of hours can be read while it goes, and interrupted.
         report(best_first(read_runs(table, jobs), table.score), table.score, output)
     summary = output / "table.md"
@@ -255,7 +259,7 @@ def typical_seconds(folder: Path) -> float:
 
 def read_results(file: Path) -> Results:
     """Return the runs that a results.json holds."""
-    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8"))["results"]
 
 
 def best_first(results: Results, score: str) -> Results:

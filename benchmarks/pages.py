@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from objectives import best_first, read_results, Result, ROOT, table_lines
+from objectives import best_first, read_results, read_table, Result, ROOT, table_lines, TABLES
 
 DOCS, MEASURED = ROOT / "docs", ROOT / "benchmarks" / "measured"
 SCORE = "scene_match"
@@ -51,7 +51,8 @@ def with_blocks(text: str, kind: str, lines_of: Callable[[str], list[str]]) -> s
 
 def table(name: str) -> list[str]:
     """Return the lines of a table, the best row first."""
-    return table_lines(best_first(read_results(MEASURED / f"{name}.json"), SCORE))
+    score = read_table(TABLES / f"{name}.yaml").score
+    return table_lines(best_first(read_results(MEASURED / f"{name}.json"), score))
 
 
 def seeds(name: str) -> list[str]:

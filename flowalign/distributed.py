@@ -38,20 +38,45 @@ FAILURE, ENDED = "flowalign/failure", "flowalign/ended"
 """Keys of the store: the message of the rank that failed first, and that rank 0 has ended."""
 LOST = "Another process has ended without a message. It may have been killed. ({})"
 GRACE = 20.0
-"""Seconds in which a rank must notice that another failed, before it is interrupted, and ended."""
+"""Seconds before a rank is interrupted after another has failed, and again before it is ended."""
 SAVING = 60.0
-"""Seconds that the other ranks give rank 0 to save."""
+"""Seconds that rank 0 then gets to save."""
 _exiting = threading.Event()
 """Set when the interpreter ends."""
 
 
 @dataclass
 class _Block:
-    """The present block of `ending_together`."""
+    """The present block of `ending_together`, in the eyes of the watchdog."""
 
     thread: threading.Thread = field(default_factory=threading.main_thread)
-    informed: threading.Event = field(default_factory=threading.Event)
-    """Set after the block, and once its thread knows of a failure: nobody needs to end it."""
+    ends: threading.Event = field(default_factory=threading.Event)
+    """Set after the block, and once its thread deals with a failure: nobody needs to end it."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """So that no exception reaches the thread once `ends` is set."""
+
+    def begin(self) -> None:
+        """Begin in this thread."""
+        self.thread = threading.current_thread()
+        self.ends.clear()
+
+    def end(self) -> None:
+        """Take back an exception that has not arrived, and send no other."""
+        with self.lock:
+            self.ends.set()
+            self._send(None)
+
+    def interrupt(self) -> None:
+        """Raise _OtherRankFailed in the thread, between two of its Python instructions."""
+        with self.lock:
+            if not self.ends.is_set():
+                self._send(_OtherRankFailed)
+
+    def _send(self, error: type[BaseException] | None) -> None:
+        # No signal is free for this: schedulers and users have meanings for all of them.
+        argument = ctypes.py_object(error) if error else None
+        thread = ctypes.c_ulong(self.thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, argument)
 
 
 _block = _Block()
@@ -78,7 +103,7 @@ def _on_connection() -> None:
 
 def _end_watch(watchdog: threading.Thread) -> None:
     _exiting.set()
-    _block.informed.set()
+    _block.end()
     watchdog.join(GRACE)
 
 
@@ -108,8 +133,6 @@ class _OtherRankFailed(RunError):
 
     def __init__(self) -> None:
         super().__init__(_failure(_store()) or "Another process has failed.")
-        # From here on the thread ends by itself. Saving may take longer than the grace.
-        _block.informed.set()
 
 
 def _watch(store: Any) -> None:
@@ -117,16 +140,19 @@ def _watch(store: Any) -> None:
     while not (message := _failure(store)):
         if _exiting.wait(1):
             return
-    if _block.informed.wait(GRACE):
+    if _block.ends.wait(GRACE):
         return
-    # The thread computes, perhaps for minutes. Only it can save its finished steps, so it gets an
-    # exception between two Python instructions. No signal is free for this: schedulers use them.
-    thread, error = ctypes.c_ulong(_block.thread.ident or 0), ctypes.py_object(_OtherRankFailed)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
-    if not _block.informed.wait(GRACE):
+    # The thread computes, perhaps for minutes, and only it can save its finished steps.
+    _block.interrupt()
+    if not _block.ends.wait(GRACE):
         # It does not come back from a call: it waits for a GPU, or for another machine.
         print(f"{message}\nThis process waited, and was ended.", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def deal_with_failure() -> None:
+    """Tell the watchdog that this process ends by itself. Saving may take longer than the grace."""
+    _block.end()
 
 
 @contextmanager
@@ -136,18 +162,17 @@ def ending_together() -> Iterator[None]:
     A rank that fails says so to the others and closes its connections. It then waits until rank 0
     has saved, because launchers end all processes when one of them ends.
     """
-    _block.thread = threading.current_thread()
-    _block.informed.clear()
+    _block.begin()
     try:
         yield
     except BaseException as error:
         # First, because the wait for rank 0 may take longer than the grace.
-        _block.informed.set()
+        deal_with_failure()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _leave(error)
         raise
     finally:
-        _block.informed.set()
+        _block.end()
 
 
 def _leave(error: BaseException) -> None:
@@ -158,7 +183,7 @@ def _leave(error: BaseException) -> None:
         _disconnect()
         if is_main():
             store.set(ENDED, "")
-        deadline = time.monotonic() + SAVING
+        deadline = time.monotonic() + 2 * GRACE + SAVING
         while not store.check([ENDED]) and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -176,8 +201,6 @@ def _collective(exchange: Callable[P, T]) -> Callable[P, T]:
         except RuntimeError as error:
             if count() == 1:
                 raise
-            # As above: saving may take longer than the grace.
-            _block.informed.set()
             raise RunError(_failure(_store()) or LOST.format(error)) from error
 
     return guarded
@@ -288,5 +311,8 @@ def raise_if_any_failed(error: RunError | None) -> None:
     Args:
         error: The failure of this rank, or None.
     """
+    if isinstance(error, _OtherRankFailed):
+        # The rank that failed is gone, and a GPU would wait for it without end.
+        raise error
     if any_rank(error is not None):
         raise error or RunError("Another process failed. Its message says why.")

@@ -177,6 +177,7 @@ import torch
 
 from flowalign import distributed
 from flowalign.errors import RunError
+from flowalign.rewards.worker import has_ended, in_background
 
 distributed.GRACE = 1.0
 assert distributed.count() == 2
@@ -189,12 +190,13 @@ try:
         distributed.barrier()
         if distributed.is_main():
             try:
-                while sys.argv[1] == "busy":
-                    time.sleep(0.1)
+                if sys.argv[1] == "busy":
+                    has_ended(in_background(time.sleep, 600))
                 if sys.argv[1] == "stuck":
                     time.sleep(600)
                 distributed.mean(torch.ones(3))
             except RunError:
+                distributed.deal_with_failure()
                 time.sleep(5)  # as long as saving takes
                 print("saved")
                 raise
@@ -214,7 +216,7 @@ except (RunError, ValueError) as error:
         pytest.param(
             "killed", 1, "Another process has ended without a message.", marks=pytest.mark.slow
         ),
-        # Rank 0 computes for longer than the grace, and does not wait for rank 1.
+        # Rank 0 waits for a reward for longer than the grace, and not for rank 1.
         ("busy", 1, "Process 1 failed: the scorer is gone"),
         # It does not come back from a call, so it cannot save.
         pytest.param(

@@ -62,14 +62,7 @@ def others(config: Config) -> list[Setting]:
     sampler, ema, model = config.sampler, config.train.ema, config.model
     ranking, generates = config.data.ranking, not config.data.pairs
     sweep = config.evaluation.guidance_sweep
-    by_dominance = ranking.by == "dominance" and generates
     return [
-        Setting(
-            "combine",
-            combine_changed(config) and by_dominance and config.objective.learns_from is Pairs,
-            False,
-            "with data.ranking.by: dominance, which compares rewards one by one",
-        ),
         Setting(
             "data.ranking.top",
             ranking.top != 1 and ranking.by != "reward" and generates,

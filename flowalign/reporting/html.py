@@ -118,7 +118,7 @@ def _curve(points: Points, axis: tuple[str, float], guided: float | None) -> str
     # without pyplot, whose global state is not safe in a thread.
     figure = Figure(figsize=(3.4, 2.4))
     # Fixed margins: the axes of all curves line up. A computed layout would draw each one twice.
-    axes = figure.add_axes((0.17, 0.19, 0.78, 0.77))
+    axes = figure.add_axes((0.17, 0.19, 0.75, 0.72))
     axes.locator_params(nbins=5)
     marker = "o" if len(points) < FEW_POINTS else None
     x, y = zip(*points, strict=True)

@@ -10,7 +10,6 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
 from flowalign.global_state import restored_state
 from flowalign.rewards.journal import Journal
-from flowalign.rewards.worker import in_background
+from flowalign.rewards.worker import has_ended, in_background
 
 RewardFunction = Callable[[Tensor, list[str], list[Metadata]], object]
 """(images, prompts, metadata) -> one number per image. `as_scores` says what may hold them."""
@@ -166,7 +165,7 @@ class Reward:
         # The main thread must only wait: Python delivers Ctrl-C to it, between two lines of its
         # own. A reward that hangs there, or catches every exception, could not be stopped.
         task = in_background(self._score, images, prompts, metadata, step)
-        if not wait([task], self.time_limit).done:
+        if not has_ended(task, self.time_limit):
             raise RunError(
                 f"rewards.{self.name} has not returned after {self.time_limit:g} s, its "
                 "time_limit. Set a longer one, or find out where the reward waits."

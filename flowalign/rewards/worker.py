@@ -1,7 +1,9 @@
 """A thread for rewards, which a user wrote and which may hang."""
 
+import math
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
@@ -48,6 +50,18 @@ def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
     task = worker.submit(function, *arguments)
     worker.close()
     return task
+
+
+def has_ended(task: Future[Any], seconds: float | None = None) -> bool:
+    """Wait for a function, at most for some seconds. Returns True if it has ended.
+
+    Python interrupts a thread between two instructions, and a single wait may take minutes.
+    """
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while not wait([task], max(0.0, min(1.0, deadline - time.monotonic()))).done:
+        if time.monotonic() >= deadline:
+            return False
+    return True
 
 
 def is_any_busy() -> bool:

@@ -19,7 +19,7 @@ from flowalign.errors import RunError
 from flowalign.flow import concatenate, PerImage
 from flowalign.rewards.base import LearnedReward, Reward
 from flowalign.rewards.combine import Combine
-from flowalign.rewards.worker import Worker
+from flowalign.rewards.worker import has_ended, Worker
 
 Metrics = dict[str, float]
 """Values to log, by name."""
@@ -166,7 +166,7 @@ def _score_while_sampling(
                 tasks.append(worker.submit(_score_images, rewards, device, part))
             if any(task.done() and task.exception() for task in tasks):
                 break
-        scores = [task.result() for task in tasks]
+        scores = [task.result() for task in tasks if has_ended(task)]
     finally:
         # After Ctrl-C nothing waits for a reward that may take minutes.
         for task in tasks:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from flowalign import distributed
 from flowalign.config.sections import Config
 from flowalign.errors import OutOfMemory, RunError
 from flowalign.runs.checkpoint import checkpoints
@@ -47,6 +48,7 @@ def keep_finished_steps(run: Path, save: Callable[[], None]) -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(describe_finished_steps(run)) from None
     except RunError as error:
+        distributed.deal_with_failure()
         save()
         raise RunError(f"{error}\n{describe_finished_steps(run)}") from error
     except (OSError, SafetensorError) as error:

@@ -85,12 +85,13 @@ class Progress:
             images: Images that the step generated.
             seconds: Seconds that the step took.
         """
-        for applied in outcomes:
-            self.count_update(applied)
         self.idle_steps = 0 if has_gradient else self.idle_steps + 1
         self.step += 1
         self.images += images
         self.seconds += seconds
+        # Last, so that an exception in between leaves counts that tell an incomplete step.
+        for applied in outcomes:
+            self.count_update(applied)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from flowalign import distributed
 from flowalign.batch import Batch
 from flowalign.config.sections import Config
@@ -64,6 +66,8 @@ class Run:
     """How far the run has come."""
     interrupt: Interrupt = field(default_factory=Interrupt)
     """The request to stop after the present step."""
+    rewards_before: tuple[int, dict[str, Tensor]] = (-1, {})
+    """The step that began last, and the state of the rewards at that time."""
     last_evaluation: tuple[int, EvaluationResult] | None = None
     """The step and the result of the last evaluation of the trained weights."""
 
@@ -121,6 +125,8 @@ class Run:
 
         If a reward was infinite, the batch is empty, and the step counts as a skipped update.
         """
+        rewards = {name: value.clone() for name, value in self.state.scorer.state().items()}
+        self.rewards_before = self.progress.step, rewards
         try:
             return self.source(self.progress.step)
         except NotFinite as error:
@@ -239,7 +245,9 @@ class Run:
             or checkpoint_folder(self.folder, int(entry["step"])).is_dir()
         ]
         name, sign = self.config.selection_metric
-        chosen_by = name.replace(EVALUATION, SELECTION, 1)
+        halved = name.replace(EVALUATION, SELECTION, 1)
+        # Metrics of training, and of velocities and diversity, have no halves.
+        chosen_by = halved if any(halved in entry for entry in present) else name
         return best_step(chosen_by, sign, within_limits(self.config.train.stop, present))
 
     def exported_step(self) -> int:
@@ -253,13 +261,13 @@ class Run:
         return split_prompts([prompt.text for prompt in self.evaluator.prompts])
 
     def selection_scores(self, result: EvaluationResult) -> dict[str, float]:
-        """Return the metrics of an evaluation on the half of the prompts that chooses a step.
+        """Return the means of an evaluation over the half of the prompts that chooses a step.
 
         They are logged as `selection/NAME`. All are logged, because another one may rank the
         evaluations when the run is resumed.
         """
-        scores = self.halves.choose(result).metrics
-        return {name.replace(EVALUATION, SELECTION, 1): score for name, score in scores.items()}
+        means = self.halves.choose(result).means
+        return {f"{SELECTION}{name}": mean for name, mean in means.items()}
 
     def reported(self, result: EvaluationResult) -> EvaluationResult:
         """Return a result with the scores that the summary may show.
@@ -301,8 +309,13 @@ class Run:
 
     def save_finished_steps(self) -> None:
         """Save the steps that are finished when a run fails, perhaps on this rank alone."""
-        if distributed.is_main() and self.progress.step and not self.is_mid_update:
-            self._save_checkpoint()
+        if not distributed.is_main() or not self.progress.step or self.is_mid_update:
+            return
+        step, rewards = self.rewards_before
+        if step == self.progress.step:
+            # Learned rewards, and statistics of them, have seen images that will be made again.
+            self.state.scorer.load_state(rewards)
+        self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
         keep, best = self.config.train.keep, self.find_best_step()

@@ -51,11 +51,6 @@ NOTES = [
         "`data.ranking.top` is not used with data.ranking.by: dominance.",
     ),
     (
-        "d3po",
-        ["data.ranking={by: dominance}", "combine={name: minimum}"],
-        "`combine` is not used with data.ranking.by: dominance, which compares rewards one by one.",
-    ),
-    (
         "crd",
         ["sampler.window.size=2"],
         "`sampler.window` is not used without noise: sampler.dynamics is deterministic.",

@@ -155,6 +155,27 @@ def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(wrong, tmp
     assert [line["grad_norm"] for line in read_metrics(tmp_path / "run")] == [0.0] * 12
 
 
+def test_what_a_failed_step_taught_the_combination_is_not_saved(tmp_path, monkeypatch):
+    """The failed step is repeated, and its rewards must not be counted twice."""
+    settings = ["combine={name: normalised}", "train.steps=3", "train.learning_rate=1e-2"]
+    trainer.train(small_config(tmp_path / "whole", *settings))
+    compute = update.compute_gradient
+
+    def failing(policy, *others):
+        if policy is run.state.policy and run.progress.step == 1:
+            raise RunError("the connection is lost")
+        return compute(policy, *others)
+
+    run = trainer.prepare(small_config(tmp_path / "parts", *settings))
+    with monkeypatch.context() as patched:
+        patched.setattr(update, "compute_gradient", failing)
+        with pytest.raises(RunError, match="step-000001"):
+            trainer.execute(run)
+    trainer.train(small_config(tmp_path / "parts", *settings))
+    adapters = [(tmp_path / name / ADAPTER).read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
+
+
 @pytest.mark.slow
 def test_a_learning_rate_that_destroys_the_adapter_ends_the_run(tmp_path, capsys):
     overrides = ["train.learning_rate=0.99", "train.ema.decay=0", "train.max_bad_steps=2"]
@@ -265,7 +286,7 @@ def test_an_evaluation_that_failed_is_repeated_when_the_run_resumes(tmp_path, mo
 def test_runs_killed_at_random_moments_end_with_the_same_adapter():
     """The short form of `benchmarks/interruptions.py`."""
     command = [sys.executable, "benchmarks/interruptions.py"]
-    command += ["--objectives", "crd", "dpo", "alignprop", "--kills", "5"]
+    command += ["--objectives", "crd", "dpo", "alignprop", "--kills", "8"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     same_for_all = r"(\d+) of \1 runs end with the adapter of the run that was never killed"
     assert re.search(same_for_all, ended.stdout), ended.stdout + ended.stderr

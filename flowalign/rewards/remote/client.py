@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, KW_ONLY
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ from flowalign.data.prompts import Metadata
 from flowalign.errors import RunError, UserError
 from flowalign.rewards.adapters import to_pil
 from flowalign.rewards.base import Traits
-from flowalign.rewards.worker import in_background
+from flowalign.rewards.worker import has_ended, in_background
 
 TRANSIENT = {408, 429, *range(500, 600)}
 REDIRECTS = range(300, 400)
@@ -134,7 +134,7 @@ class Endpoint:
         # The timeouts of sockets limit only the gaps between bytes, and a server could send one
         # byte of its headers at a time. So the exchange runs in a thread that can be abandoned.
         task = in_background(self._exchange, path, data)
-        if not wait([task], self.seconds).done:
+        if not has_ended(task, self.seconds):
             # Final: the server may still be at work, and a retry would double the load.
             raise RunError(
                 f"{self.source(path)} did not answer: the request timed out after "
