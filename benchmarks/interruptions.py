@@ -40,12 +40,12 @@ OBJECTIVES = [
     if file.stem != "crd_long"
 ]
 SMALL = [
-    "train.steps=6",
-    "train.prompts_per_step=4",
-    "train.images_per_prompt=3",
-    "train.images_per_pass=6",
+    "train.steps=4",
+    "train.prompts_per_step=2",
+    "train.images_per_prompt=4",
+    "train.images_per_pass=4",
     "train.save_every=1",
-    "train.evaluate_every=3",
+    "train.evaluate_every=2",
     "train.ema.decay=0.5",
     "sampler.steps=6",
     "evaluation.sampler.steps=4",
@@ -53,7 +53,7 @@ SMALL = [
     "evaluation.guidance_sweep=[]",
     "evaluation.prompts=tests/prompts.jsonl",
 ]
-GIVEN = ["train.images_per_prompt=1", "train.images_per_pass=4", "evaluation.pairs=''"]
+GIVEN = ["train.prompts_per_step=4", "train.images_per_prompt=1", "evaluation.pairs=''"]
 """In addition, for files that learn from given pictures."""
 PAIRS = 24
 """Given pairs to learn from."""
@@ -222,7 +222,7 @@ def kill(first: int, has_come: Callable[[], bool]) -> bool:
     while not has_come():
         if os.waitpid(first, os.WNOHANG)[0]:
             return False
-        time.sleep(0.0005)
+        time.sleep(0.002)
     leader = psutil.Process(first)
     # SIGKILL cannot be handled: the run gets no chance to finish what it is writing. torchrun puts
     # every process into a group of its own, so that one signal does not reach all.
