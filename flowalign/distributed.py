@@ -151,7 +151,7 @@ def _watch(store: Any) -> None:
 
 
 def deal_with_failure() -> None:
-    """Tell the watchdog that this process ends by itself. Saving may take longer than the grace."""
+    """Tell the watchdog that this process is ending. Saving may take longer than the grace."""
     _block.end()
 
 
