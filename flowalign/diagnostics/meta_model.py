@@ -5,6 +5,7 @@ shape but no values. The code that trains works on the CPU, with small latents o
 of a network is carried out on the meta device at full size, where the ledger counts it.
 """
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,9 +98,12 @@ class Ledger(TorchDispatchMode):
     @contextmanager
     def part(self) -> Iterator[Cost]:
         """Measure what is done inside. The cost is filled in at the end."""
+        # What is left in reference cycles would otherwise be freed, and counted, at any time.
+        gc.collect()
         cost, start, peak, work = Cost(), self.bytes, self.peak, self.work.copy()
         self.peak = start
         yield cost
+        gc.collect()
         cost.work, cost.peak, cost.kept = self.work - work, self.peak - start, self.bytes - start
         self.peak = max(peak, self.peak)
 

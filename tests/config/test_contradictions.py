@@ -155,7 +155,7 @@ CONTRADICTIONS = [
     ("flow_grpo", ["sampler.window.size=4"], "sampler.window.size is 4"),
     ("flow_grpo", ["sampler.steps=1", "sampler.window.range=[0, 0]"], "sampler.steps is 1"),
     ("d3po", ["data.ranking.top=7"], "data.ranking.top is 7, but a prompt has 12 images; write 6"),
-    ("crd", ["objective.kl_least=0.6"], "objective.kl_least is 0.6"),
+    ("crd", ["objective.kl_least=1.5"], "objective.kl_least is 1.5"),
     (
         "crd",
         ["objective.kl=0.5"],
