@@ -212,7 +212,7 @@ except (RunError, ValueError) as error:
 @pytest.mark.parametrize(
     ("case", "main_status", "message"),
     [
-        ("raises", 1, "Process 1 failed: the scorer is gone"),
+        pytest.param("raises", 1, "Process 1 failed: the scorer is gone", marks=pytest.mark.slow),
         pytest.param(
             "killed", 1, "Another process has ended without a message.", marks=pytest.mark.slow
         ),

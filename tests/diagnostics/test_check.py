@@ -79,7 +79,7 @@ def test_nothing_is_wrong_with_shipped_configurations(name, tmp_path):
         pytest.param("flow_grpo", "float16", marks=pytest.mark.slow),
         ("flow_grpo", "bfloat16"),
         pytest.param("crd", "bfloat16", marks=pytest.mark.slow),
-        ("flow_grpo_flux", "bfloat16"),
+        pytest.param("flow_grpo_flux", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_rounding_to_half_precision_is_not_a_lost_matrix(name, dtype, tmp_path):

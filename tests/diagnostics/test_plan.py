@@ -16,7 +16,11 @@ from flowalign.errors import UserError
 from tests.tiny import random_sd35, ROOT, sd3_config, TINY
 
 TOLERANCE = 0.15
-CASES = ["Flux, recomputed", "crd, passes of 2, 2 updates", "alignprop"]
+CASES = [
+    pytest.param("Flux, recomputed", marks=pytest.mark.slow),
+    "crd, passes of 2, 2 updates",
+    "alignprop",
+]
 SD35_MEDIUM = {
     "num_layers": 24,
     "num_attention_heads": 24,

@@ -103,6 +103,7 @@ def test_a_damaged_evaluation_of_a_step_costs_its_note_and_not_the_export(broken
     assert (run / "adapter" / ADAPTER_FILE).is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_with_another_metric_knows_the_steps_before(broken, tmp_path):
     run = shutil.copytree(broken, tmp_path / "other")
     settings = [*SETTINGS, "train.steps=3", "train.learning_rate=0.3"]

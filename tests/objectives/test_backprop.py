@@ -579,6 +579,7 @@ def through_plain_steps(steps: int) -> int:
     return alive.most
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     """A step keeps its input alone; where nothing is recomputed, all that it computed."""
     (kept, most), (kept_of_ten, most_of_ten) = through_decoded_steps(2), through_decoded_steps(10)

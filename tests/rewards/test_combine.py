@@ -345,6 +345,7 @@ def learning(reds: Path, *overrides: str) -> list[str]:
     return [*SMALL, f"rewards={{brightness: 1.0, adversarial: {settings}}}", *overrides]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(reds, tmp_path):
     """The run has a multiplier that grows and a reward that learns."""
     (tmp_path / "few.txt").write_text("a red circle")

@@ -228,6 +228,7 @@ def stubborn(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow
 def test_two_times_ctrl_c_end_a_run_whose_reward_hangs(tmp_path):
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     overrides = [

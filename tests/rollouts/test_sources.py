@@ -430,7 +430,12 @@ def test_an_objective_that_makes_its_images_runs(objective, few_prompts, tmp_pat
 
 @pytest.mark.parametrize(
     ("objective", "rewards"),
-    [("dpo, beta: 1", "{}"), ("kto, beta: 1", "{brightness: 1}"), ("sft", "{}"), ("soar", "{}")],
+    [
+        ("dpo, beta: 1", "{}"),
+        ("soar", "{}"),
+        pytest.param("kto, beta: 1", "{brightness: 1}", marks=pytest.mark.slow),
+        pytest.param("sft", "{}", marks=pytest.mark.slow),
+    ],
 )
 def test_an_objective_that_learns_from_given_pictures_runs(
     objective, rewards, pairs, few_prompts, tmp_path
@@ -485,7 +490,7 @@ def many_pairs(tmp_path) -> Path:
     return tmp_path / "many.jsonl"
 
 
-@pytest.mark.parametrize("objective", ["dpo, beta: 1", "sft"])
+@pytest.mark.parametrize("objective", ["dpo, beta: 1", pytest.param("sft", marks=pytest.mark.slow)])
 def test_without_held_out_pairs_a_tenth_is_split_off(
     objective, many_pairs, few_prompts, tmp_path, capsys
 ):

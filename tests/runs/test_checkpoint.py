@@ -115,13 +115,39 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, damage, run, capsys):
         ("state.json", values(updates=1), "it counts 1 updates, but the optimizer has made 4"),
         ("state.json", values(seconds=math.nan), "state.json.seconds is nan"),
         ("state.json", values(evaluations=[{"loss": 1}]), "evaluations.0 has the step None of 4"),
-        ("state.json", values(evaluations=[{"step": 9}]), "evaluations.0 has the step 9 of 4"),
-        ("state.json", values(evaluations=[{"step": 1.5}]), "evaluations.0 has the step 1.5"),
-        ("state.json", values(step="3"), "state.json.step is '3'; it must be a valid integer"),
-        ("state.json", values(updates=-1), "state.json.updates is -1"),
-        ("state.json", values(evaluations=[3]), "state.json.evaluations.0 is 3"),
-        ("state.json", values(images=None), "the key images is missing"),
-        ("state.json", values(more=1), "state.json.more is not known"),
+        pytest.param(
+            "state.json",
+            values(evaluations=[{"step": 9}]),
+            "evaluations.0 has the step 9 of 4",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "state.json",
+            values(evaluations=[{"step": 1.5}]),
+            "evaluations.0 has the step 1.5",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "state.json",
+            values(step="3"),
+            "state.json.step is '3'; it must be a valid integer",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "state.json", values(updates=-1), "state.json.updates is -1", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "state.json",
+            values(evaluations=[3]),
+            "state.json.evaluations.0 is 3",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "state.json", values(images=None), "the key images is missing", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "state.json", values(more=1), "state.json.more is not known", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_checkpoint_tampered_with_is_refused_though_its_checksums_are_right(

@@ -90,6 +90,7 @@ def test_a_damaged_line_of_metrics_costs_no_other(damaged, run):
     assert (run / "metrics.jsonl").read_bytes().splitlines() == lines[1:]
 
 
+@pytest.mark.slow
 def test_a_damaged_evaluation_before_is_made_again_once_removed(run, capsys):
     before = run / "evaluation" / "before.safetensors"
     for damage in (

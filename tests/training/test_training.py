@@ -181,7 +181,9 @@ RELEASED_DECAYS = {
 """The first decays of the released code, in two steps of two updates."""
 
 
-@pytest.mark.parametrize("name", RELEASED_DECAYS)
+@pytest.mark.parametrize(
+    "name", ["crd", "dgpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nft", "awm"))]
+)
 def test_copies_follow_by_the_updates_made_as_in_the_released_code(name, tmp_path, monkeypatch):
     followed, follow = [], Policy.update_copy
 
