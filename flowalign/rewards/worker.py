@@ -55,7 +55,8 @@ def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
 def has_ended(task: Future[Any], seconds: float | None = None) -> bool:
     """Wait for a function, at most for some seconds. Returns True if it has ended.
 
-    Python interrupts a thread between two instructions, and a single wait may take minutes.
+    It waits in steps of a second: another thread can interrupt this one only between two of its
+    instructions, and a single wait may take minutes.
     """
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     while not wait([task], max(0.0, min(1.0, deadline - time.monotonic()))).done:

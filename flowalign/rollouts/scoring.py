@@ -166,7 +166,9 @@ def _score_while_sampling(
                 tasks.append(worker.submit(_score_images, rewards, device, part))
             if any(task.done() and task.exception() for task in tasks):
                 break
-        scores = [task.result() for task in tasks if has_ended(task)]
+        for task in tasks:
+            has_ended(task)
+        scores = [task.result() for task in tasks]
     finally:
         # After Ctrl-C nothing waits for a reward that may take minutes.
         for task in tasks:
