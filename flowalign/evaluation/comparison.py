@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowalign.evaluation.guidance import GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import Interval, paired_difference
 
@@ -18,6 +19,10 @@ class Comparison:
     """Names of the runs. The others are compared with the first."""
     untrained: dict[str, float]
     """Mean of each score without an adapter."""
+    guidance: float | None
+    """The guidance that suits the model without adapter best; None if it was not measured."""
+    guided: dict[str, float]
+    """Mean of each reward without an adapter at that guidance; empty if it was not measured."""
     means: dict[str, dict[str, float]]
     """Mean of each score of every run."""
     difference: dict[str, dict[str, Interval]]
@@ -34,7 +39,9 @@ class Comparison:
 
 
 def compare_results(
-    untrained: EvaluationResult, results: Mapping[str, EvaluationResult]
+    untrained: EvaluationResult,
+    results: Mapping[str, EvaluationResult],
+    guided: GuidedBaseline | None = None,
 ) -> Comparison:
     """Compare results of the same prompts and noise.
 
@@ -43,6 +50,7 @@ def compare_results(
     Args:
         untrained: The evaluation of the model without an adapter.
         results: The evaluation of each run, by its name.
+        guided: The model without an adapter at its best guidance.
     """
     common = _scored_everywhere([untrained, *results.values()])
     base, *others = common
@@ -51,11 +59,23 @@ def compare_results(
     return Comparison(
         runs=list(results),
         untrained=base.means,
+        guidance=guided.choice.best if guided else None,
+        guided=_means_of(guided.result, base) if guided else {},
         means={name: result.means for name, result in trained.items()},
         difference={name: paired_difference(trained[first], trained[name]) for name in rest},
         prompts=base.scored_prompts,
         held_out=base.scored_entries,
     )
+
+
+def _means_of(result: EvaluationResult, common: EvaluationResult) -> dict[str, float]:
+    """Return the means of the rewards and images that are scored in all runs."""
+    rewards = {
+        name: result.rewards[name].masked_fill(values.isnan(), torch.nan)
+        for name, values in common.rewards.items()
+        if name in result.rewards
+    }
+    return replace(result, rewards=rewards, held_out={}).means
 
 
 def _scored_everywhere(results: list[EvaluationResult]) -> list[EvaluationResult]:

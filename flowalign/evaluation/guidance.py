@@ -72,8 +72,8 @@ class GuidedBaseline:
         write_folder(folder, write)
 
     @classmethod
-    def load(cls, folder: Path, key: str) -> "GuidedBaseline | None":
-        """Return what `save` wrote, or None if it is missing or damaged, or has another key.
+    def load(cls, folder: Path) -> "GuidedBaseline | None":
+        """Return what `save` wrote, or None if it is missing or damaged.
 
         A damaged baseline is not an error, because it can be measured again.
         """
@@ -83,7 +83,7 @@ class GuidedBaseline:
             result = EvaluationResult.load(folder / RESULT)
         except (UserError, ValidationError, OSError):
             return None
-        return cls(choice=choice, result=result) if choice.key == key else None
+        return cls(choice=choice, result=result)
 
 
 _CHOICE = TypeAdapter(GuidanceChoice)
@@ -181,7 +181,7 @@ class GuidanceSweep:
                 baseline.save(folder)
                 _remember(baseline)
         distributed.barrier()
-        baseline = GuidedBaseline.load(folder, key)
+        baseline = _load(folder, key)
         assert baseline is not None
         return baseline
 
@@ -236,14 +236,20 @@ def _rows_per_image(sampler: Sampler) -> int:
 
 def _recall(folder: Path, key: str) -> bool:
     """Return True if the folder holds the baseline, or now holds what an earlier run kept."""
-    if GuidedBaseline.load(folder, key):
+    if _load(folder, key):
         return True
     with suppress(UserError):  # There is no folder for caches, so nothing was kept.
-        kept = GuidedBaseline.load(_kept(key), key)
+        kept = _load(_kept(key), key)
         if kept:
             kept.save(folder)
             return True
     return False
+
+
+def _load(folder: Path, key: str) -> GuidedBaseline | None:
+    """Return the baseline of a folder, or None if it has none with this key."""
+    baseline = GuidedBaseline.load(folder)
+    return baseline if baseline and baseline.choice.key == key else None
 
 
 def _remember(baseline: GuidedBaseline) -> None:

@@ -49,6 +49,8 @@ def rows(comparison: Comparison) -> Iterator[Row]:
     """Yield the rows of the table: score, run, mean, and difference to the first run."""
     for score in comparison.scores:
         yield score, UNTRAINED, format_mean(comparison.untrained, score), ""
+        if score in comparison.guided:
+            yield "", f"{UNTRAINED}, guided", format_mean(comparison.guided, score), ""
         for number, run in enumerate(comparison.runs):
             mean = format_mean(comparison.means[run], score)
             difference = format_difference(comparison.difference[run], score) if number else ""
@@ -56,9 +58,14 @@ def rows(comparison: Comparison) -> Iterator[Row]:
 
 
 def describe(comparison: Comparison) -> str:
-    """Say what the differences are between and how many prompts they rest on."""
-    first = f"Differences are to {comparison.runs[0]}, on the same prompts and noise."
-    return f"{first} {interval_note(comparison.prompts, comparison.held_out)}"
+    """Say what the differences are between, and what the intervals and the guided row mean."""
+    notes = [
+        f"Differences are to {comparison.runs[0]}, on the same prompts and noise.",
+        interval_note(comparison.prompts, comparison.held_out),
+    ]
+    if comparison.guided:
+        notes.append(f"Guided is the model at its best guidance, {comparison.guidance:g}.")
+    return " ".join(notes)
 
 
 def write_comparison(

@@ -24,6 +24,8 @@ class Combine(Settings):
 
     needs_statistics: ClassVar[bool] = False
     """True if it keeps statistics of whole steps, so that it cannot combine inside a gradient."""
+    advice_if_equal: ClassVar[str] = ""
+    """What to change, if all images get the same combined reward and so nothing is learned."""
 
     def check(self, weights: dict[str, float]) -> None:
         """Raise UserError if the settings do not fit the rewards and their weights."""
@@ -227,6 +229,10 @@ class Constrained(Combine):
     bound: Positive = math.inf
     """The largest multiplier; infinite for none. Below a reward's weight, a ceiling only slows."""
     needs_statistics: ClassVar[bool] = True
+    advice_if_equal: ClassVar[str] = (
+        "Rewards above their floors do not count: raise combine.at_least, or leave it out for the "
+        "reward that should go on rising."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,11 +12,12 @@ from typing import Any
 from flowalign.config.resolved import differing
 from flowalign.errors import UserError
 from flowalign.evaluation.comparison import compare_results, Comparison
+from flowalign.evaluation.guidance import GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.reporting.comparison import write_comparison
 from flowalign.rewards.registry import checked_rewards, reward_entry
 from flowalign.runs.checkpoint import checkpoints, PROGRESS_FILE, read_progress
-from flowalign.runs.folder import AFTER, BEFORE, read_config
+from flowalign.runs.folder import AFTER, BEFORE, GUIDED, read_config
 from flowalign.settings.merging import Section
 
 OWN_SETTINGS = ("lora", "path", "attention", "gradient_checkpointing")
@@ -125,7 +126,8 @@ def compare_runs(folders: Sequence[Path], output: Path | None = None) -> tuple[C
     if len({str(run.pairs) for run in runs}) > 1:
         results = [replace(result, held_out={}) for result in results]
     before, *after = results
-    comparison = compare_results(before, dict(zip(names, after, strict=True)))
+    guided = guided_baseline(folders[0], before)
+    comparison = compare_results(before, dict(zip(names, after, strict=True)), guided)
     if not comparison.scores:
         raise UserError(
             f"{' and '.join(names)} have no evaluation score in common. "
@@ -167,6 +169,14 @@ def read_run(folder: Path) -> FinishedRun:
         before=EvaluationResult.load(folder / BEFORE),
         after=EvaluationResult.load(folder / AFTER),
     )
+
+
+def guided_baseline(folder: Path, before: EvaluationResult) -> GuidedBaseline | None:
+    """Return the guided model that a run compared with, or None if that is the model itself."""
+    guided = GuidedBaseline.load(folder / GUIDED)
+    if guided is None or guided.choice.best == guided.choice.own:
+        return None
+    return guided if guided.result.prompt.equal(before.prompt) else None
 
 
 def refuse_other_evaluation(first: FinishedRun, other: FinishedRun) -> None:

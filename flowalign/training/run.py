@@ -164,8 +164,9 @@ class Run:
         idle, more = self.progress.idle_steps, self.config.train.max_bad_steps
         advice = (
             "Give the images of a prompt different rewards (`reward/spread_in_group`), weights of "
-            "`rewards` nearer to 1, or a lower train.learning_rate in a new output folder."
-        )
+            "`rewards` nearer to 1, or a lower train.learning_rate in a new output folder. "
+            f"{self.state.scorer.combine.advice_if_equal}"
+        ).rstrip()
         if idle >= IDLE_STEPS + more:
             raise RunError(
                 f"The gradient was exactly 0 in {idle} steps in a row, the last {more} of them "

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowalign.evaluation.comparison import compare_results
+from flowalign.evaluation.guidance import GuidanceChoice, GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
 
 PROMPT = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -52,3 +53,15 @@ def test_scores_that_a_run_lacks_are_left_out():
     assert compare_results(result([0] * 6, figures), runs).scores == ["r"]
     runs["d"] = result([0] * 6, name="other")
     assert compare_results(result([0] * 6, figures), runs).scores == []
+
+
+def test_the_guided_model_counts_on_the_same_images():
+    choice = GuidanceChoice(
+        key="", setting="guidance", own=1, best=3, target="r", prompts=3, scores={}
+    )
+    guided = GuidedBaseline(choice=choice, result=result([1, 2, 3, 4, 9, 9]))
+    nan, runs = math.nan, {"a": result([0] * 6), "b": result([0, 0, 0, 0, math.nan, math.nan])}
+    comparison = compare_results(result([0, 0, 0, nan, 0, 0]), runs, guided)
+    assert comparison.guidance == 3
+    assert comparison.guided == {"r": 2}
+    assert compare_results(result([0] * 6), runs).guided == {}

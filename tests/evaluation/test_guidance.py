@@ -289,7 +289,7 @@ def test_a_damaged_baseline_is_measured_again_and_replaced(damage, base, measure
     again = make_sweep(base)(tmp_path / "second")
     assert len(measured) == 2
     assert list((cache / "guidance").iterdir()) == [kept]
-    assert GuidedBaseline.load(kept, sweep.key).choice == again.choice
+    assert GuidedBaseline.load(kept).choice == again.choice
     damage(tmp_path / "second")
     # The copy of the cache is whole, so it replaces that of the run.
     make_sweep(base)(tmp_path / "second")
@@ -299,11 +299,15 @@ def test_a_damaged_baseline_is_measured_again_and_replaced(damage, base, measure
 def test_a_baseline_of_other_facts_is_not_taken(base, tmp_path):
     sweep = make_sweep(base)
     sweep(tmp_path / "guided")
-    assert GuidedBaseline.load(tmp_path / "guided", "0" * 64) is None
     choice = tmp_path / "guided" / guidance.CHOICE
+    facts = json.loads(choice.read_text())
+    choice.write_text(json.dumps({**facts, "key": "0" * 64}))
+    guidance.write_checksums(tmp_path / "guided")
+    sweep(tmp_path / "guided")
+    assert GuidedBaseline.load(tmp_path / "guided").choice.key == sweep.key
     choice.write_text(json.dumps({"key": sweep.key}))
     guidance.write_checksums(tmp_path / "guided")
-    assert GuidedBaseline.load(tmp_path / "guided", sweep.key) is None
+    assert GuidedBaseline.load(tmp_path / "guided") is None
 
 
 def test_a_cache_that_cannot_be_written_costs_a_run_nothing(base, cache, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 
 import flowalign
 from flowalign.cli import main
+from flowalign.evaluation.guidance import GuidanceChoice, GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.runs.comparable import compare_runs
+from flowalign.runs.folder import BEFORE, GUIDED
 from flowalign.training import trainer
 from tests.hostile import assert_harmless, NAMES
 from tests.runs.damage import STEPS
@@ -74,6 +77,23 @@ def test_the_function_returns_the_figures(two, tmp_path):
             means[1] - means[0], abs=1e-6
         )
     assert (tmp_path / "mine.html").is_file()
+
+
+@pytest.mark.parametrize(("best", "shown"), [(3.0, True), (1.0, False)])
+def test_the_guided_model_of_the_first_run_has_a_row(best, shown, two, capsys):
+    before = EvaluationResult.load(two[0] / BEFORE)
+    score, *_ = before.rewards
+    choice = GuidanceChoice(
+        key="", setting="guidance", own=1.0, best=best, target=score, prompts=2, scores={}
+    )
+    rewards = {score: torch.full_like(before.rewards[score], 0.375)}
+    result = replace(before, rewards=rewards)
+    GuidedBaseline(choice=choice, result=result).save(two[0] / GUIDED)
+    assert main(["compare", *map(str, two)]) == 0
+    out = capsys.readouterr().out
+    page = (two[0].parent / "comparison.html").read_text()
+    for text in ("no adapter, guided", "0.375", "Guided is the model at its best guidance, 3."):
+        assert (text in out) == (text in page) == shown
 
 
 def test_a_run_equals_its_copy_and_several_runs_may_be_compared(two, tmp_path):

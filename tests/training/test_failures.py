@@ -135,22 +135,29 @@ FEW = [
 ]
 
 
+WEIGHTS = "weights of `rewards` nearer to 1"
+FLOOR_HELD = ["rewards={brightness: 1}", "combine={name: constrained, at_least: {brightness: -1}}"]
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "advice"),
     [
-        ["rewards={brightness: 1e-30}"],
-        pytest.param(["rewards={brightness: 1e39}"], marks=pytest.mark.slow),
+        (["rewards={brightness: 1e-30}"], WEIGHTS),
+        pytest.param(["rewards={brightness: 1e39}"], WEIGHTS, marks=pytest.mark.slow),
         # All groups are dropped, so that no update is made at all.
-        ["rewards={brightness: 1e39}", "train.drop_equal_groups=true"],
+        (["rewards={brightness: 1e39}", "train.drop_equal_groups=true"], WEIGHTS),
+        (FLOOR_HELD, "Rewards above their floors do not count: raise combine.at_least"),
     ],
 )
-def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(wrong, tmp_path, capsys):
+def test_a_gradient_of_0_is_reported_after_ten_steps_and_ends_the_run(
+    wrong, advice, tmp_path, capsys
+):
     overrides = [*wrong, "train.steps=20", "train.max_bad_steps=2", f"output={tmp_path}/run"]
     assert main(["train", str(TINY), *SMALL, *FEW, *overrides]) == 1
     printed = capsys.readouterr()
     assert "exactly 0 in 10 steps in a row: nothing is learned" in printed.out
     assert "exactly 0 in 12 steps in a row" in printed.err
-    assert "weights of `rewards` nearer to 1" in printed.err
+    assert advice in printed.err
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000012"]
     assert [line["grad_norm"] for line in read_metrics(tmp_path / "run")] == [0.0] * 12
 
