@@ -392,6 +392,8 @@ def lora_config(model: FlowModel) -> "LoraConfig":
     """Return PEFT's settings of the adapter. Raises UserError if a target matches no layer."""
     from peft import LoraConfig
 
+    from flowalign.models.adapted_linear import AdaptedLinear
+
     lora = model.config.lora
     targets = lora.targets or list(model.lora_targets)
     modules = model.transformer.named_modules()
@@ -403,9 +405,12 @@ def lora_config(model: FlowModel) -> "LoraConfig":
                 f"model.lora.targets: no layer's name ends with {target!r}; "
                 f"the layers end with {', '.join(endings)}."
             )
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=targets,
         init_lora_weights=True if lora.init == "default" else "gaussian",
     )
+    # The only way PEFT has to choose the class of a layer; its documentation describes it.
+    config._register_custom_module({nn.Linear: AdaptedLinear})
+    return config

@@ -36,6 +36,8 @@ class PipelineModel(FlowModel[C]):
     """Components that the folder of a model may lack."""
 
     def __init__(self, config: C, device: str = "cpu"):
+        from flowalign.models.rms_norm import replace_norms
+
         super().__init__(config, device)
         self.pipe = load_pipeline(
             self.pipeline_class(), config, self.optional_components, self.unused_components(config)
@@ -45,6 +47,7 @@ class PipelineModel(FlowModel[C]):
         for network in (self.transformer, self.vae, *self._text_encoders()):
             # Some encoders of transformers are built in training mode, with dropout.
             network.requires_grad_(False).eval()
+        replace_norms(self.transformer)
         self.transformer.to(self.device)
         self.vae.to(self.device)
         if config.gradient_checkpointing:
