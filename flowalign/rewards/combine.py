@@ -25,7 +25,7 @@ class Combine(Settings):
     needs_statistics: ClassVar[bool] = False
     """True if it keeps statistics of whole steps, so that it cannot combine inside a gradient."""
     advice_if_equal: ClassVar[str] = ""
-    """What to change, if all images get the same combined reward and so nothing is learned."""
+    """Advice for a run that learns nothing, because all images get the same combined reward."""
 
     def check(self, weights: dict[str, float]) -> None:
         """Raise UserError if the settings do not fit the rewards and their weights."""
