@@ -74,6 +74,7 @@ def make_context() -> SourceContext:
         ),
         seed=0,
         sampling_weights="policy",
+        keeps_paths=True,
         ranking=Ranking(),
     )
 

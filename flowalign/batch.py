@@ -7,7 +7,7 @@ processes, passes or earlier draws.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -271,6 +271,19 @@ class Batch:
         return (self.keys.of_group() if shared else self.keys).seeds(f"{purpose}/{draw}")
 
 
+class Transition(NamedTuple):
+    """A stochastic step of the sampler."""
+
+    before: Latent  # (B, *latent)
+    after: Latent  # (B, *latent)
+    log_prob: PerImage  # (B,)
+    """Its log-probability under the weights that sampled."""
+
+
+def _transition(path: Latent, log_prob: Tensor, place: int) -> Transition:
+    return Transition(path[:, place], path[:, place + 1], log_prob[:, place])
+
+
 def _take(values: Any, index: slice | list[int]) -> Any:
     if isinstance(values, dict):
         return {name: _take(entry, index) for name, entry in values.items()}
@@ -341,10 +354,12 @@ class Pairs(Batch):
     """A chosen and a rejected image for each prompt. A row is a pair."""
 
     images_per_row: ClassVar[int] = 2
-    chosen: Latent  # (B, K + 1, *latent)  from noise to x0; (B, 1, *latent) if only x0 is known
-    rejected: Latent  # like `chosen`
-    chosen_log_prob: Tensor  # (B, K)  under the weights that sampled
-    rejected_log_prob: Tensor  # (B, K)
+    chosen: Latent  # (B, *latent)
+    rejected: Latent  # (B, *latent)
+    chosen_path: Latent  # (B, S + 1, *latent)  before and after each of the S stochastic steps
+    rejected_path: Latent  # like `chosen_path`; (B, 0, *latent) for given pictures
+    chosen_log_prob: Tensor  # (B, S)  under the weights that sampled
+    rejected_log_prob: Tensor  # (B, S)
     gap: PerImage  # (B,)
     """The reward of the chosen minus that of the rejected image; 1 if only their order is known."""
     steps: range = field(default=range(0), metadata=PER_BATCH)
@@ -358,20 +373,27 @@ class Pairs(Batch):
     @property
     def x0(self) -> tuple[Latent, Latent]:
         """The chosen and the rejected latents."""
-        return self.chosen[:, -1], self.rejected[:, -1]
+        return self.chosen, self.rejected
+
+    def transition(self, k: int) -> Transition:
+        """Return the sampler's step k of the chosen and then of the rejected images (2 B rows)."""
+        chosen = _transition(self.chosen_path, self.chosen_log_prob, k - self.steps.start)
+        rejected = _transition(self.rejected_path, self.rejected_log_prob, k - self.steps.start)
+        return Transition(*(torch.cat(sides) for sides in zip(chosen, rejected, strict=True)))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one latent."""
-        return tuple(self.chosen.shape[2:])
+        return tuple(self.chosen.shape[1:])
 
 
 @dataclass(kw_only=True)
 class Rollout(Batch):
     """Images that the policy made, with everything an objective may need about them."""
 
-    path: Latent  # (B, K + 1, *latent)  from noise to x0
-    log_prob: Tensor  # (B, K)  under the weights that sampled; 0 at deterministic steps
+    x0: Latent  # (B, *latent)
+    path: Latent  # (B, S + 1, *latent)  before and after each of the S stochastic steps
+    log_prob: Tensor  # (B, S)  under the weights that sampled
     images: Tensor  # (B, 3, H, W)  bytes
     reward: PerImage  # (B,)  combined; NaN if the image was not scored
     advantage: PerImage  # (B,)
@@ -386,14 +408,19 @@ class Rollout(Batch):
         return replace(rows, reward=rows.reward.nan_to_num())
 
     @property
-    def x0(self) -> Latent:
-        """The latents at the end of the paths."""
-        return self.path[:, -1]
-
-    @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one latent."""
-        return tuple(self.path.shape[2:])
+        return tuple(self.x0.shape[1:])
+
+    def without_path(self) -> Self:
+        """Return the images alone, without the stochastic steps that led to them."""
+        # Not a view, which would keep the whole path in memory.
+        path, log_prob = torch.empty_like(self.path[:, :0]), self.log_prob.new_empty(len(self), 0)
+        return replace(self, path=path, log_prob=log_prob, steps=range(0))
+
+    def transition(self, k: int) -> Transition:
+        """Return the sampler's stochastic step k."""
+        return _transition(self.path, self.log_prob, k - self.steps.start)
 
     def step_noise(self, k: int) -> Latent:
         """Return the noise of the sampler's stochastic step k, before scaling by its std."""

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast, Self, TYPE_CHECKING
@@ -113,12 +113,14 @@ class Decay(Settings):
 
 @dataclass
 class Path:
-    """The latents that a sampler visited, and the log-probabilities of its steps."""
+    """What a sampler made of noise, and its S stochastic steps."""
 
-    x: Latent  # (B, K + 1, *latent)
-    """Latents from noise to x0, (B, K + 1, *latent)."""
-    log_prob: Tensor  # (B, K)
-    """Log-probability of every step, (B, K); 0 where the step is deterministic."""
+    x0: Latent  # (B, *latent)
+    """The latents at the end, (B, *latent)."""
+    x: Latent  # (B, S + 1, *latent)
+    """Latents before and after each stochastic step, (B, S + 1, *latent); (B, 0, ...) for S = 0."""
+    log_prob: Tensor  # (B, S)
+    """Log-probability of each stochastic step, (B, S)."""
     steps: range
     """The stochastic steps."""
 
@@ -240,9 +242,12 @@ class Policy:
             return 1.0
         return 2.0 ** round(math.log2(math.prod(self.model.latent_shape) * max(1, passes)))
 
-    def encode(self, prompts: list[str]) -> Cond:
-        """Return the inputs of the prompts under the sampler's guidance, one row per prompt."""
-        cond = self.model.encode(prompts, self.sampler.embedded_guidance)
+    def encode(self, prompts: list[str], upcoming: Iterable[str] = ()) -> Cond:
+        """Return the inputs of the prompts under the sampler's guidance, one row per prompt.
+
+        Text encoders that are needed also encode prompts of `upcoming`, which come next.
+        """
+        cond = self.model.encode(prompts, self.sampler.embedded_guidance, upcoming)
         return cond.guided(self.sampler.guidance)
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
@@ -282,7 +287,8 @@ class Policy:
         batch: Batch,
         purpose: str = "rollout",
         steps: range = range(0),
-        beginning: Latent | None = None,
+        first: int = 0,
+        x: Latent | None = None,
     ) -> Path:
         """Sample from noise to x0. The noise of every step comes from the keys of the batch.
 
@@ -290,33 +296,34 @@ class Policy:
             batch: One row per image.
             purpose: Names the stream of noise, so that evaluations differ from rollouts.
             steps: The stochastic steps; the others are steps of the ODE.
-            beginning: The first latents of each path (B, k + 1, *latent), if they are known. The
-                steps that led to them must be steps of the ODE.
+            first: The first step to take. Those before it must be steps of the ODE.
+            x: The latents (B, *latent) before that step; by default the initial noise.
         """
         shape, device = self.model.latent_shape, self.model.device
-        if beginning is None:
-            beginning = self.initial_noise(batch, purpose)[:, None]
-        path = list(beginning.unbind(1))
-        x = path[-1]
-        log_probs = [x.new_zeros(len(x)) for _ in path[1:]]
-        for k in range(len(path) - 1, self.sampler.steps):
+        if x is None:
+            x = self.initial_noise(batch, purpose)
+        latents, log_probs = [], []
+        for k in range(first, self.sampler.steps):
             gaussian = self.step(x, k, batch.cond, k in steps)
             if k in steps:
+                latents.append(x)
                 # Draw 0 is the initial noise, so step k takes draw k + 1.
                 x = gaussian.sample(batch.noise(purpose, k + 1, shape).to(device))
                 log_probs.append(gaussian.log_prob(x))
             else:
                 x = gaussian.mean
-                log_probs.append(x.new_zeros(len(x)))
-            path.append(x)
-        return Path(torch.stack(path, 1), torch.stack(log_probs, 1), steps)
+            if k + 1 == steps.stop:
+                latents.append(x)
+        if not log_probs:
+            return Path(x, x.new_zeros(len(x), 0, *shape), x.new_zeros(len(x), 0), steps)
+        return Path(x, torch.stack(latents, 1), torch.stack(log_probs, 1), steps)
 
     def beginning(self, batch: Batch, purpose: str, count: int) -> Latent:
-        """Return the latents (B, count + 1, *latent) of the first ODE steps from noise."""
-        path = [self.initial_noise(batch, purpose)]
+        """Return the latents (B, *latent) after the first `count` ODE steps from noise."""
+        x = self.initial_noise(batch, purpose)
         for k in range(count):
-            path.append(self.step(path[-1], k, batch.cond, stochastic=False).mean)
-        return torch.stack(path, 1)
+            x = self.step(x, k, batch.cond, stochastic=False).mean
+        return x
 
     def std(self, k: int) -> float:
         """Return the standard deviation of the noise that stochastic step k adds."""

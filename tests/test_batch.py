@@ -49,12 +49,13 @@ def rollout(count: int = 6) -> Rollout:
         keys=batch.keys,
         cond=batch.cond,
         weight=(rows % 2 == 0).float(),
-        path=path,
-        log_prob=torch.zeros(count, 3),
+        x0=path[:, -1],
+        path=path[:, 1:],
+        log_prob=torch.zeros(count, 2),
         images=images,
         reward=rows,
         advantage=rows,
-        steps=range(2),
+        steps=range(1, 3),
         terms={"term": rows},
     )
 
@@ -137,7 +138,7 @@ def test_a_slice_takes_every_field_of_its_images_and_keeps_those_of_the_batch():
     ):
         assert tensor.tolist() == [2, 3]
     assert len(piece.images) == len(piece.log_prob) == len(piece.cond) == len(piece) == 2
-    assert piece.steps == range(2)
+    assert piece.steps == range(1, 3)
 
 
 def test_pieces_cover_the_batch_in_order():
@@ -146,10 +147,19 @@ def test_pieces_cover_the_batch_in_order():
     assert torch.cat([piece.reward for piece in pieces]).tolist() == list(range(6))
 
 
-def test_x0_is_where_the_path_ends():
+def test_a_transition_is_found_by_the_number_of_its_step():
     batch = rollout()
-    ending = replace(batch, path=batch.path + torch.arange(4).view(1, 4, 1))
-    assert torch.equal(ending.x0.flatten(), torch.arange(6) + 3.0)
+    numbered = replace(
+        batch,
+        path=batch.path + torch.tensor([1, 2, 3]).view(1, 3, 1) / 10,
+        log_prob=torch.tensor([[-1.0, -2.0]]).expand(6, 2),
+    )
+    before, after, log_prob = numbered[4:5].transition(2)
+    assert (before.item(), after.item(), log_prob.item()) == pytest.approx((4.2, 4.3, -2))
+    nothing = numbered.without_path()
+    assert (nothing.path.shape, nothing.log_prob.shape) == ((6, 0, 1), (6, 0))
+    assert nothing.steps == range(0)
+    assert torch.equal(nothing.x0, batch.x0)
 
 
 def test_a_cond_keeps_its_guidance_when_sliced_and_loses_it_when_asked():

@@ -30,8 +30,8 @@ def test_every_ratio_is_exactly_one_before_the_first_update(dynamics, guidance):
     rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
     assert list(rollout.steps) == [0, 1, 2]
     for k in rollout.steps:
-        again = policy.step(rollout.path[:, k], k, rollout.cond).log_prob(rollout.path[:, k + 1])
-        assert torch.equal(again, rollout.log_prob[:, k])
+        before, after, log_prob = rollout.transition(k)
+        assert torch.equal(policy.step(before, k, rollout.cond).log_prob(after), log_prob)
 
 
 def test_ratios_stay_one_within_a_millionth_when_passes_are_smaller():
@@ -40,8 +40,9 @@ def test_ratios_stay_one_within_a_millionth_when_passes_are_smaller():
     rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
     for piece in rollout.pieces(2):
         for k in rollout.steps:
-            again = policy.step(piece.path[:, k], k, piece.cond).log_prob(piece.path[:, k + 1])
-            assert (again - piece.log_prob[:, k]).abs().max() <= 1e-6
+            before, after, log_prob = piece.transition(k)
+            again = policy.step(before, k, piece.cond).log_prob(after)
+            assert (again - log_prob).abs().max() <= 1e-6
 
 
 def test_adapters_off_is_the_base_model_bit_for_bit():
@@ -162,6 +163,7 @@ def test_images_depend_on_their_keys_and_not_on_their_company():
         collect(policy.at("policy"), batch[2:4], 2),
     )
     assert_close(whole.path[2:4], part.path, atol=1e-5, rtol=1e-5)
+    assert_close(whole.x0[2:4], part.x0, atol=1e-5, rtol=1e-5)
     assert (whole.path[0] - whole.path[1]).abs().max() > 0.1
 
 
@@ -188,8 +190,10 @@ def test_an_unrolled_path_is_the_one_that_is_sampled(window):
     rollout = collect(policy.at("policy"), prompts, images_per_pass=6)
     x = policy.initial_noise(prompts)
     for k in range(4):
-        x, v = policy.unroll_step(x, prompts, k)
-        assert torch.equal(x, rollout.path[:, k + 1])
+        before, (x, v) = x, policy.unroll_step(x, prompts, k)
+        if k in rollout.steps:
+            assert torch.equal(before, rollout.transition(k).before)
+            assert torch.equal(x, rollout.transition(k).after)
     assert x.requires_grad
     assert v.requires_grad
     unrolled = policy.unroll(policy.initial_noise(prompts), prompts, range(4))
@@ -201,9 +205,24 @@ def test_only_the_window_is_stochastic():
     rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
     assert len(rollout.steps) == 2
     assert set(rollout.steps) <= {1, 2, 3}
+    x = policy.initial_noise(rollout)
     for k in range(5):
-        deterministic = policy.step(rollout.path[:, k], k, rollout.cond, stochastic=False).mean
-        assert torch.equal(rollout.path[:, k + 1], deterministic) == (k not in rollout.steps)
+        deterministic = policy.at("policy").step(x, k, rollout.cond, stochastic=False).mean
+        x = rollout.transition(k).after if k in rollout.steps else deterministic
+        assert torch.equal(x, deterministic) == (k not in rollout.steps)
+    assert torch.equal(x, rollout.x0)
+
+
+@pytest.mark.parametrize(("window", "kept"), [(Window(), 5), (Window(size=2, range=(1, 4)), 3)])
+def test_only_latents_around_stochastic_steps_are_kept(window, kept):
+    policy = make_policy(Sampler(steps=5, dynamics=flow_sde, window=window))
+    rollout = collect(policy.at("policy"), two_groups(policy), images_per_pass=6)
+    assert rollout.path.shape[:2] == (6, kept)
+    assert rollout.log_prob.shape == (6, kept - 1)
+    for tensor in (rollout.path, rollout.x0):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    ode = policy.sampling(Sampler(steps=5))
+    assert collect(ode.at("policy"), two_groups(policy), 6).path.shape[:2] == (6, 0)
 
 
 def test_float16_gradients_are_scaled_back():

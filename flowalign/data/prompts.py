@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -81,13 +82,11 @@ def prompts_of_step(count: int, step: int, size: int, seed: int) -> list[int]:
     The prompts are shuffled anew for every epoch, and each occurs once per epoch. The result
     depends on the arguments only, so a resumed run sees the same prompts.
     """
-    first = step * size
-    shuffled: dict[int, list[int]] = {}
-    indices = []
-    for position in range(first, first + size):
-        epoch, offset = divmod(position, count)
-        if epoch not in shuffled:
-            # A string seed is hashed the same way in every process and Python version.
-            shuffled[epoch] = Random(f"{seed}/{epoch}").sample(range(count), count)
-        indices.append(shuffled[epoch][offset])
-    return indices
+    places = (divmod(position, count) for position in range(step * size, (step + 1) * size))
+    return [_shuffled(count, epoch, seed)[offset] for epoch, offset in places]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
+    # A string seed is hashed the same way in every process and Python version.
+    return Random(f"{seed}/{epoch}").sample(range(count), count)

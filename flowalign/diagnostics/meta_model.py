@@ -8,7 +8,7 @@ of a network is carried out on the meta device at full size, where the ledger co
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -214,7 +214,9 @@ class MetaModel(FlowModel):
         """Return the embeddings of the family, on the meta device."""
         return self.family.encode_texts(texts)
 
-    def encode(self, prompts: list[str], embedded_guidance: float = 1.0) -> Cond:
+    def encode(
+        self, prompts: list[str], embedded_guidance: float = 1.0, upcoming: Iterable[str] = ()
+    ) -> Cond:
         """Return one number for each prompt, in place of its embeddings."""
         row = torch.zeros(1, 1).expand(len(prompts), 1)
         return Cond({"prompt": torch.zeros(len(prompts), 1)}, {"prompt": row})

@@ -228,6 +228,7 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         plan=plan,
         seed=train.seed,
         sampling_weights=config.objective.sampling_weights,
+        keeps_paths=config.objective.needs_stochastic_steps,
         ranking=config.data.ranking,
     )
 

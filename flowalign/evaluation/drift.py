@@ -65,11 +65,12 @@ def diversity(rollout: Rollout) -> float:
         The root mean square difference of two images of a prompt, in [0, 1], as the mean over
         pairs and then over prompts. NaN if every prompt has a single image.
     """
-    # Images are bytes; in [0, 1] the difference does not depend on how they are stored.
-    small = F.adaptive_avg_pool2d(rollout.images.float() / 255, SIDE).flatten(1)
     means = []
     for label in rollout.group.unique():
-        pixels = small[rollout.group == label]
+        # Images are bytes; in [0, 1] the difference does not depend on how they are stored. As
+        # numbers, all images of an evaluation would take gigabytes.
+        images = rollout.images[rollout.group == label].float() / 255
+        pixels = F.adaptive_avg_pool2d(images, SIDE).flatten(1)
         if len(pixels) > 1:
             means.append(F.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
     return torch.stack(means).mean().item() if means else math.nan

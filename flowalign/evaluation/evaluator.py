@@ -88,9 +88,8 @@ class Evaluator:
         policy.model.remember([self.prompts[prompt].text for prompt, _ in members])
         with task("evaluating", total=len(members)) as work:
             for start in range(0, len(members), self.images_per_pass):
-                piece = members[start : start + self.images_per_pass]
-                yield self._sample_pass(policy, piece)
-                work.advance(len(piece))
+                yield self._sample_pass(policy, members[start:])
+                work.advance(min(self.images_per_pass, len(members) - start))
 
     @property
     def members(self) -> list[tuple[int, int]]:
@@ -99,12 +98,15 @@ class Evaluator:
         return list(product(share, range(self.images_per_prompt)))
 
     def _sample_pass(self, policy: Policy, members: list[tuple[int, int]]) -> Rollout:
+        """Sample the first images of `members`; the other ones come next."""
         prompts = [self.prompts[prompt] for prompt, _ in members]
-        batch = make_prompts(policy, prompts, Keys.evaluation(self.seed, members))
-        rollout = collect(policy, batch, self.images_per_pass, self.purpose)
-        # Paths and embeddings of thousands of images would fill a GPU; only the row count stays.
-        cond = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
-        return replace(rollout, path=rollout.path[:, -1:], cond=cond)
+        size = self.images_per_pass
+        keys = Keys.evaluation(self.seed, members[:size])
+        upcoming = (prompt.text for prompt in prompts[size:])
+        batch = make_prompts(policy, prompts[:size], keys, upcoming)
+        rollout = collect(policy, batch, size, self.purpose)
+        # Embeddings of thousands of images would fill a GPU; only their row count stays.
+        return replace(rollout, cond=rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0)))
 
     def _result(self, rollout: Rollout | None, scores: dict[str, PerImage]) -> EvaluationResult:
         """Gather the scores of all ranks, ordered by prompt and image."""

@@ -60,9 +60,10 @@ class _LowRank(torch.autograd.Function):
 
 
 def _outer(rows: Tensor, grads: Tensor) -> Tensor:
-    """Return the sum over all rows of row · gradᵀ, (rows' width, grads' width) in float32."""
+    """Return the sum over all rows of row · gradᵀ, (rows' width, grads' width), in float32."""
     left, right = rows.reshape(-1, rows.shape[-1]).T, grads.reshape(-1, grads.shape[-1])
-    if left.is_cuda and left.dtype != torch.float32:
-        # A gradient that was rounded to float16 could overflow.
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    # A sum that was rounded to float16 could overflow.
+    exact = torch.promote_types(left.dtype, torch.float32)
+    if left.is_cuda and left.dtype != exact:
+        return torch.mm(left, right, out_dtype=exact)
+    return left.to(exact) @ right.to(exact)

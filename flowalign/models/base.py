@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, Protocol, TYPE_CHECKING, TypeVar
@@ -141,14 +141,18 @@ class FlowModel(ABC, Generic[C]):
         """Return inputs (count, ...) that carry an embedded guidance; none for most families."""
         return {}
 
-    def encode(self, prompts: list[str], embedded_guidance: float = 1.0) -> Cond:
+    def encode(
+        self, prompts: list[str], embedded_guidance: float = 1.0, upcoming: Iterable[str] = ()
+    ) -> Cond:
         """Return the inputs of the prompts on the model's device. Equal prompts are encoded once.
 
         Args:
             prompts: One prompt per image.
             embedded_guidance: Scale for a model with distilled guidance; other models ignore it.
+            upcoming: Prompts that will be needed next, the soonest first. If prompts are missing,
+                as many of these as fit are encoded in the same visit to the device.
         """
-        rows = self._texts.rows(prompts, self._encode_chunks)
+        rows = self._texts.rows(prompts, self._encode_chunks, upcoming)
         inputs, null = {}, {}
         for name, empty in rows[""].items():
             inputs[name] = torch.stack([rows[text][name] for text in prompts]).to(self.device)
@@ -159,7 +163,7 @@ class FlowModel(ABC, Generic[C]):
         return Cond(inputs | scale, null | scale)
 
     def remember(self, prompts: list[str]) -> None:
-        """Encode prompts in advance, as many as the cache holds, and keep them.
+        """Encode prompts in advance and keep them, if the cache holds all of them.
 
         The text encoders move to the device once for all of them.
         """

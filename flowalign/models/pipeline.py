@@ -25,6 +25,32 @@ LARGE, HUGE = 512 * 512, 1536 * 1536
 """Pixels from which the autoencoder decodes image by image, and from which tile by tile."""
 
 
+@contextlib.contextmanager
+def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Move frozen networks to a device for the block.
+
+    Nothing is copied back: the values on the CPU are kept, and take their place again.
+    """
+    modules = [module for network in networks for module in network.modules()]
+    owned = [
+        (module, name, tensor, tensor.data)
+        for module in modules
+        for name, tensor in [*module.named_parameters(recurse=False), *_buffers(module)]
+    ]
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for module, name, tensor, value in owned:
+            tensor.data = value
+            setattr(module, name, tensor)
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_buffers(recurse=False))
+
+
 class PipelineModel(FlowModel[C]):
     """A family over the classes of a diffusers pipeline. The autoencoder stays in float32."""
 
@@ -141,15 +167,8 @@ class PipelineModel(FlowModel[C]):
     def text_encoders_on_device(self) -> Iterator[None]:
         """Keep the text encoders on the device only while they encode."""
         # They can be the largest part of a model, and training needs none of them.
-        encoders = self._text_encoders()
-        for encoder in encoders:
-            encoder.to(self.device)
-        try:
+        with visiting(self._text_encoders(), self.device):
             yield
-        finally:
-            if self.device.type != "cpu":
-                for encoder in encoders:
-                    encoder.to("cpu")
 
     def networks(self) -> dict[str, nn.Module]:
         """Return all networks of the pipeline by their component names."""

@@ -99,7 +99,10 @@ class Objective(Settings, Generic[B, D]):
     learns_from: ClassVar[type[Batch]] = Rollout
     """The kind of batch: Prompts, Rollout, Pairs or Examples."""
     needs_stochastic_steps: ClassVar[bool] = False
-    """True if the paths it learns from must have steps with a log-probability."""
+    """True if it learns from stochastic steps and their log-probabilities, and not from x0 alone.
+
+    Otherwise a rollout keeps no path.
+    """
     uses_advantages: ClassVar[bool] = True
     """True if it learns from a rollout's advantages, false if from its rewards."""
     sampling_weights: ClassVar[str] = "policy"

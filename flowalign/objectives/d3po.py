@@ -76,11 +76,11 @@ class D3PO(PathObjective[Pairs]):
     def loss(self, policy: Policy, pairs: Pairs, k: int) -> Loss:
         """Return the loss at step k of each pair."""
         # Both paths go through the network in one call, which rounds them alike.
-        paths, cond = torch.cat([pairs.chosen, pairs.rejected]), pairs.cond.twice()
-        gaussian = policy.step(paths[:, k], k, cond)
-        gaussian_ref = self.reference.of(policy).step(paths[:, k], k, cond)
+        (before, after, _old_log_prob), cond = pairs.transition(k), pairs.cond.twice()
+        gaussian = policy.step(before, k, cond)
+        gaussian_ref = self.reference.of(policy).step(before, k, cond)
 
-        log_ratio = gaussian.log_prob(paths[:, k + 1]) - gaussian_ref.log_prob(paths[:, k + 1])
+        log_ratio = gaussian.log_prob(after) - gaussian_ref.log_prob(after)
         # Clipping the ratio is clipping its logarithm, which does not overflow.
         low, high = math.log(1 - self.clip_range), math.log(1 + self.clip_range)
         clipped = CLIPS[self.clip](log_ratio, low, high)
@@ -95,7 +95,7 @@ class D3PO(PathObjective[Pairs]):
         }
         # A reference that does not move is the base, whose step is known already.
         needs_base = self.kl_weight and self.reference.every
-        base = policy.at("reference").step(paths[:, k], k, cond) if needs_base else gaussian_ref
+        base = policy.at("reference").step(before, k, cond) if needs_base else gaussian_ref
         return Loss(loss, stats) + self.penalty(gaussian, base)
 
     def penalty(self, gaussian: Gaussian, base: Gaussian) -> Loss:

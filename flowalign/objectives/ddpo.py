@@ -63,8 +63,8 @@ class DDPO(PathObjective[Rollout]):
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         """Return the loss at step k of each image."""
-        gaussian = policy.step(rollout.path[:, k], k, rollout.cond)
-        log_prob, old_log_prob = gaussian.log_prob(rollout.path[:, k + 1]), rollout.log_prob[:, k]
+        before, after, old_log_prob = rollout.transition(k)
+        log_prob = policy.step(before, k, rollout.cond).log_prob(after)
 
         estimate = ESTIMATORS[self.estimator]
         loss = estimate(log_prob, old_log_prob, rollout.advantage, self.clip_range).mean()

@@ -37,14 +37,15 @@ from flowalign.settings.types import NonNegative, Positive
 
 def log_ratio(gaussian: Gaussian, rollout: Rollout, k: int) -> PerImage:
     """Return log π_θ - log π_old of step k."""
-    return gaussian.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
+    _before, after, old_log_prob = rollout.transition(k)
+    return gaussian.log_prob(after) - old_log_prob
 
 
 def normalised_log_ratio(gaussian: Gaussian, rollout: Rollout, k: int) -> PerImage:
     """Return std · (log ratio + ‖Δμ‖² / 2 std²) = mean(noise · Δμ) (GRPO-Guard, equation 8)."""
     noise = rollout.step_noise(k)
     # Δμ: the new mean minus the mean at sampling.
-    delta_mean = gaussian.mean - (rollout.path[:, k + 1] - gaussian.std * noise)
+    delta_mean = gaussian.mean - (rollout.transition(k).after - gaussian.std * noise)
     return (noise * delta_mean).flatten(1).mean(1)
 
 
@@ -93,7 +94,8 @@ class FlowGRPO(PathObjective[Rollout]):
 
     def loss(self, policy: Policy, rollout: Rollout, k: int) -> Loss:
         """Return the loss at step k of each image."""
-        gaussian, advantage = policy.step(rollout.path[:, k], k, rollout.cond), rollout.advantage
+        gaussian = policy.step(rollout.transition(k).before, k, rollout.cond)
+        advantage = rollout.advantage
 
         log_ratio = RATIOS[self.ratio](gaussian, rollout, k)
         ratio = log_ratio.exp()
@@ -113,7 +115,8 @@ class FlowGRPO(PathObjective[Rollout]):
         """Return β KL(π_θ ‖ π_ref) at step k."""
         if self.kl_weight == 0:
             return Loss(gaussian.mean.new_zeros(()), {})
-        kl = gaussian.kl(policy.at("reference").step(rollout.path[:, k], k, rollout.cond))
+        reference = policy.at("reference")
+        kl = gaussian.kl(reference.step(rollout.transition(k).before, k, rollout.cond))
         if self.kl == "per_time":
             kl = kl * (policy.times[k] - policy.times[k + 1])
         return Loss(self.kl_weight * kl.mean(), {"kl": Mean(kl)})

@@ -77,8 +77,8 @@ class PRDP(PathObjective[Pairs]):
 
     def log_prob(self, policy: Policy, pairs: Pairs, k: int) -> PerImage:
         """Return log π(x_{k+1} | x_k, c) of the chosen, then of the rejected (2 B,)."""
-        paths = torch.cat([pairs.chosen, pairs.rejected])
-        return policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1])
+        before, after, _old_log_prob = pairs.transition(k)
+        return policy.step(before, k, pairs.cond.twice()).log_prob(after)
 
     def differences(
         self, policy: Policy, pairs: Pairs, k: int, log_prob_ref: PerImage
@@ -87,7 +87,7 @@ class PRDP(PathObjective[Pairs]):
 
         The third value is the log-ratio of each image to the weights that sampled (2 B,).
         """
-        old_log_prob = torch.cat([pairs.chosen_log_prob[:, k], pairs.rejected_log_prob[:, k]])
+        old_log_prob = pairs.transition(k).log_prob
         moved = self.log_prob(policy, pairs, k) - old_log_prob
         before = old_log_prob - log_prob_ref
         clipped = moved.clamp(-self.clip_range, self.clip_range)

@@ -1,23 +1,29 @@
 """Sample rollouts: images for prompts, with the paths that led to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from flowalign.batch import Keys, Prompts, Rollout
 from flowalign.data.prompts import Prompt
 from flowalign.flow import concatenate, Latent
-from flowalign.policy import Policy
+from flowalign.policy import Path, Policy
 
 
-def make_prompts(policy: Policy, prompts: list[Prompt], keys: Keys) -> Prompts:
-    """Return prompts with their embeddings. Each row is one image to make."""
+def make_prompts(
+    policy: Policy, prompts: list[Prompt], keys: Keys, upcoming: Iterable[str] = ()
+) -> Prompts:
+    """Return prompts with their embeddings. Each row is one image to make.
+
+    Text encoders that are needed also encode prompts of `upcoming`, which come next.
+    """
     texts = [prompt.text for prompt in prompts]
     return Prompts(
         prompts=texts,
         metadata=[prompt.metadata for prompt in prompts],
         keys=keys,
-        cond=policy.encode(texts),
+        cond=policy.encode(texts, upcoming),
         weight=torch.ones(len(texts)),
     )
 
@@ -37,19 +43,22 @@ def collect_passes(
     # All passes of a step share one window of stochastic steps, so that they can be joined.
     steps = policy.sampler.stochastic_steps(step, seed)
     pieces = prompts.pieces(images_per_pass)
+    first, beginnings = 0, (policy.initial_noise(piece, purpose) for piece in pieces)
     if policy.sampler.same_noise:
-        beginnings = shared_beginnings(policy, prompts, steps.start, images_per_pass, purpose)
-    else:
-        beginnings = (policy.initial_noise(piece, purpose)[:, None] for piece in pieces)
-    for piece, beginning in zip(pieces, beginnings, strict=True):
-        yield _collect(policy, piece, steps, purpose, beginning)
+        first = steps.start
+        beginnings = shared_beginnings(policy, prompts, first, images_per_pass, purpose)
+    for piece, x in zip(pieces, beginnings, strict=True):
+        with torch.no_grad():
+            path = policy.generate(piece, purpose, steps, first, x)
+            images = policy.decode(path.x0)
+        yield _rollout(piece, path, images)
 
 
 @torch.no_grad()
 def shared_beginnings(
     policy: Policy, prompts: Prompts, count: int, images_per_pass: int, purpose: str
 ) -> Iterator[Latent]:
-    """Yield for each pass the latents (B, count + 1, *latent) of the first `count` ODE steps.
+    """Yield for each pass the latents (B, *latent) after the first `count` ODE steps.
 
     With one noise for a prompt its images are equal until the first stochastic step, so these steps
     are taken once for each prompt (Flow-GRPO-Fast). They equal those of all images up to rounding,
@@ -64,23 +73,20 @@ def shared_beginnings(
         yield shared[rows]
 
 
-@torch.no_grad()
-def _collect(
-    policy: Policy, prompts: Prompts, steps: range, purpose: str, beginning: Latent
-) -> Rollout:
-    path = policy.generate(prompts, purpose, steps, beginning)
+def _rollout(prompts: Prompts, path: Path, images: Tensor) -> Rollout:
     # Rewards come later, so that a pass is scored while the next is sampled.
-    zeros = torch.zeros(len(prompts), device=path.x.device)
+    zeros = torch.zeros(len(prompts), device=path.x0.device)
     return Rollout(
         prompts=prompts.prompts,
         metadata=prompts.metadata,
         keys=prompts.keys,
         cond=prompts.cond,
         weight=torch.ones(len(prompts)),
+        x0=path.x0,
         path=path.x,
         log_prob=path.log_prob,
         # Bytes on the CPU: images of a whole step would fill a GPU, and rewards read them later.
-        images=(policy.decode(path.x[:, -1]) * 255).round().byte().cpu(),
+        images=(images * 255).round().byte().cpu(),
         reward=zeros,
         advantage=zeros,
         steps=path.steps,

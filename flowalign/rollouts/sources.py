@@ -5,7 +5,8 @@ depends on the state (TrainState). A checkpoint holds that state, so a resumed r
 same batches.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -46,6 +47,8 @@ class SourceContext:
     seed: int
     sampling_weights: str
     """The weights that sample: "policy", or a snapshot."""
+    keeps_paths: bool
+    """True to keep the latents and log-probabilities of stochastic steps."""
     ranking: Ranking
 
     @cached_property
@@ -70,7 +73,15 @@ class SourceContext:
         # The images of a prompt are adjacent, so that passes can hold whole groups.
         members = list(product(indices, range(self.plan.images_per_prompt)))
         prompts = [self.prompts[indices[slot]] for slot, _ in members]
-        return make_prompts(self.policy, prompts, Keys.training(self.seed, step, members))
+        keys = Keys.training(self.seed, step, members)
+        return make_prompts(self.policy, prompts, keys, self.upcoming(step))
+
+    def upcoming(self, step: int) -> Iterator[str]:
+        """Yield this process's prompts of the steps after this one, for a pass over the data."""
+        texts = [entry.prompt.text for entry in self.examples] or [p.text for p in self.prompts]
+        steps = math.ceil(len(texts) / self.plan.prompts_per_step)
+        for later in range(step + 1, step + 1 + steps):
+            yield from (texts[index] for index in self.indices(len(texts), later).values())
 
 
 def source_of(kind: type[Batch], context: SourceContext) -> Source:
@@ -111,8 +122,10 @@ def _with_gradient(
 def scored_rollouts(context: SourceContext, step: int) -> tuple[Rollout, Metrics]:
     """Return images sampled under `sampling_weights`, with rewards and advantages."""
     policy = context.policy.at(context.sampling_weights)
-    prompts = context.step_prompts(step)
-    return context.scorer(collect_passes(policy, prompts, context.plan.images_per_pass))
+    passes = collect_passes(policy, context.step_prompts(step), context.plan.images_per_pass)
+    if not context.keeps_paths:
+        passes = (rollout.without_path() for rollout in passes)
+    return context.scorer(passes)
 
 
 def ranked_pairs(context: SourceContext, step: int) -> tuple[Pairs, Metrics]:
@@ -171,15 +184,17 @@ def make_pairs(
     # `read_examples` made sure that every example has two pictures if the objective needs pairs.
     rejected = _encode(context, members, [e.rejected for e in members if e.rejected])
     gap = torch.tensor([example.gap for example in members], device=base.device)
-    no_steps = chosen.new_zeros(len(base), 0)
+    no_path, no_steps = torch.empty_like(chosen[:, None][:, :0]), chosen.new_empty(len(base), 0)
     return Pairs(
         prompts=base.prompts,
         metadata=base.metadata,
         keys=base.keys,
         cond=base.cond,
         weight=torch.ones_like(gap),
-        chosen=chosen[:, None],
-        rejected=rejected[:, None],
+        chosen=chosen,
+        rejected=rejected,
+        chosen_path=no_path,
+        rejected_path=no_path,
         chosen_log_prob=no_steps,
         rejected_log_prob=no_steps,
         gap=gap,
@@ -210,4 +225,5 @@ def _prompts_of(
     context: SourceContext, members: list[Example], indices: dict[int, int], step: int
 ) -> Prompts:
     keys = Keys.training(context.seed, step, [(slot, 0) for slot in indices])
-    return make_prompts(context.policy, [example.prompt for example in members], keys)
+    prompts = [example.prompt for example in members]
+    return make_prompts(context.policy, prompts, keys, context.upcoming(step))

@@ -213,6 +213,7 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         plan=plan,
         seed=train.seed,
         sampling_weights=objective.sampling_weights,
+        keeps_paths=objective.needs_stochastic_steps,
         ranking=config.data.ranking,
     )
     optimizer = make_optimizer(policy, train.learning_rate, train.weight_decay)

@@ -27,8 +27,8 @@ def test_the_bundled_models_hold_no_path_of_the_machine_that_trained_them():
 def pictures_of(policy: Policy, images: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """The initial noise of two groups, and the pictures it becomes."""
     batch = two_groups(policy, images)
-    path = policy.at("reference").generate(batch)
-    return path.x[:, 0], policy.decode(path.x[:, -1])
+    x0 = policy.at("reference").generate(batch).x0
+    return policy.initial_noise(batch), policy.decode(x0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])

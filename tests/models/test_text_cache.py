@@ -1,10 +1,14 @@
 """Prompts are encoded once, and the cache of their embeddings has a bound."""
 
 import contextlib
+import math
 
+import pytest
 import torch
+from torch import nn
 
 from flowalign.models import load_model
+from flowalign.models.pipeline import visiting
 from flowalign.models.text_cache import ENCODE_AT_ONCE, RECENT, TextCache
 from tests.tiny import sd3_config
 
@@ -35,15 +39,43 @@ def test_a_text_is_encoded_once_together_with_the_empty_one():
     assert encode.chunks == [[""], ["abc"], ["a"], ["ab"]]
 
 
-def test_texts_in_advance_are_kept_as_many_as_fit_and_others_are_encoded_alone():
+def test_texts_in_advance_are_kept_if_all_fit_and_others_are_encoded_alone():
     cache, encode = TextCache(max_bytes=3 * ROW_BYTES), Encoder()
     cache.keep(["a", "b", "c"], encode)
-    assert encode.chunks == [[""], ["a", "b"]]
+    assert encode.chunks == [[""]]
+    cache.keep(["a", "b", "a"], encode)
+    assert encode.chunks[1:] == [["a", "b"]]
     cache.rows(["a", "c", "d"], encode)
     assert encode.chunks[2:] == [["c"], ["d"]]
     cache.keep(["e"], encode)
     cache.rows(["a", "b", "c"], encode)
     assert len(encode.chunks) == 4
+
+
+def test_one_visit_encodes_the_texts_that_come_next_each_alone_as_many_as_fit():
+    cache, encode = TextCache(max_bytes=(RECENT + 11) * ROW_BYTES), Visits()
+    texts = [str(number) for number in range(1000)]
+    steps = [texts[start : start + 5] for start in range(0, 1000, 5)]
+    for step, wanted in enumerate(steps):
+        later = (text for following in steps[step + 1 :] for text in following)
+        assert set(cache.rows(wanted, encode, later)) == {"", *wanted}
+    assert encode.chunks == [[""], *([text] for text in texts)]
+    # Beside the empty prompt there is room for 74 others, which is 14 whole steps.
+    assert RECENT == 64
+    assert encode.visits == 1 + math.ceil(1000 / 70)
+    assert len(cache._recent) == 74
+
+
+class Visits(Encoder):
+    """An encoder that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visits = 0
+
+    def __call__(self, chunks):
+        self.visits += 1
+        return super().__call__(chunks)
 
 
 def test_the_least_recently_used_text_leaves_first_and_kept_ones_stay():
@@ -113,4 +145,27 @@ def test_no_more_prompts_are_remembered_than_fit():
     encoded, encode = [], model.encode_texts
     model.encode_texts = lambda texts: encoded.extend(texts) or encode(texts)
     model.remember(["a circle", "a square", "a dot", "a star"])
+    assert encoded == []
+    model.remember(["a circle", "a square"])
     assert encoded == ["a circle", "a square"]
+
+
+def test_a_network_that_visited_a_device_has_its_own_parameters_back():
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors_of(network)}
+
+    def fail_there():
+        with visiting([network], torch.device("meta")):
+            assert all(tensor.is_meta for _, tensor in tensors_of(network))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_there()
+    for name, tensor in tensors_of(network):
+        address, values = before[name]
+        assert tensor.data_ptr() == address
+        assert torch.equal(tensor, values)
+
+
+def tensors_of(network):
+    return [*network.named_parameters(), *network.named_buffers()]

@@ -91,7 +91,8 @@ def rollout_of(
     reward = advantage if reward is None else reward
     return Rollout(
         **labels(group, **means),
-        path=x0[:, None],
+        x0=x0,
+        path=x0[:, None][:, :0],
         log_prob=log_prob,
         images=images,
         reward=reward,

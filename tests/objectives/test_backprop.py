@@ -616,6 +616,7 @@ def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
         plan=counts,
         seed=0,
         sampling_weights="policy",
+        keeps_paths=True,
         ranking=Ranking(),
     )
 

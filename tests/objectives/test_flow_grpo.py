@@ -54,6 +54,7 @@ def rollout_of(path: Tensor, log_prob: Tensor, advantage: Tensor) -> Rollout:
         keys=Keys.training(0, 0, [(0, 0)] * count),
         cond=Cond(empty, empty),
         weight=torch.ones(count),
+        x0=path[:, -1],
         path=path,
         log_prob=log_prob,
         images=torch.zeros(count, 3, 1, 1, dtype=torch.uint8),

@@ -577,7 +577,8 @@ def prdp_gradient(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> Tensor:
 
 def directly(objective: PRDP, policy: ChainPolicy, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Squared errors of the whole paths' differences, as they are and with clipped steps."""
-    paths, reference = torch.cat([pairs.chosen, pairs.rejected]), policy.at("reference")
+    paths = torch.cat([pairs.chosen_path, pairs.rejected_path])
+    reference = policy.at("reference")
     old = torch.cat([pairs.chosen_log_prob, pairs.rejected_log_prob])
     new = [
         policy.step(paths[:, k], k, pairs.cond.twice()).log_prob(paths[:, k + 1]) for k in range(3)
@@ -707,7 +708,8 @@ def test_the_normalised_ratio_is_the_ratio_without_its_bias_and_scale(sampled):
     stir(policy)
     for k in rollout.steps:
         step, old = (
-            p.at("policy").step(rollout.path[:, k], k, rollout.cond) for p in (policy, still)
+            p.at("policy").step(rollout.transition(k).before, k, rollout.cond)
+            for p in (policy, still)
         )
         moved = step.mean - old.mean
         log_ratio = step.log_prob(rollout.path[:, k + 1]) - rollout.log_prob[:, k]
@@ -800,7 +802,7 @@ def dominance_pairs(*scores: list[float], **settings: Any) -> tuple[list[tuple[i
     """The pairs of one prompt's images by these scores of each reward, and all rows."""
     rewards = {str(number): torch.tensor(values) for number, values in enumerate(scores)}
     rollout = judged([[sum(values) for values in zip(*scores, strict=True)]])
-    rollout = replace(rollout, rewards=rewards, path=torch.arange(len(rollout)).view(-1, 1, 1))
+    rollout = replace(rollout, rewards=rewards, x0=torch.arange(len(rollout)).view(-1, 1))
     pairs = rank(rollout, Ranking(by="dominance", **settings))
     kept = pairs.trainable_rows()
     sides = (side.flatten().tolist() for side in kept.x0)
@@ -939,8 +941,10 @@ def test_weights_average_to_one_within_a_prompt_and_between_prompts():
 def test_ranked_pairs_keep_the_paths_and_log_probabilities_that_were_sampled(sampled):
     rollout = replace(sampled[1], reward=torch.tensor([0.1, 0.5, 0.3, 2.0, 1.0, 3.0]))
     pairs = rank(rollout, Ranking())
-    for side, rows in ((pairs.chosen, [1, 5]), (pairs.rejected, [0, 4])):
-        assert torch.equal(side, rollout.path[rows])
+    sides = (pairs.chosen, pairs.chosen_path, [1, 5]), (pairs.rejected, pairs.rejected_path, [0, 4])
+    for x0, path, rows in sides:
+        assert torch.equal(x0, rollout.x0[rows])
+        assert torch.equal(path, rollout.path[rows])
     assert torch.equal(pairs.chosen_log_prob, rollout.log_prob[[1, 5]])
     assert torch.equal(pairs.rejected_log_prob, rollout.log_prob[[0, 4]])
     assert pairs.steps == rollout.steps

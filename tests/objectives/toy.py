@@ -93,9 +93,8 @@ def labels(count: int, images: int = 1) -> dict[str, Any]:
 
 def pairs_of(chosen: Tensor, rejected: Tensor, weight: Tensor | None = None) -> Pairs:
     """Pairs of x0 (B, *latent)."""
-    return path_pairs(
-        chosen[:, None], rejected[:, None], torch.zeros(len(chosen), 0), weight=weight
-    )
+    paths = chosen[:, None], rejected[:, None]
+    return path_pairs(*paths, torch.zeros(len(chosen), 0), weight=weight)
 
 
 def path_pairs(
@@ -108,11 +107,14 @@ def path_pairs(
     """Pairs of paths (B, K + 1, *latent); `log_prob` of chosen, then of rejected (2 B, K)."""
     one = torch.ones(len(chosen))
     gap, weight = one if gap is None else gap, one if weight is None else weight
-    log_probs = log_prob.chunk(2) if log_prob.numel() else (log_prob, log_prob)
+    unknown = torch.zeros(len(chosen), chosen.shape[1] - 1)
+    log_probs = log_prob.chunk(2) if log_prob.numel() else (unknown, unknown)
     return Pairs(
         **{**labels(len(chosen)), "weight": weight},
-        chosen=chosen,
-        rejected=rejected,
+        chosen=chosen[:, -1],
+        rejected=rejected[:, -1],
+        chosen_path=chosen,
+        rejected_path=rejected,
         chosen_log_prob=log_probs[0],
         rejected_log_prob=log_probs[1],
         gap=gap,
@@ -129,6 +131,7 @@ def rollout_of(path: Tensor, log_prob: Tensor, reward: Tensor, images: int = 1) 
     pictures = torch.zeros(len(path), 3, 1, 1, dtype=torch.uint8)
     return Rollout(
         **labels(len(path), images),
+        x0=path[:, -1],
         path=path,
         log_prob=log_prob,
         images=pictures,

@@ -57,20 +57,23 @@ def test_shared_steps_lead_to_the_pictures_of_the_full_computation(images_per_pa
     rollout = collect(policy, batch, images_per_pass)
     full = policy.generate(batch, steps=rollout.steps)
     # Forwards of 2 rows and of 6 round differently, and in nothing else.
+    assert_close(rollout.x0, full.x0, atol=1e-5, rtol=1e-5)
     assert_close(rollout.path, full.x, atol=1e-5, rtol=1e-5)
     assert_close(rollout.log_prob, full.log_prob, atol=1e-5, rtol=1e-5)
     # In passes of equal rows they agree bit for bit.
     first = policy.generate(batch[[0, 3]], steps=rollout.steps)
-    assert torch.equal(rollout.path[[0, 3], : START + 1], first.x[:, : START + 1])
-    assert torch.equal(rollout.path[0, : START + 1], rollout.path[2, : START + 1])
-    assert not torch.equal(rollout.path[0, START + 1], rollout.path[2, START + 1])
+    assert torch.equal(rollout.path[[0, 3], 0], first.x[:, 0])
+    assert torch.equal(rollout.path[0, 0], rollout.path[2, 0])
+    assert not torch.equal(rollout.path[0, 1], rollout.path[2, 1])
 
 
 def test_one_image_for_each_prompt_is_that_of_the_full_computation_bit_for_bit():
     policy = late_window(same_noise=True)
     batch = two_groups(policy, images=1)
     rollout = collect(policy, batch, images_per_pass=2)
-    assert torch.equal(rollout.path, policy.generate(batch, steps=rollout.steps).x)
+    full = policy.generate(batch, steps=rollout.steps)
+    assert torch.equal(rollout.path, full.x)
+    assert torch.equal(rollout.x0, full.x0)
 
 
 def test_every_ratio_is_one_after_shared_steps():
@@ -78,5 +81,5 @@ def test_every_ratio_is_one_after_shared_steps():
     rollout = collect(policy, two_groups(policy), images_per_pass=6)
     assert list(rollout.steps) == [START, START + 1]
     for k in rollout.steps:
-        again = policy.step(rollout.path[:, k], k, rollout.cond).log_prob(rollout.path[:, k + 1])
-        assert torch.equal(again, rollout.log_prob[:, k])
+        before, after, log_prob = rollout.transition(k)
+        assert torch.equal(policy.step(before, k, rollout.cond).log_prob(after), log_prob)

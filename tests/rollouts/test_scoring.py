@@ -50,6 +50,7 @@ def grey(*groups: list[int]) -> Rollout:
         keys=Keys.of_rows(keys),
         cond=cond,
         weight=torch.ones(len(levels)),
+        x0=path[:, 0],
         path=path,
         log_prob=nothing,
         images=images,

@@ -110,6 +110,7 @@ def context(
         plan=BatchPlan(**settings),
         seed=0,
         sampling_weights="policy",
+        keeps_paths=True,
         ranking=Ranking(),
     )
 
@@ -216,7 +217,17 @@ def test_given_pictures_come_before_those_the_policy_would_make(pairs):
     assert type(source_of(Pairs, context(pairs))(0)[0]) is Pairs
     assert type(source_of(Examples, context(pairs))(0)[0]) is Examples
     made = source_of(Pairs, context())(0)[0]
-    assert made.chosen.shape[1] == 3  # a path of two steps
+    # Of two steps one is stochastic.
+    assert made.chosen_path.shape[1] == 2
+
+
+def test_objectives_that_learn_from_x0_alone_get_no_path(pairs):
+    with_path, without = (
+        source_of(Rollout, replace(context(), keeps_paths=keeps))(0)[0] for keeps in (True, False)
+    )
+    assert with_path.path.shape[1] == 2
+    assert without.path.shape[1] == without.log_prob.shape[1] == len(without.steps) == 0
+    assert torch.equal(with_path.x0, without.x0)
 
 
 def test_rollouts_are_made_by_the_weights_that_the_objective_names():
