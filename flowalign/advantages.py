@@ -50,10 +50,11 @@ def incomplete_rows(scores: dict[str, PerImage], group: Tensor) -> Tensor:
     Such images cannot be compared with each other. A reward that no image of a group has is left
     to the other rewards.
     """
-    same_group = group[:, None] == group[None]
+    labels, index = group.unique(return_inverse=True)
     incomplete = torch.zeros(len(group), dtype=torch.bool)
     for values in scores.values():
-        incomplete |= values.isnan() & (same_group & ~values.isnan()[None]).any(1)
+        scored = torch.zeros(len(labels)).index_add(0, index, (~values.isnan()).float())
+        incomplete |= values.isnan() & (scored > 0)[index]
     return incomplete
 
 
@@ -144,14 +145,19 @@ def win_rate(
     tiny differences are not enlarged by their own deviation. Pref-GRPO (arXiv 2508.20751) has win
     rates too, but its judge compares images in pairs: a pairwise reward and `group_advantage`.
     """
-    reward = rewards.combined
-    scored = ~reward.isnan()
-    comparable = ((group[:, None] == group[None]) & scored[:, None] & scored[None]).double()
+    reward, share = rewards.combined, torch.full((len(group),), torch.nan, dtype=torch.float64)
+    _labels, index, sizes = group.unique(return_inverse=True, return_counts=True)
+    for members in index.argsort(stable=True).split(sizes.tolist()):
+        rows = members[rewards.scored[members]]
+        share[rows] = share_beaten(reward[rows])
+    return normalised(share, group, std, epsilon, clip)
+
+
+def share_beaten(reward: PerImage) -> PerImage:
+    """Return the share of the other rewards that each one beats, (N,) in float64."""
     wins = (reward[:, None] > reward[None]).double() + 0.5 * (reward[:, None] == reward[None])
-    # An image ties with itself, which is taken off again.
-    beaten = (comparable * wins).sum(1) - 0.5
-    share = beaten / (comparable.sum(1) - 1).clamp(min=1)
-    return normalised(share.where(scored, torch.nan), group, std, epsilon, clip)
+    # A reward ties with itself, which is taken off again.
+    return (wins.sum(1) - 0.5) / max(1, len(reward) - 1)
 
 
 def log_tamed(

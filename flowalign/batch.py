@@ -256,10 +256,14 @@ class Batch:
         same noise.
         """
         noise = torch.empty(len(self), *shape)
-        generator = torch.Generator()
+        generator, drawn = torch.Generator(), dict[int, Tensor]()
         for row, seed in zip(noise, self._seeds(purpose, draw, shared), strict=True):
-            generator.manual_seed(seed)
-            torch.randn(shape, generator=generator, out=row)
+            # Rows of a group may share their noise, which is drawn once.
+            if seed in drawn:
+                row.copy_(drawn[seed])
+            else:
+                torch.randn(shape, generator=generator.manual_seed(seed), out=row)
+                drawn[seed] = row
         return noise
 
     def uniform(self, purpose: str, draw: int, shared: bool = False) -> PerImage:

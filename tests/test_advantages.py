@@ -171,6 +171,18 @@ def test_win_rates_by_hand():
     )
 
 
+def test_the_work_is_linear_in_the_number_of_groups():
+    """A comparison of all pairs of these images would take 29 GB."""
+    group = torch.arange(60_000) % 20_000
+    reward = (torch.arange(60_000) // 20_000).float()
+    scores = {"r": reward.where(group != 5, torch.nan)}
+    table = RewardTable.of_scores(scores["r"], scores, {"r": 1.0}, group)
+    found = advantage.win_rate(table, group)
+    high = 0.5 / (1 / 6) ** 0.5
+    expected = torch.tensor([-high, 0, high])[reward.long()].where(group != 5, 0)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
 def test_log_tamed_leaves_a_steady_reward_and_tames_a_wild_one():
     steady, wild = (
         torch.tensor([1.0, 1.1, 0.9, 1.0, 1.0, 1.0]),

@@ -123,6 +123,17 @@ def test_noise_is_float32_on_the_cpu():
     assert (noise.dtype, noise.device.type, noise.shape) == (torch.float32, "cpu", (6, *SHAPE))
 
 
+def test_noise_that_a_group_shares_is_drawn_once(monkeypatch):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(a) or randn(*a, **k))
+    noise = prompts().noise("loss", 0, SHAPE, shared=True)
+    groups = prompts().group.tolist()
+    assert len(drawn) == len(set(groups)) < len(groups)
+    for row, group in zip(noise, groups, strict=True):
+        assert torch.equal(row, noise[groups.index(group)])
+    assert not torch.equal(noise[0], noise[-1])
+
+
 def test_a_slice_takes_every_field_of_its_images_and_keeps_those_of_the_batch():
     piece = rollout()[2:4]
     assert piece.prompts == ["prompt 0", "prompt 1"]
