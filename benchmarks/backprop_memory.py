@@ -75,6 +75,7 @@ def make_context() -> SourceContext:
         seed=0,
         sampling_weights="policy",
         keeps_paths=True,
+        null_gradient=True,
         ranking=Ranking(),
     )
 

@@ -113,7 +113,7 @@ class Decay(Settings):
 
 @dataclass
 class Path:
-    """What a sampler made of noise, and its S stochastic steps."""
+    """The latents that a sampler made of noise, and its S stochastic steps."""
 
     x0: Latent  # (B, *latent)
     """The latents at the end, (B, *latent)."""

@@ -1,5 +1,7 @@
 """Adapters, snapshots, and the sampler that training re-evaluates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,7 +14,7 @@ from flowalign.objectives.flow_grpo import FlowGRPO
 from flowalign.policy import Decay, Policy, Sampler
 from flowalign.rollouts.collect import collect
 from flowalign.training.gradient import compute_gradient, Meter
-from tests.tiny import make_policy, sd3_config, stir, TEXTS, two_groups
+from tests.tiny import kept_storages, make_policy, sd3_config, stir, TEXTS, two_groups
 
 STOCHASTIC = [flow_sde, dance_sde, cps, ddim]
 
@@ -240,3 +242,42 @@ def test_float16_gradients_are_scaled_back():
             torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None])
         )
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("null_gradient", [True, False])
+def test_every_ratio_is_one_whether_or_not_the_empty_prompt_has_a_gradient(null_gradient):
+    policy = make_policy(Sampler(steps=3, dynamics=flow_sde, guidance=3.0))
+    stir(policy)
+    batch = two_groups(policy)
+    batch = replace(batch, cond=replace(batch.cond, null_gradient=null_gradient))
+    rollout = collect(policy.at("policy"), batch, images_per_pass=6)
+    for k in rollout.steps:
+        before, after, log_prob = rollout.transition(k)
+        assert torch.equal(policy.step(before, k, rollout.cond).log_prob(after), log_prob)
+
+
+def test_without_its_gradient_the_empty_prompt_is_a_constant_and_half_is_kept():
+    """∇ of v_null + w (v - v_null) with v_null detached, as in Flow-GRPO's released code."""
+    policy = make_policy()
+    stir(policy)
+    x = torch.randn(2, *policy.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, cond = torch.tensor([0.4, 0.9]), policy.encode(TEXTS).guided(4.5)
+    v_null = policy.model.forward(x, t, cond.null).detach()
+    v = policy.model.forward(x, t, cond.inputs)
+    detached = gradient_of(policy, v_null + 4.5 * (v - v_null))
+    kept, gradients = {}, {}
+    for null_gradient in (True, False):
+        with kept_storages(policy.model.transformer.parameters()) as storages:
+            v = policy.velocity(x, t, replace(cond, null_gradient=null_gradient))
+        kept[null_gradient] = sum(storages.values())
+        gradients[null_gradient] = gradient_of(policy, v)
+    assert torch.equal(gradients[False], detached)
+    assert 0.45 < kept[False] / kept[True] < 0.55
+    cosine = torch.cosine_similarity(gradients[True], detached, dim=0)
+    assert 0.1 < cosine < 0.95
+
+
+def gradient_of(policy: Policy, v: torch.Tensor) -> torch.Tensor:
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(v.square().mean(), policy.parameters())]
+    )

@@ -1,5 +1,7 @@
 """Small real models and policies for the tests."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -80,6 +83,28 @@ def stir(policy: Policy, name: str = "policy", size: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in policy.parameters(name):
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def kept_storages(parameters: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
+    """The bytes of each storage that the backward pass of the block's results needs.
+
+    Those of `parameters` do not count.
+    """
+    storages: dict[int, int] = {}
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    # The tensors are held, so that no address is used twice.
+    held = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
 
 
 def two_groups(policy: Policy, images: int = 3) -> Any:

@@ -235,7 +235,7 @@ class MetaModel(FlowModel):
             return self.family.velocity(full, times, self._full_cond(cond, len(x)))
 
         self.ledger.work[CALLS[gradient]] += 1
-        question = "velocity", len(x), cond.guidance == 1, self._adapted()
+        question = "velocity", len(x), cond.guidance == 1, cond.null_gradient, self._adapted()
         v = self._count(question, compute, tuple(x.shape))
         if gradient:
             v.register_hook(self._count_backward)

@@ -229,6 +229,7 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         seed=train.seed,
         sampling_weights=config.objective.sampling_weights,
         keeps_paths=config.objective.needs_stochastic_steps,
+        null_gradient=config.objective.train_null_branch,
         ranking=config.data.ranking,
     )
 

@@ -28,8 +28,9 @@ class AdaptedLinear(Linear):
         y = self.base_layer(x)
         for name in self.active_adapters:
             if name in self.lora_A:
-                a, b = self.lora_A[name].weight, self.lora_B[name].weight
-                y = y + low_rank(x, a, b) * self.scaling[name]
+                a: Any = self.lora_A[name]
+                b: Any = self.lora_B[name]
+                y = y + low_rank(x, a.weight, b.weight) * self.scaling[name]
         return y
 
 
@@ -48,8 +49,8 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, hidden, a, b = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        (grad,), (x, hidden, a, b) = grads, ctx.saved_tensors
         of_x, of_a, of_b = ctx.needs_input_grad
         grad_hidden = grad @ b.to(grad.dtype)
         return (

@@ -129,9 +129,17 @@ class FlowModel(ABC, Generic[C]):
         return v_null + guidance * (v - v_null)
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
-        """Return v at (x, t) under the guidance of `cond`, in one call of `forward`."""
+        """Return v at (x, t) under the guidance of `cond`, in one call of `forward`.
+
+        There are two calls if the empty prompt's velocity is a constant, as `cond` says. Nothing of
+        it is kept then.
+        """
         if cond.guidance == 1:
             return self.forward(x, t, cond.inputs)
+        if not cond.null_gradient:
+            with torch.no_grad():
+                v_null = self.forward(x, t, cond.null)
+            return self.guide(self.forward(x, t, cond.inputs), v_null, cond.guidance)
         # The order of diffusers' pipelines, negative first: parity tests compare to the last bit.
         inputs = {name: torch.cat([cond.null[name], rows]) for name, rows in cond.inputs.items()}
         v_null, v = self.forward(torch.cat([x, x]), torch.cat([t, t]), inputs).chunk(2)

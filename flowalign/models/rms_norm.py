@@ -53,8 +53,8 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         x, inverse = ctx.saved_tensors
         # With y = x · inverse: dx = inverse · (dy - y · mean(y · dy)).
-        y, dy = x * inverse, grad.float()
+        y, dy = x * inverse, grads[0].float()
         return (inverse * (dy - y * (y * dy).mean(-1, keepdim=True))).to(x.dtype), None

@@ -113,6 +113,8 @@ class Objective(Settings, Generic[B, D]):
     After a step, the decay counts the updates up to its end. After an update, it counts those
     before that update.
     """
+    train_null_branch: bool = True
+    """False if the velocity of the empty prompt is a constant in the backward pass."""
     terms_span_update: ClassVar[bool] = False
     """True if `group_terms` looks beyond a group, so that its terms are always computed first."""
 
@@ -165,6 +167,11 @@ class PathObjective(Objective[Paths, int]):
 
     steps: PathSteps = field(default_factory=PathSteps)
     """Steps at which the loss is taken."""
+    train_null_branch: bool = True
+    """Under guidance, whether the velocity of the empty prompt has a gradient too.
+
+    False is the gradient of Flow-GRPO's released code, from half the memory.
+    """
     needs_stochastic_steps: ClassVar[bool] = True
 
     def check(self, sampler: Sampler) -> None:

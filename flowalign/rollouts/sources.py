@@ -49,6 +49,8 @@ class SourceContext:
     """The weights that sample: "policy", or a snapshot."""
     keeps_paths: bool
     """True to keep the latents and log-probabilities of stochastic steps."""
+    null_gradient: bool
+    """False if the velocity of the empty prompt is a constant in the backward pass."""
     ranking: Ranking
 
     @cached_property
@@ -74,7 +76,8 @@ class SourceContext:
         members = list(product(indices, range(self.plan.images_per_prompt)))
         prompts = [self.prompts[indices[slot]] for slot, _ in members]
         keys = Keys.training(self.seed, step, members)
-        return make_prompts(self.policy, prompts, keys, self.upcoming(step))
+        batch = make_prompts(self.policy, prompts, keys, self.upcoming(step))
+        return replace(batch, cond=replace(batch.cond, null_gradient=self.null_gradient))
 
     def upcoming(self, step: int) -> Iterator[str]:
         """Yield this process's prompts of the steps after this one, for a pass over the data."""

@@ -214,6 +214,7 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         seed=train.seed,
         sampling_weights=objective.sampling_weights,
         keeps_paths=objective.needs_stochastic_steps,
+        null_gradient=objective.train_null_branch,
         ranking=config.data.ranking,
     )
     optimizer = make_optimizer(policy, train.learning_rate, train.weight_decay)

@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from flowalign.models.adapted_linear import AdaptedLinear
-from tests.tiny import make_policy, stir, TEXTS
+from tests.tiny import kept_storages, make_policy, stir, TEXTS
 
 
 class Attention(nn.Module):
@@ -103,14 +103,7 @@ def test_layers_of_one_input_keep_it_once_and_in_its_dtype():
 
 def kept_bytes(block, x):
     """The bytes of activations that the backward pass needs, each storage once."""
-    storages, parameters = {}, {parameter.data_ptr() for parameter in block.parameters()}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_storages(block.parameters()) as storages:
         y = block(x)
     assert y.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    return sum(storages.values())

@@ -617,6 +617,7 @@ def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
         seed=0,
         sampling_weights="policy",
         keeps_paths=True,
+        null_gradient=True,
         ranking=Ranking(),
     )
 

@@ -111,6 +111,7 @@ def context(
         seed=0,
         sampling_weights="policy",
         keeps_paths=True,
+        null_gradient=True,
         ranking=Ranking(),
     )
 
