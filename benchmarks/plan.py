@@ -5,8 +5,9 @@
 Runs the bundled models and prints a row for each case. A cell holds the measured figure and, in
 parentheses, plan / measured. The figures are the bytes that one pass keeps for its backward pass,
 the most that the pass allocates, the most that a whole step needs (with weights, adapters, the
-optimiser, and the step's latents and embeddings), and the floating-point operations of a step. The
-last column says whether the calls of the transformer agree.
+optimiser, and the step's latents and embeddings), the most that a pass of an evaluation allocates,
+and the floating-point operations of a step. The last column says whether the calls of the
+transformer agree.
 """
 
 import argparse
@@ -76,6 +77,7 @@ COLUMNS = {
     "kept": "kept by a pass, MB",
     "pass_peak": "peak of a pass, MB",
     "peak": "peak of a step, MB",
+    "evaluation_peak": "peak of an evaluation's pass, MB",
     "flops": "FLOPs of a step, M",
 }
 
@@ -117,6 +119,8 @@ class Figures:
     """The most that one pass allocates."""
     peak: int
     """The most that a step needs in all."""
+    evaluation_peak: int
+    """The most that one pass of an evaluation allocates."""
     flops: int
     calls: dict[str, int]
     """Calls of the transformer by kind."""
@@ -143,6 +147,7 @@ def planned(config: Config) -> Figures:
         kept=plan.kept,
         pass_peak=plan.pass_peak,
         peak=max(plan.peaks["while images are made"], plan.peaks["in an update"]),
+        evaluation_peak=plan.evaluation_peak,
         flops=plan.flops,
         calls={name: plan.work[name] for name in CALLS},
     )
@@ -170,6 +175,8 @@ def measured(config: Config) -> Figures:
         runs[0].state.optimizer.step()
 
     peak = resident + peak_of(model.device, lambda: step(runs[0]), prepare)
+    evaluate_pass(runs[0])  # encodes the prompts
+    evaluation_peak = peak_of(model.device, lambda: evaluate_pass(runs[0]))
     flops, calls = count_work(runs[0])
     kept, pass_peak = memory_of_one_pass(runs[0])
     return Figures(
@@ -178,6 +185,7 @@ def measured(config: Config) -> Figures:
         kept=kept,
         pass_peak=pass_peak,
         peak=peak,
+        evaluation_peak=evaluation_peak,
         flops=flops,
         calls=calls,
     )
@@ -191,6 +199,12 @@ def step(run: Assembly) -> None:
         run.state.optimizer.zero_grad()
         compute_gradient(run.policy, run.config.objective, piece, train.images_per_pass, Meter())
         run.state.optimizer.step()
+
+
+def evaluate_pass(run: Assembly) -> None:
+    """Make the images of the first pass of an evaluation."""
+    policy = run.policy.at("policy").sampling(run.config.evaluation_sampler)
+    next(iter(run.evaluator.sample(policy)))
 
 
 def count_work(run: Assembly) -> tuple[int, dict[str, int]]:

@@ -27,6 +27,7 @@ from flowalign.rewards import REWARDS
 from flowalign.rewards.base import Reward
 from flowalign.rewards.combine import WeightedSum
 from flowalign.rewards.registry import ADDRESSES, reward_entry, RewardEntry
+from flowalign.rollouts.collect import collect
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
 from flowalign.settings.by_name import imported
@@ -56,6 +57,8 @@ class Plan:
     """Saved by one pass for its backward pass."""
     pass_peak: int
     """The most that one pass allocates."""
+    evaluation_peak: int
+    """The most that one pass of an evaluation allocates."""
     peaks: dict[str, int]
     """The most that is allocated in all, by phase."""
     work: Work
@@ -100,6 +103,7 @@ def rehearse(config: Config) -> Plan:
     with fused_attention(), model.ledger:
         policy = make_policy(config, model)
         costs = rehearse_update(config, policy, model)
+        evaluation = rehearse_evaluation(config, policy, model)
     adapter = sum(p.nbytes for p in policy.parameters())
     adapters, optimizer = adapter * (1 + len(policy.snapshots)), adapter * 3
     rewards = reward_weights(config)
@@ -120,11 +124,14 @@ def rehearse(config: Config) -> Plan:
         held=costs.held,
         kept=costs.loss.kept,
         pass_peak=costs.one_pass.peak,
+        evaluation_peak=evaluation.peak,
         peaks={
             "while prompts are encoded": always + encoders + model.encoding.peak,
             # What the batch keeps is in `held` already.
             "while images are made": training + costs.batch.peak - costs.batch.kept,
             "in an update": training + update,
+            # Nothing of a step is there any more, and images go to the CPU after each pass.
+            "in an evaluation": always + optimizer + evaluation.peak,
         },
         work=scaled(costs.work(), config.train.updates_per_step),
     )
@@ -167,6 +174,16 @@ def rehearse_update(config: Config, policy: Policy, model: MetaModel) -> UpdateC
         passes=draws * len(passes.batch) / len(first.batch),
         held=waiting + held_bytes([batch, passes.batch], model),
     )
+
+
+def rehearse_evaluation(config: Config, policy: Policy, model: MetaModel) -> Cost:
+    """Make the images of one pass of an evaluation, while the ledger counts."""
+    view = policy.at("policy").sampling(config.evaluation_sampler)
+    images = batch_plan(config).images_per_pass
+    with model.ledger.part() as cost:
+        prompts = blank_context(config, view).step_prompts(0)[:images]
+        collect(view, prompts, images, "evaluation")
+    return cost
 
 
 def mean_batch_work(config: Config, policy: Policy, model: MetaModel) -> Work:

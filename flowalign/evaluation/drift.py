@@ -1,6 +1,7 @@
 """How far the policy has moved from the model it started from: signs of over-optimisation."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
@@ -35,6 +36,7 @@ def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
     rows = []
     if rollout:
         some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / COMPARED)))]
+        some = replace(some, x0=some.x0.to(rollout.device))
         rows = [[diversity(rollout), *velocity_drift(policy, some)]]
     means = distributed.gather(torch.tensor(rows).view(-1, 3)).nanmean(0).tolist()
     names = "diversity", "velocity_norm", "velocity_moved"

@@ -105,8 +105,10 @@ class Evaluator:
         upcoming = (prompt.text for prompt in prompts[size:])
         batch = make_prompts(policy, prompts[:size], keys, upcoming)
         rollout = collect(policy, batch, size, self.purpose)
-        # Embeddings of thousands of images would fill a GPU; only their row count stays.
-        return replace(rollout, cond=rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0)))
+        # Latents and embeddings of thousands of images would fill a GPU. The latents go to the CPU,
+        # and of the embeddings only the row count stays.
+        cond = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
+        return replace(rollout, x0=rollout.x0.cpu(), cond=cond)
 
     def _result(self, rollout: Rollout | None, scores: dict[str, PerImage]) -> EvaluationResult:
         """Gather the scores of all ranks, ordered by prompt and image."""

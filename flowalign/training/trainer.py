@@ -72,24 +72,13 @@ def finished_steps_kept(run: Run) -> Iterator[None]:
 
 def fit(run: Run) -> str:
     """Train until the last step, a rule of `train.stop`, or a signal. Returns which of these."""
-    config, train, progress = run.config, run.config.train, run.progress
+    train, progress = run.config.train, run.progress
     with run.open_trackers() as trackers, task("training", train.steps, progress.step) as bar:
         # A run whose last evaluation failed begins with that evaluation.
         if run.evaluation_due:
             record(run, trackers, progress.totals)
         while not (reason := run.stop_reason()):
-            began = time.monotonic()
-            batch, metrics = run.next_batch()
-            result = update(run.state, config.objective, batch, train, run.skip_update)
-            # Copies follow after every step, also after one whose updates were skipped.
-            scheduled = (progress.step + 1) * train.updates_per_step
-            update_snapshots(run.state.policy, config.objective, scheduled, after="step")
-            seconds = time.monotonic() - began
-            generated = run.generated_per_step
-            progress.advance(result.outcomes, result.has_gradient, generated, seconds)
-            speed = {"images_per_second": run.plan.images_per_step / seconds}
-            logged = run.state.scorer.take_logged()
-            metrics = {**progress.totals, **result.metrics, **speed, **metrics, **logged}
+            metrics = take_step(run)
             # Recorded first, so that the steps that led to the failure can be seen.
             record(run, trackers, metrics)
             run.raise_if_stuck()
@@ -100,6 +89,25 @@ def fit(run: Run) -> str:
     if 0 < progress.step < train.steps:
         run.save()
     return reason
+
+
+def take_step(run: Run) -> dict[str, float]:
+    """Make a batch and update the policy with it. Returns what to log.
+
+    The batch is freed at the end, so that an evaluation has its memory.
+    """
+    config, train, progress = run.config, run.config.train, run.progress
+    began = time.monotonic()
+    batch, metrics = run.next_batch()
+    result = update(run.state, config.objective, batch, train, run.skip_update)
+    # Copies follow after every step, also after one whose updates were skipped.
+    scheduled = (progress.step + 1) * train.updates_per_step
+    update_snapshots(run.state.policy, config.objective, scheduled, after="step")
+    seconds = time.monotonic() - began
+    progress.advance(result.outcomes, result.has_gradient, run.generated_per_step, seconds)
+    speed = {"images_per_second": run.plan.images_per_step / seconds}
+    logged = run.state.scorer.take_logged()
+    return {**progress.totals, **result.metrics, **speed, **metrics, **logged}
 
 
 def record(run: Run, trackers: Trackers, metrics: dict[str, float]) -> None:

@@ -58,6 +58,8 @@ def test_the_most_that_is_allocated_is_as_measured(case):
     ratios = compared(case)["ratios"]
     assert ratios["pass_peak"] == pytest.approx(1, abs=TOLERANCE)
     assert ratios["peak"] == pytest.approx(1, abs=TOLERANCE)
+    # The decoder decides. On a CPU each of its convolutions holds a copy beside its result.
+    assert 0.7 < ratios["evaluation_peak"] <= 1
 
 
 @pytest.mark.parametrize("case", CASES)
