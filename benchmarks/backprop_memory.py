@@ -74,6 +74,7 @@ def make_context() -> SourceContext:
         ),
         seed=0,
         sampling_weights="policy",
+        steps=100,
         keeps_paths=True,
         null_gradient=True,
         ranking=Ranking(),

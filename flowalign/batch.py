@@ -182,7 +182,7 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """Device of the embeddings and latents."""
+        """Device of the embeddings."""
         return self.cond.device
 
     @property
@@ -286,7 +286,13 @@ class Transition(NamedTuple):
     """Its log-probability under the weights that sampled."""
 
 
-def _transition(path: Latent, log_prob: Tensor, place: int) -> Transition:
+def _transition(path: Latent, log_prob: Tensor, steps: range, k: int) -> Transition:
+    if k not in steps:
+        raise IndexError(
+            f"Step {k} is not among the stochastic steps, which are {[*steps]}. "
+            "Paths are kept for objectives with needs_stochastic_steps = True."
+        )
+    place = steps.index(k)
     return Transition(path[:, place], path[:, place + 1], log_prob[:, place])
 
 
@@ -382,9 +388,12 @@ class Pairs(Batch):
         return self.chosen, self.rejected
 
     def transition(self, k: int) -> Transition:
-        """Return the sampler's step k of the chosen and then of the rejected images (2 B rows)."""
-        chosen = _transition(self.chosen_path, self.chosen_log_prob, k - self.steps.start)
-        rejected = _transition(self.rejected_path, self.rejected_log_prob, k - self.steps.start)
+        """Return the sampler's step k of the chosen and then of the rejected images (2 B rows).
+
+        Raises IndexError if the step is not stochastic.
+        """
+        chosen = _transition(self.chosen_path, self.chosen_log_prob, self.steps, k)
+        rejected = _transition(self.rejected_path, self.rejected_log_prob, self.steps, k)
         return Transition(*(torch.cat(sides) for sides in zip(chosen, rejected, strict=True)))
 
     @property
@@ -420,13 +429,13 @@ class Rollout(Batch):
 
     def without_path(self) -> Self:
         """Return the images alone, without the stochastic steps that led to them."""
-        # Not a view, which would keep the whole path in memory.
-        path, log_prob = torch.empty_like(self.path[:, :0]), self.log_prob.new_empty(len(self), 0)
+        path = self.path.new_empty(len(self), 0, *self.latent_shape)
+        log_prob = self.log_prob.new_empty(len(self), 0)
         return replace(self, path=path, log_prob=log_prob, steps=range(0))
 
     def transition(self, k: int) -> Transition:
-        """Return the sampler's stochastic step k."""
-        return _transition(self.path, self.log_prob, k - self.steps.start)
+        """Return the sampler's stochastic step k. Raises IndexError for another step."""
+        return _transition(self.path, self.log_prob, self.steps, k)
 
     def step_noise(self, k: int) -> Latent:
         """Return the noise of the sampler's stochastic step k, before scaling by its std."""

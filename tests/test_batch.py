@@ -167,7 +167,12 @@ def test_a_transition_is_found_by_the_number_of_its_step():
     )
     before, after, log_prob = numbered[4:5].transition(2)
     assert (before.item(), after.item(), log_prob.item()) == pytest.approx((4.2, 4.3, -2))
+    for other in (0, 3):
+        with pytest.raises(IndexError, match=rf"Step {other} .* which are \[1, 2\]"):
+            numbered.transition(other)
     nothing = numbered.without_path()
+    with pytest.raises(IndexError, match="needs_stochastic_steps"):
+        nothing.transition(1)
     assert (nothing.path.shape, nothing.log_prob.shape) == ((6, 0, 1), (6, 0))
     assert nothing.steps == range(0)
     assert torch.equal(nothing.x0, batch.x0)

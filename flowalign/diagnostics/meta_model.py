@@ -235,6 +235,8 @@ class MetaModel(FlowModel):
             return self.family.velocity(full, times, self._full_cond(cond, len(x)))
 
         self.ledger.work[CALLS[gradient]] += 1
+        # The empty prompt has a call of its own if its velocity has no gradient.
+        self.ledger.work[CALLS[0]] += cond.guidance != 1 and not cond.null_gradient
         question = "velocity", len(x), cond.guidance == 1, cond.null_gradient, self._adapted()
         v = self._count(question, compute, tuple(x.shape))
         if gradient:

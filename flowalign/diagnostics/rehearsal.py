@@ -182,6 +182,7 @@ def rehearse_evaluation(config: Config, policy: Policy, model: MetaModel) -> Cos
     images = batch_plan(config).images_per_pass
     with model.ledger.part() as cost:
         prompts = blank_context(config, view).step_prompts(0)[:images]
+        prompts = replace(prompts, cond=replace(prompts.cond, null_gradient=True))
         collect(view, prompts, images, "evaluation")
     return cost
 
@@ -245,6 +246,7 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         plan=plan,
         seed=train.seed,
         sampling_weights=config.objective.sampling_weights,
+        steps=train.steps,
         keeps_paths=config.objective.needs_stochastic_steps,
         null_gradient=config.objective.train_null_branch,
         ranking=config.data.ranking,

@@ -36,7 +36,6 @@ def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
     rows = []
     if rollout:
         some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / COMPARED)))]
-        some = replace(some, x0=some.x0.to(rollout.device))
         rows = [[diversity(rollout), *velocity_drift(policy, some)]]
     means = distributed.gather(torch.tensor(rows).view(-1, 3)).nanmean(0).tolist()
     names = "diversity", "velocity_norm", "velocity_moved"
@@ -50,6 +49,8 @@ def velocity_drift(policy: Policy, rollout: Rollout) -> tuple[float, float]:
         The means of ‖v‖ / ‖v_ref‖ and of ‖v - v_ref‖² / ‖v_ref‖² over images and fixed times.
     """
     cond = policy.encode(rollout.prompts)
+    # The latents of an evaluation are on the CPU.
+    rollout = replace(rollout, x0=rollout.x0.to(cond.device))
     reference = policy.at("reference")
     norm, moved = [], []
     for draw in TIMES(rollout):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 
 import torch
 from torch import Tensor
@@ -85,11 +85,13 @@ class Evaluator:
     def sample(self, policy: Policy) -> Iterator[Rollout]:
         """Yield the images of this rank, pass by pass, without paths and embeddings."""
         members = self.members
-        policy.model.remember([self.prompts[prompt].text for prompt, _ in members])
+        texts = [self.prompts[prompt].text for prompt, _ in members]
         with task("evaluating", total=len(members)) as work:
             for start in range(0, len(members), self.images_per_pass):
-                yield self._sample_pass(policy, members[start:])
-                work.advance(min(self.images_per_pass, len(members) - start))
+                end = min(start + self.images_per_pass, len(members))
+                upcoming = islice(texts, end, None)
+                yield self._sample_pass(policy, members[start:end], upcoming)
+                work.advance(end - start)
 
     @property
     def members(self) -> list[tuple[int, int]]:
@@ -97,18 +99,16 @@ class Evaluator:
         share = range(distributed.rank(), len(self.prompts), distributed.count())
         return list(product(share, range(self.images_per_prompt)))
 
-    def _sample_pass(self, policy: Policy, members: list[tuple[int, int]]) -> Rollout:
-        """Sample the first images of `members`; the other ones come next."""
+    def _sample_pass(
+        self, policy: Policy, members: list[tuple[int, int]], upcoming: Iterable[str]
+    ) -> Rollout:
         prompts = [self.prompts[prompt] for prompt, _ in members]
-        size = self.images_per_pass
-        keys = Keys.evaluation(self.seed, members[:size])
-        upcoming = (prompt.text for prompt in prompts[size:])
-        batch = make_prompts(policy, prompts[:size], keys, upcoming)
-        rollout = collect(policy, batch, size, self.purpose)
+        batch = make_prompts(policy, prompts, Keys.evaluation(self.seed, members), upcoming)
+        rollout = collect(policy, batch, self.images_per_pass, self.purpose)
         # Latents and embeddings of thousands of images would fill a GPU. The latents go to the CPU,
         # and of the embeddings only the row count stays.
         cond = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
-        return replace(rollout, x0=rollout.x0.cpu(), cond=cond)
+        return replace(rollout.without_path(), x0=rollout.x0.cpu(), cond=cond)
 
     def _result(self, rollout: Rollout | None, scores: dict[str, PerImage]) -> EvaluationResult:
         """Gather the scores of all ranks, ordered by prompt and image."""

@@ -45,7 +45,10 @@ class ModelConfig(Settings):
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     dtype: Dtype = "float32"
-    """Dtype of transformer and text encoders. Adapters, latents and autoencoder stay in float32."""
+    """Dtype of transformer and text encoders. Latents and the autoencoder stay in float32.
+
+    So do the weights of adapters, which are multiplied in this dtype.
+    """
     height: Side = 512
     """Height of the pictures in pixels."""
     width: Side = 512

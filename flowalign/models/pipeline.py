@@ -5,6 +5,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TYPE_CHECKING
 
@@ -35,20 +36,18 @@ def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[No
     owned = [
         (module, name, tensor, tensor.data)
         for module in modules
-        for name, tensor in [*module.named_parameters(recurse=False), *_buffers(module)]
+        for name, tensor in chain(
+            module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+        )
     ]
-    for network in networks:
-        network.to(device)
     try:
+        for network in networks:
+            network.to(device)
         yield
     finally:
         for module, name, tensor, value in owned:
             tensor.data = value
             setattr(module, name, tensor)
-
-
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.named_buffers(recurse=False))
 
 
 class PipelineModel(FlowModel[C]):

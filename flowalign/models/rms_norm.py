@@ -31,6 +31,7 @@ class FrozenRMSNorm(RMSNorm):
         affine = layer.weight is not None
         super().__init__(tuple(layer.dim), layer.eps, elementwise_affine=affine)
         self.weight = layer.weight
+        self.train(layer.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the normalised input (..., width)."""

@@ -44,6 +44,7 @@ class TextCache:
         chunks = [missing[start : start + ENCODE_AT_ONCE] for start in starts]
         if chunks:
             self._kept.update(encode(chunks))
+            self._trim(max(RECENT, self._room(encode)))
 
     def rows(
         self, texts: Iterable[str], encode: EncodeTexts, upcoming: Iterable[str] = ()
@@ -71,10 +72,15 @@ class TextCache:
             if len(wanted) == room:
                 break
             wanted[text] = None
-        self._recent.update(encode([[text] for text in wanted if not self._has(text)]))
         # The soonest last: what is used first must not leave first.
         self._used(reversed(wanted))
-        while len(self._recent) > room:
+        missing = [text for text in wanted if not self._has(text)]
+        self._trim(room - len(missing))
+        self._recent.update(encode([[text] for text in missing]))
+        self._used(reversed(wanted))
+
+    def _trim(self, count: int) -> None:
+        while len(self._recent) > count:
             self._recent.popitem(last=False)
 
     def _has(self, text: str) -> bool:

@@ -47,6 +47,8 @@ class SourceContext:
     seed: int
     sampling_weights: str
     """The weights that sample: "policy", or a snapshot."""
+    steps: int
+    """The number of training steps."""
     keeps_paths: bool
     """True to keep the latents and log-probabilities of stochastic steps."""
     null_gradient: bool
@@ -75,7 +77,10 @@ class SourceContext:
         # The images of a prompt are adjacent, so that passes can hold whole groups.
         members = list(product(indices, range(self.plan.images_per_prompt)))
         prompts = [self.prompts[indices[slot]] for slot, _ in members]
-        keys = Keys.training(self.seed, step, members)
+        return self.make_prompts(prompts, Keys.training(self.seed, step, members), step)
+
+    def make_prompts(self, prompts: list[Prompt], keys: Keys, step: int) -> Prompts:
+        """Return prompts of a step with their embeddings. Each row is one image."""
         batch = make_prompts(self.policy, prompts, keys, self.upcoming(step))
         return replace(batch, cond=replace(batch.cond, null_gradient=self.null_gradient))
 
@@ -83,7 +88,7 @@ class SourceContext:
         """Yield this process's prompts of the steps after this one, for a pass over the data."""
         texts = [entry.prompt.text for entry in self.examples] or [p.text for p in self.prompts]
         steps = math.ceil(len(texts) / self.plan.prompts_per_step)
-        for later in range(step + 1, step + 1 + steps):
+        for later in range(step + 1, min(step + 1 + steps, self.steps)):
             yield from (texts[index] for index in self.indices(len(texts), later).values())
 
 
@@ -187,7 +192,8 @@ def make_pairs(
     # `read_examples` made sure that every example has two pictures if the objective needs pairs.
     rejected = _encode(context, members, [e.rejected for e in members if e.rejected])
     gap = torch.tensor([example.gap for example in members], device=base.device)
-    no_path, no_steps = torch.empty_like(chosen[:, None][:, :0]), chosen.new_empty(len(base), 0)
+    no_path = chosen.new_empty(len(base), 0, *chosen.shape[1:])
+    no_steps = chosen.new_empty(len(base), 0)
     return Pairs(
         prompts=base.prompts,
         metadata=base.metadata,
@@ -228,5 +234,4 @@ def _prompts_of(
     context: SourceContext, members: list[Example], indices: dict[int, int], step: int
 ) -> Prompts:
     keys = Keys.training(context.seed, step, [(slot, 0) for slot in indices])
-    prompts = [example.prompt for example in members]
-    return make_prompts(context.policy, prompts, keys, context.upcoming(step))
+    return context.make_prompts([example.prompt for example in members], keys, step)

@@ -213,6 +213,7 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         plan=plan,
         seed=train.seed,
         sampling_weights=objective.sampling_weights,
+        steps=train.steps,
         keeps_paths=objective.needs_stochastic_steps,
         null_gradient=objective.train_null_branch,
         ranking=config.data.ranking,
@@ -244,14 +245,17 @@ def make_scorer(
 
 def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     """Return the evaluator on the evaluation prompts, rewards and pairs."""
-    config = inputs.config
+    config, held_out = inputs.config, make_held_out(inputs, context)
+    # Here and not in an evaluation: which prompts are encoded together must not depend on the
+    # evaluations that were made before a run was resumed.
+    context.policy.model.remember([prompt.text for prompt in inputs.evaluation_prompts])
     return Evaluator(
         prompts=inputs.evaluation_prompts,
         images_per_prompt=config.evaluation.images_per_prompt,
         scorer=make_scorer(config, inputs.plan, inputs.evaluation_rewards),
         images_per_pass=inputs.plan.images_per_pass,
         seed=config.train.seed,
-        held_out=make_held_out(inputs, context),
+        held_out=held_out,
     )
 
 

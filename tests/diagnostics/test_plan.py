@@ -92,6 +92,21 @@ def test_the_work_of_a_step_depends_neither_on_updates_nor_on_passes():
     assert all(halves[name] == 2 * work[name] for name in CALLS)
 
 
+def test_without_its_gradient_the_empty_prompt_has_calls_of_its_own():
+    few = ["train.prompts_per_step=1", "train.images_per_prompt=2", "sampler.steps=3"]
+    guided = [*few, "sampler.guidance=3", "evaluation.sampler={steps: 2}"]
+    both, alone = (
+        rehearse(load_config(TINY, [*guided, f"objective.train_null_branch={trained}"]))
+        for trained in ("true", "false")
+    )
+    # Two passes of three steps make the images, and two of two steps are trained on.
+    calls = {name: (both.work[name], alone.work[name]) for name in CALLS}
+    assert calls[CALLS[1]] == calls[CALLS[2]] == (2, 2)
+    assert calls[CALLS[0]] == (3, 3 + 3 + 2)
+    assert alone.kept < 0.6 * both.kept
+    assert alone.evaluation_peak == both.evaluation_peak
+
+
 def test_steps_before_the_window_are_planned_once_for_each_prompt():
     """A window of one of steps 0, 1 and 2: 12, 10 and 8 calls in passes of 2 of 6 images."""
     shared, passes = "sampler.same_noise=true", "train.images_per_pass=2"

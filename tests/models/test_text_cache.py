@@ -64,6 +64,7 @@ def test_one_visit_encodes_the_texts_that_come_next_each_alone_as_many_as_fit():
     assert RECENT == 64
     assert encode.visits == 1 + math.ceil(1000 / 70)
     assert len(cache._recent) == 74
+    assert encode.most == 74
 
 
 class Visits(Encoder):
@@ -71,11 +72,29 @@ class Visits(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.visits = 0
+        self.visits = self.most = 0
 
     def __call__(self, chunks):
         self.visits += 1
+        self.most = max(self.most, len(chunks))
         return super().__call__(chunks)
+
+
+def test_no_more_rows_than_fit_are_held_at_any_time():
+    cache, held = TextCache(max_bytes=(RECENT + 11) * ROW_BYTES), []
+
+    class Watched(Encoder):
+        def __call__(self, chunks):
+            held.append(len(cache._kept) + len(cache._recent) + sum(map(len, chunks)))
+            return super().__call__(chunks)
+
+    encode = Watched()
+    for start in range(0, 300, 3):
+        texts = [str(number) for number in range(start, 300)]
+        cache.rows(texts[:3], encode, texts[3:])
+    cache.keep([f"kept {number}" for number in range(10)], encode)
+    assert max(held[:-1]) == RECENT + 11
+    assert len(cache._kept) + len(cache._recent) == RECENT + 11
 
 
 def test_the_least_recently_used_text_leaves_first_and_kept_ones_stay():

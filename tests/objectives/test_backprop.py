@@ -616,6 +616,7 @@ def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
         plan=counts,
         seed=0,
         sampling_weights="policy",
+        steps=100,
         keeps_paths=True,
         null_gradient=True,
         ranking=Ranking(),

@@ -110,6 +110,7 @@ def context(
         plan=BatchPlan(**settings),
         seed=0,
         sampling_weights="policy",
+        steps=100,
         keeps_paths=True,
         null_gradient=True,
         ranking=Ranking(),

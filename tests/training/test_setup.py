@@ -7,9 +7,10 @@ import torch
 
 from flowalign.config.load import load_config
 from flowalign.rollouts.batch_plan import BatchPlan
+from flowalign.training import trainer
 from flowalign.training.setup import make_scorer
 from tests.rollouts.test_scoring import A, C, grey
-from tests.tiny import SMALL, TINY
+from tests.tiny import SMALL, small_config, TINY
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,14 @@ def test_a_second_run_of_one_configuration_starts_with_the_rewards_of_the_first(
 
     second_run = make_scorer(config, plan, scores)
     assert torch.equal(second_run([grey([6, 7])])[0].reward, first_step)
+
+
+def test_an_evaluation_does_not_decide_which_prompts_are_encoded_together(tmp_path):
+    """A resumed run has not made the evaluations before it was stopped."""
+    run = trainer.prepare(small_config(tmp_path / "run"))
+    cache = run.state.policy.model._texts
+    kept = set(cache._kept)
+    assert {prompt.text for prompt in run.evaluator.prompts} <= kept
+    cache._kept.clear()
+    run.evaluate_reference()
+    assert set(cache._kept) == {""}
