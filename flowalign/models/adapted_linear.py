@@ -18,14 +18,15 @@ class AdaptedLinear(Linear):
     PEFT computes B A x in the dtype of A and B, so it copies x to float32 and keeps that copy for
     the backward pass. Here A and B are rounded to the dtype of x instead, and x is kept as it is:
     all layers of one input share it. y has that dtype in both cases. Gradients of A and B are
-    summed in float32. With x in float32, y and all gradients equal PEFT's to the last bit. Dropout
-    and a bias of the adapter are not supported.
+    summed in float32. Where x is float32, PEFT's own layer computes. Dropout and a bias of the
+    adapter are not supported.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return y (..., out) in the dtype of x (..., in)."""
-        # Variants of LoRA, such as DoRA, compute something else.
-        if self.disable_adapters or self.merged or self.lora_variant or args or kwargs:
+        # In float32 there is nothing to save. Variants of LoRA, such as DoRA, are PEFT's too.
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if not half or self.disable_adapters or self.merged or self.lora_variant or args or kwargs:
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
         for name in self.active_adapters:
