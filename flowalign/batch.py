@@ -44,7 +44,7 @@ class Cond:
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 means none, and the null inputs are not used."""
     null_gradient: bool = True
-    """False to take the velocity of the empty prompt for a constant in the backward pass."""
+    """False to treat the velocity of the empty prompt as a constant in the backward pass."""
 
     def guided(self, guidance: float) -> Self:
         """Return the same inputs under another guidance scale."""

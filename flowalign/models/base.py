@@ -131,8 +131,8 @@ class FlowModel(ABC, Generic[C]):
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         """Return v at (x, t) under the guidance of `cond`, in one call of `forward`.
 
-        There are two calls if the empty prompt's velocity is a constant, as `cond` says. Nothing of
-        it is kept then.
+        If `cond` treats the empty prompt's velocity as a constant, that has a call of its own, which
+        keeps nothing for the backward pass.
         """
         if cond.guidance == 1:
             return self.forward(x, t, cond.inputs)

@@ -28,9 +28,9 @@ LARGE, HUGE = 512 * 512, 1536 * 1536
 
 @contextlib.contextmanager
 def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Move frozen networks to a device for the block.
+    """Move frozen networks to a device while the block runs.
 
-    Nothing is copied back: the values on the CPU are kept, and take their place again.
+    Nothing is copied back: the tensors on the CPU stay in memory and are put in place again.
     """
     modules = [module for network in networks for module in network.modules()]
     owned = [

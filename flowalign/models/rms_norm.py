@@ -23,8 +23,8 @@ class FrozenRMSNorm(RMSNorm):
     """The layer of diffusers, x / rms(x) · weight, whose weight is not trained.
 
     In half precision the layer of diffusers copies its input to float32 and keeps the copy for the
-    backward pass. This one keeps the input as it is, and copies it again there. Results are those
-    of diffusers to the last bit, and so are gradients in float32.
+    backward pass. This one keeps the input in its dtype and converts it again there. Results are
+    those of diffusers to the last bit, and so are gradients in float32.
     """
 
     def __init__(self, layer: RMSNorm):

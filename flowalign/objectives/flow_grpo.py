@@ -18,7 +18,7 @@ Its relatives are settings:
 Differences from the paper: the log-probability is the mean over latent elements, as in the released
 code, and so is the KL. `kl: per_time` is the released code's KL for SD3. The released code's
 variance in the KL omits the factor |t - s|, so its KL is the exact one times |t - s|. The released
-code takes the velocity of the empty prompt for a constant under guidance, as `train_null_branch:
+code treats the velocity of the empty prompt as a constant under guidance, as `train_null_branch:
 false` does; by default it has a gradient too. The last step is one of the ODE. `cps` steps have the
 log-probability of a Gaussian (as released: without the division by 2 std²).
 """

@@ -6,13 +6,21 @@ import sys
 from functools import cache
 
 import pytest
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import nn
 
 from flowalign.cli import main
 from flowalign.config.load import load_config
-from flowalign.diagnostics.meta_model import CALLS, MetaModel
+from flowalign.diagnostics.meta_model import CALLS, fused_attention, Ledger, META, MetaModel
 from flowalign.diagnostics.plan import GPUS, largest_pass, step_seconds
 from flowalign.diagnostics.rehearsal import rehearse, reward_weights
 from flowalign.errors import UserError
+from flowalign.models.adapted_linear import AdaptedLinear
+from flowalign.models.rms_norm import replace_norms
+from flowalign.models.sd3 import SD3
 from tests.tiny import random_sd35, ROOT, sd3_config, TINY
 
 TOLERANCE = 0.15
@@ -34,6 +42,8 @@ SD35_MEDIUM = {
     "dual_attention_layers": list(range(13)),
     "sample_size": 128,
 }
+SD35_INPUTS = [(16, 64, 64), (205, 4096), (2048,)]
+"""Latents, text tokens and the pooled text of an image."""
 
 
 @cache
@@ -155,6 +165,29 @@ def test_the_published_size_is_planned_from_configuration_files_alone(tmp_path):
     # T5 keeps this layer in float32.
     feed_forward = model.networks()["text_encoder_3"].encoder.block[0].layer[-1].DenseReluDense
     assert feed_forward.wo.weight.dtype.itemsize == 4
+
+
+@pytest.mark.parametrize(("lean", "gib"), [(True, 1.41), (False, 2.40)])
+def test_a_pass_of_sd35_medium_keeps_this_much_for_each_image(lean, gib):
+    """512 x 512 pixels, 205 text tokens, bfloat16, adapters of rank 32; not lean: as PEFT does."""
+    with META:
+        network = SD3Transformer2DModel(**SD35_MEDIUM, qk_norm="rms_norm").to(torch.bfloat16)
+        inputs = [torch.empty(1, *size, dtype=torch.bfloat16) for size in SD35_INPUTS]
+        time = torch.empty(1)
+    network.requires_grad_(False)
+    lora = LoraConfig(r=32, lora_alpha=64, target_modules=list(SD3.lora_targets))
+    lora._register_custom_module({nn.Linear: AdaptedLinear if lean else Linear})
+    if lean:
+        replace_norms(network)
+    network.add_adapter(lora)
+    for name, parameter in network.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    ledger = Ledger((16, 8, 8), (16, 64, 64))
+    with fused_attention(), ledger, ledger.part() as cost:
+        velocity = network(*inputs, time)
+    assert velocity.sample.requires_grad
+    assert cost.kept / 2**30 == pytest.approx(gib, abs=0.005)
 
 
 def test_the_command_prints_one_screen(capsys):
