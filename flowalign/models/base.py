@@ -131,7 +131,7 @@ class FlowModel(ABC, Generic[C]):
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         """Return v at (x, t) under the guidance of `cond`, in one call of `forward`.
 
-        If `cond` treats the empty prompt's velocity as a constant, that has a call of its own, which
+        If `cond` treats the empty prompt's velocity as a constant, it has a call of its own, which
         keeps nothing for the backward pass.
         """
         if cond.guidance == 1:
