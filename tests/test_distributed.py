@@ -44,6 +44,8 @@ for number, (objective, variant) in enumerate(cases):
     settings = [f"objective={objective}", "train.prompts_per_step=4"]
     settings += [f"train.images_per_pass={4 - expected}"]
     settings += ["data.ranking={weighted: true}"] if variant == "weighted" else []
+    # Three prompts of four images: each of two processes holds half of the second prompt.
+    settings += ["train.prompts_per_step=3", "train.images_per_prompt=4"] * (variant == "cut")
     config = small_config(f"{folder}/{number}", *settings)
     run = trainer.prepare(config)
     policy = run.state.policy
@@ -68,6 +70,8 @@ CASES = [
     ("{name: dgpo}", ""),
     ("{name: kto}", ""),
     ("{name: dpo}", "weighted"),
+    ("{name: flow_grpo, kl_weight: 0.1}", "cut"),
+    ("{name: nft}", "cut"),
 ]
 
 

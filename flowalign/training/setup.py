@@ -125,7 +125,7 @@ def check_halves(config: Config, prompts: list[Prompt]) -> None:
 
 def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
     """Return the batch arithmetic of the run on this number of processes."""
-    train = config.train
+    train, learns_from = config.train, config.objective.learns_from
     return BatchPlan(
         prompts_per_step=train.prompts_per_step,
         images_per_prompt=train.images_per_prompt,
@@ -133,7 +133,9 @@ def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
         max_images_per_pass=train.images_per_pass,
         processes=processes,
         # Pairs that are ranked are sampled and scored as single images.
-        images_per_row=config.objective.learns_from.images_per_row if config.data.pairs else 1,
+        images_per_row=learns_from.images_per_row if config.data.pairs else 1,
+        # Advantages compare scores of all processes; other comparisons need the images themselves.
+        whole_groups=config.objective.has_group_terms or learns_from is Pairs,
     )
 
 
