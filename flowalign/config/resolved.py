@@ -24,6 +24,7 @@ MAY_CHANGE = (
     # Memory and speed.
     "train.images_per_pass",
     "model.gradient_checkpointing",
+    "model.offload",
     "model.attention",
 )
 """Keys that may change, with all below them, when a run is resumed."""

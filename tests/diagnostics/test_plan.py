@@ -79,6 +79,24 @@ def test_operations_and_calls_of_a_step_are_as_counted(case):
     assert comparison["plan"]["calls"] == comparison["measured"]["calls"]
 
 
+def test_frozen_weights_and_what_their_passes_need_are_as_measured():
+    """4-bit weights in main memory: decoded ones exist only while a layer computes."""
+    ratios = compared("flow_grpo, nf4, offloaded")["ratios"]
+    assert ratios["parameters"] == ratios["weights"] == 1
+    assert ratios["kept"] == pytest.approx(1, abs=0.02)
+    assert ratios["pass_peak"] == pytest.approx(1, abs=0.02)
+
+
+def test_each_bit_that_a_weight_loses_is_planned():
+    """16, 8.5, 4.5 and 0 bits for the weights of blocks. All others have 16 bits in all cases."""
+    cases = [{}, {"quantize": "int8"}, {"quantize": "nf4"}, {"quantize": "nf4", "offload": True}]
+    models = [MetaModel(sd3_config(dtype="bfloat16", **case)) for case in cases]
+    full, *lean = (model.weights["transformer"] for model in models)
+    saved = [(full - bytes_left) / (full - lean[-1]) for bytes_left in lean]
+    assert saved == pytest.approx([7.5 / 16, 11.5 / 16, 1])
+    assert len({model.parameters["transformer"] for model in models}) == 1
+
+
 def small(*overrides: str, file: str = str(TINY)):
     counts = ["train.prompts_per_step=2", "train.images_per_prompt=3"]
     return load_config(file, [*counts, "sampler.steps=4", *overrides])
