@@ -89,6 +89,11 @@ class ModelConfig(Settings):
                     f"attention is {self.attention!r}; choose from {', '.join(names)}.{hint}"
                 )
 
+    @property
+    def precision(self) -> str:
+        """The dtype, and the format of the frozen weights if it is another one, for people."""
+        return self.dtype if self.quantize == "none" else f"{self.dtype}, {self.quantize} weights"
+
     @classmethod
     def attention_names(cls) -> Sequence[str]:
         """Return the attention back ends that the family can switch to."""
