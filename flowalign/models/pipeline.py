@@ -166,6 +166,11 @@ class PipelineModel(FlowModel[C]):
         posterior = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist
         return self.normalise(posterior.mode())
 
+    def shard(self, device: torch.device) -> None:
+        """Split the transformer over the processes. The autoencoder is whole on each of them."""
+        self.vae.to(device)
+        super().shard(device)
+
     @contextlib.contextmanager
     def text_encoders_on_device(self) -> Iterator[None]:
         """Keep the text encoders on the device only while they encode."""

@@ -18,6 +18,7 @@ from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
+from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.progress import say, task
@@ -84,6 +85,7 @@ def read_inputs(config: Config) -> Inputs:
     plan = batch_plan(config, distributed.count())
     if plan.note and distributed.is_main():
         say(plan.note)
+    check_sharding(config, plan)
     paired = learns_from is Pairs
     given = _read_examples(config.data.pairs, "data.pairs", paired)
     examples, held_out = divide(config, given, paired)
@@ -195,6 +197,36 @@ def _prompts_of(examples: list[Example]) -> list[Prompt]:
     return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
 
 
+def load(config: Config) -> FlowModel:
+    """Load the model of a run onto the device of this process, or its share of the model."""
+    device = distributed.device()
+    if not config.distributed.shard or distributed.count() == 1:
+        return load_model(config.model, str(device))
+    model = load_model(config.model, "cpu")
+    model.shard(device)
+    return model
+
+
+def check_sharding(config: Config, plan: BatchPlan) -> None:
+    """Refuse a sharded model where processes would make different numbers of forwards."""
+    if not config.distributed.shard:
+        return
+    if distributed.count() == 1:
+        say("distributed.shard has no effect, because there is one process.")
+    if config.objective.learns_from is Prompts:
+        raise UserError(
+            f"distributed.shard is true, but {config.objective_name} passes gradients through the "
+            "sampler, with other numbers of forwards on each process. Set it to false, or choose "
+            "an objective that learns from scores."
+        )
+    if config.sampler.same_noise and plan.cuts_groups:
+        raise UserError(
+            f"distributed.shard and sampler.same_noise are true, but {plan.processes} processes "
+            "share the images of a prompt. Start a number of processes that divides the prompts "
+            "of an update."
+        )
+
+
 def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     """Build the policy with its adapters, the source of batches, and the evaluator."""
     config, plan = inputs.config, inputs.plan
@@ -269,8 +301,9 @@ def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
     # In chunks that are the same on any number of processes.
     context.policy.model.remember([example.prompt.text for example in inputs.held_out])
-    share = range(distributed.rank(), len(inputs.held_out), distributed.count())
-    return HeldOut(make(context, inputs.held_out, {i: i for i in share}, EVALUATION_STEP))
+    entries = len(inputs.held_out)
+    share = {slot: slot % entries for slot in distributed.share(entries)}
+    return HeldOut(make(context, inputs.held_out, share, EVALUATION_STEP), entries)
 
 
 def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:

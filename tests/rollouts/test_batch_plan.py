@@ -50,7 +50,7 @@ def test_processes_share_the_images_of_every_update_also_where_they_cut_prompts(
     shared = plan(updates_per_step=1, processes=processes)
     members = [shared.members(rank) for rank in range(processes)]
     assert {len(rows) for rows in members} == {12 // processes}
-    assert sum(members, []) == list(product(range(4), range(3)))
+    assert [row for rows in members for row in rows] == list(product(range(4), range(3)))
     assert shared.cuts_groups == (processes not in (1, 2, 4))
 
 
@@ -64,15 +64,19 @@ def test_64_processes_share_48_prompts_of_24_images():
 
 @pytest.mark.parametrize("name", ["flow_grpo", "nft", "awm", "alignprop"])
 def test_an_objective_on_advantages_or_gradients_lets_two_processes_share_a_prompt(name):
-    config = small_config("outputs/none", f"objective={{name: {name}}}", "train.images_per_prompt=4")
+    config = small_config(
+        "outputs/none", f"objective={{name: {name}}}", "train.images_per_prompt=4"
+    )
     shared = batch_plan(config, 4)
     assert (shared.cuts_groups, shared.rows_per_update) == (True, 2)
 
 
 @pytest.mark.parametrize("name", ["crd", "dgpo", "rwr", "raft", "prdp", "d3po", "dpo", "kto"])
 def test_prompts_stay_whole_where_an_objective_compares_their_images(name):
-    config = small_config("outputs/none", f"objective={{name: {name}}}", "train.images_per_prompt=4")
-    with pytest.raises(UserError, match="on 4 process.* share evenly"):
+    config = small_config(
+        "outputs/none", f"objective={{name: {name}}}", "train.images_per_prompt=4"
+    )
+    with pytest.raises(UserError, match=r"on 4 process.* share evenly"):
         batch_plan(config, 4)
 
 
