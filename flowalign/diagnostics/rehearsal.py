@@ -20,7 +20,7 @@ from flowalign.config.sections import Config
 from flowalign.data.latents import LatentCache
 from flowalign.data.preferences import Example
 from flowalign.data.prompts import Metadata, Prompt
-from flowalign.diagnostics.meta_model import Cost, fused_attention, META, MetaModel, Work
+from flowalign.diagnostics.meta_model import Cost, flops, fused_attention, META, MetaModel, Work
 from flowalign.files import tensors_after_a_step
 from flowalign.flow import Latent, PerImage
 from flowalign.policy import Policy
@@ -63,7 +63,7 @@ class Plan:
     peaks: dict[str, int]
     """The most that is allocated in all, by phase."""
     work: Work
-    """FLOPs by precision, and calls of the transformer, of a step."""
+    """Kernels, and calls of the transformer, of a step."""
 
     @property
     def peak(self) -> int:
@@ -73,7 +73,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """Floating-point operations of a step."""
-        return self.work["half"] + self.work["tf32"] + self.work["float32"]
+        return flops(self.work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,4 +312,4 @@ def local_weights(entry: RewardEntry) -> int | None:
 
 def scaled(work: Work, factor: float) -> Work:
     """Return a multiple of some work."""
-    return Counter({name: round(count * factor) for name, count in work.items()})
+    return Counter({name: count * factor for name, count in work.items()})

@@ -208,11 +208,19 @@ def load(config: Config) -> FlowModel:
 
 
 def check_sharding(config: Config, plan: BatchPlan) -> None:
-    """Refuse a sharded model where processes would make different numbers of forwards."""
+    """Refuse a sharded model whose weights are stored in another way.
+
+    Refuse it too where processes would make different numbers of forwards.
+    """
     if not config.distributed.shard:
         return
     if distributed.count() == 1:
         say("distributed.shard has no effect, because there is one process.")
+    if config.model.quantize != "none" or config.model.offload:
+        raise UserError(
+            "distributed.shard is true, but only weights in their own dtype, on the device, can be "
+            "split. Set it to false, or set model.quantize to none and model.offload to false."
+        )
     if config.objective.learns_from is Prompts:
         raise UserError(
             f"distributed.shard is true, but {config.objective_name} passes gradients through the "
