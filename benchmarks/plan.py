@@ -66,10 +66,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "nft": ("nft", ["train.images_per_pass=4"]),
     **{
-        f"flow_grpo, {quantize}": ("flow_grpo", [PASS, RECOMPUTED, f"model.quantize={quantize}"])
+        f"flow_grpo, {quantize}, recomputed": (
+            "flow_grpo",
+            [PASS, RECOMPUTED, f"model.quantize={quantize}"],
+        )
         for quantize in ("int8", "fp8", "nf4")
     },
-    "flow_grpo, nf4, offloaded": (
+    "flow_grpo, nf4, recomputed, offloaded": (
         "flow_grpo",
         [PASS, RECOMPUTED, "model.quantize=nf4", "model.offload=true"],
     ),

@@ -125,7 +125,7 @@ def test_operations_and_calls_of_a_step_are_as_counted(case):
 
 def test_frozen_weights_and_what_their_passes_need_are_as_measured():
     """4-bit weights in main memory: decoded ones exist only while a layer computes."""
-    ratios = compared("flow_grpo, nf4, offloaded")["ratios"]
+    ratios = compared("flow_grpo, nf4, recomputed, offloaded")["ratios"]
     assert ratios["parameters"] == ratios["weights"] == 1
     assert ratios["kept"] == pytest.approx(1, abs=0.02)
     assert ratios["pass_peak"] == pytest.approx(1, abs=0.02)
