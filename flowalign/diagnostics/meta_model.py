@@ -30,6 +30,7 @@ from flowalign.flow import Latent, PerImage
 from flowalign.models.base import FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.models.families import family_of
+from flowalign.models.frozen_linear import parameter_count
 from flowalign.models.pipeline import PipelineModel
 from flowalign.models.text_cache import ENCODE_AT_ONCE
 
@@ -231,7 +232,7 @@ class MetaModel(FlowModel):
         self.family = build_on_meta(config)
         self.transformer, self.lora_targets = self.family.transformer, self.family.lora_targets
         networks = self.networks().items()
-        self.parameters = {name: _parameter_count(network) for name, network in networks}
+        self.parameters = {name: parameter_count(network) for name, network in networks}
         self.weights = {name: _weight_bytes(network) for name, network in networks}
         self.ledger = Ledger(self.latent_shape, self.family.latent_shape)
         self.costs = dict[tuple, Cost]()
@@ -331,10 +332,6 @@ class MetaModel(FlowModel):
                 compute()
             self.costs[question] = cost
         return torch.zeros(shape)
-
-
-def _parameter_count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _weight_bytes(network: nn.Module) -> int:

@@ -65,7 +65,7 @@ def report(config: Config, gpu: str | None = None, memory: float | None = None) 
     if memory is not None and not memory > 0:
         raise UserError(f"--memory is {memory:g}. Write how many GB there are, above 0.")
     model, plan = config.model, rehearse(config)
-    picture = f"{model.dtype}, {model.height} × {model.width}"
+    picture = f"{model.precision}, {model.height} × {model.width}"
     yield f"{model.name} from {model.path}, {picture}: no weights were loaded"
     yield from memory_rows(plan)
     yield from peak_rows(config, plan)

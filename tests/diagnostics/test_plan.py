@@ -3,7 +3,8 @@
 import importlib
 import json
 import sys
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from flowalign.errors import UserError
 from flowalign.models.adapted_linear import AdaptedLinear
 from flowalign.models.rms_norm import replace_norms
 from flowalign.models.sd3 import SD3
-from tests.tiny import random_sd35, ROOT, sd3_config, TINY
+from tests.tiny import random_flux, random_sd35, ROOT, sd3_config, TINY
 
 TOLERANCE = 0.15
 CASES = [
@@ -50,6 +51,40 @@ SD35_MEDIUM = {
     "out_channels": 16,
     "dual_attention_layers": list(range(13)),
     "sample_size": 128,
+}
+FLUX_DEV = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "axes_dims_rope": (16, 56, 56),
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "in_channels": 64,
+}
+VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "norm_num_groups": 32}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+T5 = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "is_gated_act": True,
+    "feed_forward_proj": "gated-gelu",
 }
 SD35_INPUTS = [(16, 64, 64), (205, 4096), (2048,)]
 """Latents, text tokens and the pooled text of an image."""
@@ -86,6 +121,24 @@ def test_operations_and_calls_of_a_step_are_as_counted(case):
     comparison = compared(case)
     assert comparison["ratios"]["flops"] == pytest.approx(1, abs=0.01)
     assert comparison["plan"]["calls"] == comparison["measured"]["calls"]
+
+
+def test_frozen_weights_and_what_their_passes_need_are_as_measured():
+    """4-bit weights in main memory: decoded ones exist only while a layer computes."""
+    ratios = compared("flow_grpo, nf4, offloaded")["ratios"]
+    assert ratios["parameters"] == ratios["weights"] == 1
+    assert ratios["kept"] == pytest.approx(1, abs=0.02)
+    assert ratios["pass_peak"] == pytest.approx(1, abs=0.02)
+
+
+def test_each_bit_that_a_weight_loses_is_planned():
+    """16, 8.5, 4.5 and 0 bits for the weights of blocks. All others have 16 bits in all cases."""
+    cases = [{}, {"quantize": "int8"}, {"quantize": "nf4"}, {"quantize": "nf4", "offload": True}]
+    models = [MetaModel(sd3_config(dtype="bfloat16", **case)) for case in cases]
+    full, *lean = (model.weights["transformer"] for model in models)
+    saved = [(full - bytes_left) / (full - lean[-1]) for bytes_left in lean]
+    assert saved == pytest.approx([7.5 / 16, 11.5 / 16, 1])
+    assert len({model.parameters["transformer"] for model in models}) == 1
 
 
 def small(*overrides: str, file: str = str(TINY)):
@@ -174,6 +227,28 @@ def test_the_published_size_is_planned_from_configuration_files_alone(tmp_path):
     # T5 keeps this layer in float32.
     feed_forward = model.networks()["text_encoder_3"].encoder.block[0].layer[-1].DenseReluDense
     assert feed_forward.wo.weight.dtype.itemsize == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "gigabytes"),
+    [("sd3/pickscore_16gb", 16), ("sd3/crd_16gb", 16), ("flux/pickscore_24gb", 24)],
+)
+def test_files_for_small_cards_fit_and_would_not_with_full_weights(file, gigabytes, tmp_path):
+    """At the published sizes, beside PickScore in half precision."""
+    is_flux, pick_score = file.startswith("flux"), 2e9
+    (partial(random_flux, guidance_embeds=True) if is_flux else random_sd35)(tmp_path)
+    sizes = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5}
+    sizes |= {"transformer": SD35_MEDIUM}
+    if is_flux:
+        sizes |= {"text_encoder_2": T5, "transformer": FLUX_DEV}
+    for part, size in sizes.items():
+        if (config := tmp_path / part / "config.json").exists():
+            config.write_text(json.dumps(json.loads(config.read_text()) | size))
+    prompts = [f"{key}.prompts={ROOT / 'tests/prompts.jsonl'}" for key in ("data", "evaluation")]
+    config = load_config(ROOT / "configs" / f"{file}.yaml", [*prompts, f"model.path={tmp_path}"])
+    full = replace(config, model=replace(config.model, quantize="none"))
+    assert rehearse(config).peak + pick_score < 1e9 * gigabytes < rehearse(full).peak + pick_score
 
 
 @pytest.mark.parametrize(("lean", "gib"), [(True, 1.41), (False, 2.40)])

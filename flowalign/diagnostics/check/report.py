@@ -23,6 +23,7 @@ from flowalign.diagnostics.check.probes import (
     row_by_row,
     small_batch,
 )
+from flowalign.diagnostics.check.quantized import compare_full_model
 from flowalign.diagnostics.check.ratios import check_initial_loss
 from flowalign.diagnostics.check.rewards import check_rewards
 from flowalign.diagnostics.check.sampler import matches_scheduler
@@ -65,6 +66,7 @@ def findings(config: Config) -> Iterator[Finding]:
     # Measured before the policy adds adapters to the model: this is what they must not change.
     with torch.no_grad():
         bare = row_by_row(model, probe)
+    yield from compare_full_model(model, bare, probe)
     assembly = assemble(inputs, model)
     policy, objective = assembly.policy, config.objective
     yield from preflight_findings(assembly)
