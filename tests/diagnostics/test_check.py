@@ -305,10 +305,8 @@ def matrices_lost_on_saving(monkeypatch):
 
 
 def optimiser_of_the_wrong_adapter(monkeypatch):
-    def wrong(policy, learning_rate, weight_decay):
-        return torch.optim.AdamW(
-            policy.parameters("ema"), lr=learning_rate, weight_decay=weight_decay
-        )
+    def wrong(policy, train):
+        return torch.optim.AdamW(policy.parameters("ema"), lr=train.learning_rate)
 
     monkeypatch.setattr(setup, "make_optimizer", wrong)
 
