@@ -44,7 +44,7 @@ CALLS = "forwards without gradient", "forwards with gradient", "backwards"
 
 
 class Kernel(NamedTuple):
-    """What a GPU does for one operator."""
+    """The work of a GPU for one operator."""
 
     unit: str
     """The unit that multiplies: "half", "tf32" or "float32"."""
