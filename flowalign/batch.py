@@ -165,7 +165,7 @@ class Keys:
 
 @dataclass(kw_only=True)
 class Batch:
-    """Rows to learn from. A group is the images of one prompt and never crosses a process."""
+    """Rows to learn from. A group is the images of one prompt."""
 
     images_per_row: ClassVar[int] = 1
     prompts: list[str]

@@ -29,9 +29,9 @@ def check_launch(dtype: str, environment: Mapping[str, str]) -> None:
     for variable, setting in SHARDING.items():
         if environment.get(variable, "").lower() in ("1", "true"):
             raise UserError(
-                f"accelerate launch asks for {setting}, but weights are shared by "
-                "distributed.shard: true. Launch with --multi_gpu, or remove the setting by "
-                "`accelerate config`."
+                f"accelerate launch asks for {setting}, which has no effect. Launch with "
+                "--multi_gpu, or remove the setting by `accelerate config`. To split the weights, "
+                "set distributed.shard: true."
             )
     compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":

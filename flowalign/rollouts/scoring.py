@@ -151,7 +151,10 @@ def score_passes(
 def _score_while_sampling(
     rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
 ) -> tuple[Rollout, list[Scores]]:
-    """Return the images, and the scores of each part. A failed reward ends sampling soon."""
+    """Return the images, and the scores of each part.
+
+    In a single process, a reward that fails ends the sampling.
+    """
     rollouts: list[Rollout] = []
     tasks: list[Future[Scores]] = []
     # A new thread begins with the first GPU, so that of this thread is named.

@@ -208,9 +208,9 @@ def load(config: Config) -> FlowModel:
 
 
 def check_sharding(config: Config, plan: BatchPlan) -> None:
-    """Refuse a sharded model whose weights are stored in another way.
+    """Check that the weights can be split, and that all processes make the same forwards.
 
-    Refuse it too where processes would make different numbers of forwards.
+    Raises UserError otherwise.
     """
     if not config.distributed.shard:
         return
@@ -224,8 +224,8 @@ def check_sharding(config: Config, plan: BatchPlan) -> None:
     if config.objective.learns_from is Prompts:
         raise UserError(
             f"distributed.shard is true, but {config.objective_name} passes gradients through the "
-            "sampler, with other numbers of forwards on each process. Set it to false, or choose "
-            "an objective that learns from scores."
+            "sampler, where processes may make different numbers of forwards. Set it to false, or "
+            "choose an objective that learns from scores."
         )
     if config.sampler.same_noise and plan.cuts_groups:
         raise UserError(
