@@ -143,6 +143,21 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes + cost.peak)
 
 
+@contextmanager
+def older_objects_kept() -> Iterator[None]:
+    """Let the garbage collector leave alone what exists already.
+
+    Parts of a ledger collect garbage. To look at all objects of the imported libraries would take
+    most of a plan's time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 

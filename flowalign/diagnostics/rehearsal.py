@@ -20,7 +20,15 @@ from flowalign.config.sections import Config
 from flowalign.data.latents import LatentCache
 from flowalign.data.preferences import Example
 from flowalign.data.prompts import Metadata, Prompt
-from flowalign.diagnostics.meta_model import Cost, flops, fused_attention, META, MetaModel, Work
+from flowalign.diagnostics.meta_model import (
+    Cost,
+    flops,
+    fused_attention,
+    META,
+    MetaModel,
+    older_objects_kept,
+    Work,
+)
 from flowalign.files import tensors_after_a_step
 from flowalign.flow import Latent, PerImage
 from flowalign.policy import Policy
@@ -98,6 +106,7 @@ class UpdateCosts:
         return self.batch.work + self.terms.work + scaled(self.one_pass.work, self.passes)
 
 
+@older_objects_kept()
 def rehearse(config: Config) -> Plan:
     """Return what a run needs. Raises UserError if the model's configuration cannot be read."""
     model = MetaModel(config.model)
