@@ -179,6 +179,7 @@ def test_without_its_gradient_the_empty_prompt_has_calls_of_its_own():
     assert alone.evaluation_peak == both.evaluation_peak
 
 
+@pytest.mark.slow
 def test_steps_before_the_window_are_planned_once_for_each_prompt():
     """A window of one of steps 0, 1 and 2: 12, 10 and 8 calls in passes of 2 of 6 images."""
     shared, passes = "sampler.same_noise=true", "train.images_per_pass=2"
@@ -191,6 +192,7 @@ def test_steps_before_the_window_are_planned_once_for_each_prompt():
     assert flops(works[1]) < flops(works[0])
 
 
+@pytest.mark.slow
 def test_a_combination_that_wants_scores_of_a_range_is_planned_like_another():
     """A plan has no pictures to score, so its scores are in no range."""
     rewards = "rewards={brightness: 1, contrast: 1}"
@@ -198,7 +200,9 @@ def test_a_combination_that_wants_scores_of_a_range_is_planned_like_another():
     assert work == planned(rewards).work
 
 
-@pytest.mark.parametrize(("name", "compares"), [("dpo", True), ("sft", False)])
+@pytest.mark.parametrize(
+    ("name", "compares"), [("dpo", True), pytest.param("sft", False, marks=pytest.mark.slow)]
+)
 def test_training_on_given_pictures_is_planned_without_encoding_them(name, compares):
     counts = ["train.images_per_prompt=1", "train.images_per_pass=2"]
     work = rehearse(small(*counts, file=str(ROOT / f"configs/tiny/{name}.yaml"))).work

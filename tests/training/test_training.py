@@ -29,6 +29,8 @@ from flowalign.runs.lock import FolderLock
 from flowalign.training import trainer
 from tests.tiny import make_policy, ROOT, SMALL, small_config, stir, TINY, two_groups
 
+LEAN = ["train.optimizer=adamw8bit", "model.quantize=nf4", "model.offload=true"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -133,9 +135,7 @@ def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
     assert (bare - theirs).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "lean", [[], ["train.optimizer=adamw8bit", "model.quantize=nf4", "model.offload=true"]]
-)
+@pytest.mark.parametrize("lean", [[], pytest.param(LEAN, marks=pytest.mark.slow)])
 def test_stopping_and_resuming_equals_never_stopping(lean, tmp_path):
     overrides = [
         *lean,
