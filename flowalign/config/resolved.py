@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "train.images_per_pass",
     "model.gradient_checkpointing",
     "model.attention",
+    "model.compile",
 )
 """Keys that may change, with all below them, when a run is resumed."""
 

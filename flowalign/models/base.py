@@ -196,6 +196,13 @@ class FlowModel(ABC, Generic[C]):
         """Return all networks by name, to count their parameters and check their gradients."""
         return {"transformer": self.transformer}
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the repeated blocks of the transformer. Only `model.compile` needs them."""
+        raise UserError(
+            f"model.compile is true, but {type(self).__name__} does not name its blocks. "
+            "Implement blocks, or set model.compile to false."
+        )
+
     def add_adapter(self, lora: "LoraConfig", name: str) -> None:
         """Put an adapter on the transformer."""
         add_lora(self.transformer, lora, name)

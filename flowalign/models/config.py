@@ -57,6 +57,8 @@ class ModelConfig(Settings):
     """Attention back end: native is PyTorch's; others depend on the family."""
     gradient_checkpointing: bool = False
     """Recompute the blocks of the transformer in the backward pass, which saves memory."""
+    compile: bool = False
+    """Compile the blocks of the transformer: faster steps, after minutes of compiling."""
     lora: Lora = field(default_factory=Lora)
     """The adapter that trains."""
 

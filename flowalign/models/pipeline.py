@@ -174,6 +174,12 @@ class PipelineModel(FlowModel[C]):
         parts = self.pipe.components.items()
         return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the blocks that diffusers names. A family without such names overrides this."""
+        names = self.transformer._repeated_blocks
+        blocks = [block for block in self.transformer.modules() if type(block).__name__ in names]
+        return blocks or super().blocks()
+
     def add_adapter(self, lora: "LoraConfig", name: str) -> None:
         """Put an adapter on the transformer, in a way that diffusers knows of."""
         self.transformer.add_adapter(lora, name)
