@@ -11,6 +11,7 @@ still save. One that does not return from a call into a library is ended.
 
 import atexit
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -23,9 +24,9 @@ from typing import Any, cast, ParamSpec, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, pad_across_processes, parse_flag_from_env
 from accelerate.utils import gather as accelerate_gather
 from accelerate.utils import gather_object as accelerate_gather_object
-from accelerate.utils import pad_across_processes, parse_flag_from_env
 from accelerate.utils import reduce as accelerate_reduce
 from torch import Tensor
 
@@ -241,6 +242,14 @@ def is_main() -> bool:
     return state().is_main_process
 
 
+def share(entries: int) -> list[int]:
+    """Return this rank's share of some entries: every n-th of them, as many as on other ranks.
+
+    Positions from `entries` on stand for repeated entries, whose results are dropped.
+    """
+    return [rank() + count() * turn for turn in range(math.ceil(entries / count()))]
+
+
 @_collective
 def barrier() -> None:
     """Wait until every rank has reached this call."""
@@ -287,6 +296,30 @@ def maximum(values: Tensor) -> Tensor:
 def any_rank(fact: bool) -> bool:
     """Return True on every rank if the fact is true on one of them."""
     return bool(maximum(torch.tensor(float(fact))).item())
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Return on every rank what `make` returns on rank 0, where alone it is called.
+
+    Files decide on rank 0 only: another machine may see them later. If `make` raises a UserError,
+    it is raised on all ranks.
+    """
+    value, message = None, ""
+    if is_main():
+        try:
+            value = make()
+        except UserError as error:
+            message = str(error)
+    value, message = _broadcast((value, message))
+    if message:
+        raise UserError(message)
+    return cast(T, value)
+
+
+@_collective
+def _broadcast(value: T) -> T:
+    """Return the value of rank 0."""
+    return cast(list[T], broadcast_object_list([value]))[0] if count() > 1 else value
 
 
 def raise_everywhere(make: Callable[[], T]) -> T:

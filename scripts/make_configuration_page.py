@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from flowalign.advantages import ADVANTAGES
 from flowalign.bundled import ROOT as PACKAGE_ROOT
 from flowalign.config.schema import field_docs, summary
-from flowalign.config.sections import Data, Evaluation, Train
+from flowalign.config.sections import Data, Distributed, Evaluation, Train
 from flowalign.dynamics import DYNAMICS
 from flowalign.models import MODELS
 from flowalign.models.config import ModelConfig
@@ -140,6 +140,7 @@ def configuration_page() -> str:
         section("train", Train),
         STOP_NOTE,
         section("evaluation", Evaluation),
+        section("distributed", Distributed),
         OUTPUT,
     ]
     return "\n".join(filter(None, [HEAD, *sections]))

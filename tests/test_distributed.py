@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign import distributed
+from flowalign.errors import UserError
+from flowalign.models import load_model
+from flowalign.models.families import describe
 from flowalign.reporting.trackers import read_metrics
 from flowalign.runs.adapter import ADAPTER_FILE
 from flowalign.runs.checkpoint import checkpoints
+from flowalign.training.setup import batch_plan, check_sharding, load
 from tests.processes import ENVIRONMENT, run_process, start, start_two, TORCHRUN
-from tests.tiny import ROOT, SMALL, TINY
+from tests.tiny import ROOT, SMALL, small_config, TINY
 
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -44,6 +49,9 @@ for number, (objective, variant) in enumerate(cases):
     settings = [f"objective={objective}", "train.prompts_per_step=4"]
     settings += [f"train.images_per_pass={4 - expected}"]
     settings += ["data.ranking={weighted: true}"] if variant == "weighted" else []
+    # Three prompts of four images: each of two processes holds half of the second prompt.
+    settings += ["train.prompts_per_step=3", "train.images_per_prompt=4"] * (variant == "cut")
+    settings += ["distributed.shard=true"] * (variant == "sharded")
     config = small_config(f"{folder}/{number}", *settings)
     run = trainer.prepare(config)
     policy = run.state.policy
@@ -61,6 +69,66 @@ for number, (objective, variant) in enumerate(cases):
         reward = torch.tensor(metrics["reward/combined"])
         save_file({"gradient": gradient, "reward": reward}, f"{folder}/{number}.safetensors")
 """
+BLIND = """
+import os
+import sys
+from pathlib import Path
+
+from flowalign.cli import run
+from flowalign.evaluation.results import EvaluationResult
+from flowalign.runs import checkpoint, folder
+
+if os.environ["RANK"] == "1":
+    # A file system shows this machine what the other wrote, but late. Only what it is told to read
+    # may be looked for.
+    def unseen(*_):
+        raise AssertionError("looked for files that another machine has written")
+
+    folder.checkpoints = checkpoint.checkpoints = EvaluationResult.load = unseen
+run(["train", *sys.argv[1:]])
+"""
+WEIGHTS = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from flowalign import distributed
+from flowalign.batch import Keys
+from flowalign.data.prompts import Prompt
+from flowalign.models import load_model
+from flowalign.models.families import describe
+from flowalign.policy import Policy, Sampler
+from flowalign.rollouts.collect import make_prompts
+
+distributed.state()
+model = load_model(describe("assets/tiny-sd3"))
+model.shard(torch.device("cpu"))
+policy = Policy(model, Sampler(steps=2))
+parameters = list(model.transformer.parameters())
+gathered = []
+
+
+def count_gathered(*_):
+    whole = [not any(isinstance(p, DTensor) for p in b.parameters()) for b in model.blocks]
+    gathered.append(sum(whole))
+
+
+for block in model.blocks:
+    # Inside the block: its own hook would run after its weights are freed.
+    next(block.children()).register_forward_hook(count_gathered)
+batch = make_prompts(policy, [Prompt("a red circle")], Keys.training(0, 0, [(0, 0)]))
+x = torch.zeros(1, *model.latent_shape)
+policy.velocity(x, torch.full((1,), 0.5), batch.cond).square().mean().backward()
+result = {
+    "weights": sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor)),
+    "adapter": sum(p.numel() for p in parameters if not isinstance(p, DTensor)),
+    "largest_gathered": max(gathered),
+}
+Path(sys.argv[1], f"{distributed.rank()}.json").write_text(json.dumps(result))
+distributed.barrier()
+"""
 CASES = [
     ("{name: flow_grpo, kl_weight: 0.1}", ""),
     ("{name: crd}", ""),
@@ -68,6 +136,10 @@ CASES = [
     ("{name: dgpo}", ""),
     ("{name: kto}", ""),
     ("{name: dpo}", "weighted"),
+    ("{name: flow_grpo, kl_weight: 0.1}", "cut"),
+    ("{name: nft}", "cut"),
+    ("{name: flow_grpo, kl_weight: 0.1}", "sharded"),
+    ("{name: crd}", "sharded"),
 ]
 
 
@@ -385,3 +457,144 @@ def test_processes_whose_launcher_is_killed_save_and_end_and_the_run_resumes_exa
         run_process([*command, f"train.steps={done + 1}", f"output={folder}"])
     one, other = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (run, whole))
     assert distance(one, other) == 0
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_killed_resumes_to_the_same_bits_as_an_unsharded_one(tmp_path):
+    """One prompt to evaluate on two ranks: both must make the same forwards, or they hang."""
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    settings = ["train.save_every=1", f"evaluation.prompts={tmp_path / 'one.txt'}"]
+    settings += ["train.evaluate_every=1", "objective={name: crd}", "sampler.dynamics={name: ode}"]
+    command = [*TORCHRUN, "train.py", str(TINY), *SMALL_RUN, *settings]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    sharded = [*command, "distributed.shard=true", f"output={killed}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = subprocess.Popen([*sharded, "train.steps=1000"], cwd=ROOT, env=ENVIRONMENT, **quiet)
+    while not checkpoints(killed):
+        assert launcher.poll() is None
+        time.sleep(0.2)
+    for process in (*psutil.Process(launcher.pid).children(), launcher):
+        process.kill()
+    launcher.wait()
+    last = int(checkpoints(killed)[-1].name.removeprefix("step-")) + 1
+    output = run_process([*sharded, f"train.steps={last}"])
+    assert "Resuming from" in output
+    run_process([*command, f"train.steps={last}", f"output={whole}"])
+    one, other = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (killed, whole))
+    assert distance(one, other) == 0
+    values = [
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
+        for line in read_metrics(killed)
+    ]
+    assert values == [
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
+        for line in read_metrics(whole)
+    ]
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_the_run_folder_alone_train_and_resume(tmp_path):
+    """Each has prompts, a home and caches of its own, and does not see files that are new."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for steps in (2, 4):
+        machines = []
+        for rank in range(2):
+            home = tmp_path / f"home-{rank}"
+            home.mkdir(exist_ok=True)
+            shutil.copy(ROOT / "tests" / "prompts.jsonl", home)
+            (home / "blind.py").write_text(BLIND)
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+            launcher += ["--node-rank", str(rank), "--nproc-per-node", "1"]
+            launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+            settings = [*SMALL_RUN, "evaluation.guidance_sweep=[3.0]", "train.export=best"]
+            settings += ["evaluation.prompts=prompts.jsonl", "train.evaluate_every=1"]
+            settings += ["train.save_every=1", f"train.steps={steps}", f"output={run}"]
+            machines.append(
+                subprocess.Popen(
+                    [*launcher, "blind.py", str(TINY), *settings],
+                    cwd=home,
+                    env={**ENVIRONMENT, "HOME": str(home), "FLOWALIGN_CACHE": str(home / "cache")},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+        assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
+    assert "Resuming from" in outputs[0]
+    assert json.loads((run / "summary.json").read_text())["baseline_guided"]["guidance"]
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_weights_of_a_sharded_model(tmp_path):
+    (tmp_path / "weights.py").write_text(WEIGHTS)
+    ended = start_two(tmp_path / "weights.py", str(tmp_path))
+    assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+    whole = sum(p.numel() for p in load_model(describe("assets/tiny-sd3")).transformer.parameters())
+    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert sum(part["weights"] for part in parts) == whole
+    assert max(part["weights"] for part in parts) < 0.51 * whole
+    assert parts[0]["adapter"] == parts[1]["adapter"] > 0
+    # A process holds its part of the weights, and gathers one block at a time.
+    assert {part["largest_gathered"] for part in parts} == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["objective={name: alignprop}"], "alignprop passes gradients through the sampler"),
+        (
+            ["train.images_per_prompt=4", "train.prompts_per_step=1", "sampler.same_noise=true"],
+            "processes share the images of a prompt",
+        ),
+    ],
+)
+def test_sharding_is_refused_where_processes_would_make_other_forwards(
+    settings, message, tmp_path, monkeypatch
+):
+    config = small_config(tmp_path, *settings, "distributed.shard=true")
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    with pytest.raises(UserError, match=message):
+        check_sharding(config, batch_plan(config, 2))
+
+
+def test_sharding_by_one_process_has_no_effect_and_says_so(tmp_path, capsys):
+    config = small_config(tmp_path, "distributed.shard=true")
+    check_sharding(config, batch_plan(config))
+    assert (
+        "distributed.shard has no effect, because there is one process" in capsys.readouterr().out
+    )
+    assert type(load(config).transformer).__name__ == "SD3Transformer2DModel"
+
+
+@pytest.mark.parametrize(("entries", "shares"), [(4, 2), (5, 3), (1, 1)])
+def test_ranks_share_entries_in_equal_numbers(entries, shares, monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    positions = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert len(distributed.share(entries)) == shares
+        positions += distributed.share(entries)
+    assert sorted(positions) == list(range(2 * shares))
+
+
+def test_what_rank_0_decides_by_files_is_not_computed_by_others(monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "_broadcast", lambda value: ("from rank 0", ""))
+    assert distributed.from_main(lambda: pytest.fail("looked for files")) == "from rank 0"
+    monkeypatch.setattr(distributed, "_broadcast", lambda value: (None, "The disk is full."))
+    with pytest.raises(UserError, match="The disk is full"):
+        distributed.from_main(lambda: "not called")
+
+
+def test_an_error_of_rank_0_is_raised_there_too():
+    def fail() -> None:
+        raise UserError("The file is damaged.")
+
+    with pytest.raises(UserError, match="The file is damaged"):
+        distributed.from_main(fail)
+    assert distributed.from_main(lambda: 3) == 3

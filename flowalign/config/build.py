@@ -29,6 +29,7 @@ def build_objects(values: Section, plain: PlainSections) -> Config:
         data=plain.data,
         train=plain.train,
         evaluation=complete(plain.evaluation, plain.rewards),
+        distributed=plain.distributed,
         output=plain.output,
         raw=values,
     )

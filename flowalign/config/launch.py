@@ -29,8 +29,9 @@ def check_launch(dtype: str, environment: Mapping[str, str]) -> None:
     for variable, setting in SHARDING.items():
         if environment.get(variable, "").lower() in ("1", "true"):
             raise UserError(
-                f"accelerate launch asks for {setting}, but every process holds the whole model. "
-                "Launch with --multi_gpu, or remove the setting by `accelerate config`."
+                f"accelerate launch asks for {setting}, but weights are shared by "
+                "distributed.shard: true. Launch with --multi_gpu, or remove the setting by "
+                "`accelerate config`."
             )
     compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":

@@ -16,6 +16,7 @@ from flowalign.config.sections import (
     Config,
     Data,
     DEFAULTS,
+    Distributed,
     Evaluation,
     PlainSections,
     Train,
@@ -87,6 +88,7 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
         train=build(Train, values.get("train", {}), "train"),
         rewards=checked_rewards(values.get("rewards", {}), "rewards"),
         evaluation=evaluation,
+        distributed=build(Distributed, values.get("distributed", {}), "distributed"),
         output=check_output(values.get("output", str(Path("outputs") / path.stem))),
     )
     # Importing torch takes seconds, so it waits until the sections above are right.

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "model.attention",
     "model.compile",
+    "distributed",
 )
 """Keys that may change, with all below them, when a run is resumed."""
 
@@ -50,6 +51,7 @@ def resolve(config: Config) -> Section:
         "data": asdict(config.data),
         "train": asdict(config.train),
         "evaluation": asdict(config.evaluation),
+        "distributed": asdict(config.distributed),
         "output": config.output,
     }
     # Escaping also makes lists of tuples: this must equal what a run's file is read back as.

@@ -18,7 +18,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from flowalign.advantages import ADVANTAGES
 from flowalign.config.checks import EVALUATION_SAMPLER
-from flowalign.config.sections import Data, DEFAULTS, Evaluation, Train
+from flowalign.config.sections import Data, DEFAULTS, Distributed, Evaluation, Train
 from flowalign.dynamics import DYNAMICS
 from flowalign.models import ALIASES, MODELS
 from flowalign.models.families import family_of
@@ -67,6 +67,7 @@ def json_schema() -> Section:
         "data": closed(properties_of(Data), summary(Data)),
         "train": closed(properties_of(Train), summary(Train)),
         "evaluation": closed(evaluation, summary(Evaluation)),
+        "distributed": closed(properties_of(Distributed), summary(Distributed)),
         "output": {"type": "string", "description": "The run folder; outputs/FILE by default."},
     }
     return {

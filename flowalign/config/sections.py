@@ -154,6 +154,17 @@ class Data:
     """Which pairs there are, and how much each counts, for objectives that learn from pairs."""
 
 
+@dataclass
+class Distributed(Settings):
+    """How several processes share the work of a run."""
+
+    shard: bool = False
+    """True to split the frozen weights of the transformer over the processes (FSDP2).
+
+    For models that do not fit one GPU. Each block's weights are gathered when it computes.
+    """
+
+
 @dataclass(kw_only=True)
 class PlainSections:
     """The sections that are checked before torch is imported."""
@@ -162,6 +173,7 @@ class PlainSections:
     train: Train
     evaluation: Evaluation
     rewards: dict[str, object]
+    distributed: Distributed
     output: str
 
 
@@ -182,6 +194,7 @@ class Config:
     data: Data
     train: Train
     evaluation: Evaluation
+    distributed: Distributed
     output: str
     """The run folder."""
     raw: Section

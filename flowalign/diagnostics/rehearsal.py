@@ -227,7 +227,8 @@ class BlankContext(SourceContext):
 def blank_context(config: Config, policy: Policy) -> SourceContext:
     """Return what makes the batch of one update, with an empty prompt and free rewards."""
     plan, train, blank = batch_plan(config), config.train, Prompt("")
-    plan = replace(plan, prompts_per_step=plan.prompts_per_update, updates_per_step=1)
+    prompts = plan.prompts_per_step // plan.updates_per_step
+    plan = replace(plan, prompts_per_step=prompts, updates_per_step=1)
     entries = [reward_entry(name, value) for name, value in config.rewards.items()]
     scorer = RolloutScorer(
         [Reward(entry.name, different_scores) for entry in entries],

@@ -21,23 +21,20 @@ SIDE = 16
 
 
 @torch.no_grad()
-def drift_metrics(policy: Policy, rollout: Rollout | None) -> dict[str, float]:
+def drift_metrics(policy: Policy, rollout: Rollout) -> dict[str, float]:
     """Measure diversity and velocities, as means over ranks. All ranks call this together.
 
     Args:
         policy: The policy under the weights to measure.
-        rollout: The evaluation images of this rank, or None if it has none.
+        rollout: The evaluation images of this rank.
 
     Returns:
         `diversity`, if prompts have several images, `velocity_norm` and `velocity_moved`; see
         `diversity` and `velocity_drift`.
     """
-    # A rank without images sends no row, so the means are over the ranks that have some.
-    rows = []
-    if rollout:
-        some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / COMPARED)))]
-        rows = [[diversity(rollout), *velocity_drift(policy, some)]]
-    means = distributed.gather(torch.tensor(rows).view(-1, 3)).nanmean(0).tolist()
+    some = rollout[list(range(0, len(rollout), math.ceil(len(rollout) / COMPARED)))]
+    own = torch.tensor([[diversity(rollout), *velocity_drift(policy, some)]])
+    means = distributed.gather(own).nanmean(0).tolist()
     names = "diversity", "velocity_norm", "velocity_moved"
     return {name: value for name, value in zip(names, means, strict=True) if not math.isnan(value)}
 

@@ -85,7 +85,7 @@ class Evaluator:
     def sample(self, policy: Policy) -> Iterator[Rollout]:
         """Yield the images of this rank, pass by pass, without paths and embeddings."""
         members = self.members
-        texts = [self.prompts[prompt].text for prompt, _ in members]
+        texts = [self.prompt_at(position).text for position, _ in members]
         with task("evaluating", total=len(members)) as work:
             for start in range(0, len(members), self.images_per_pass):
                 end = min(start + self.images_per_pass, len(members))
@@ -95,14 +95,21 @@ class Evaluator:
 
     @property
     def members(self) -> list[tuple[int, int]]:
-        """(prompt, image) of every image of this rank: all images of every n-th prompt."""
-        share = range(distributed.rank(), len(self.prompts), distributed.count())
+        """(prompt, image) of every image of this rank: all images of every n-th prompt.
+
+        All ranks have equally many. Numbers beyond the prompts stand for repeated ones.
+        """
+        share = distributed.share(len(self.prompts))
         return list(product(share, range(self.images_per_prompt)))
+
+    def prompt_at(self, position: int) -> Prompt:
+        """Return the prompt of a member."""
+        return self.prompts[position % len(self.prompts)]
 
     def _sample_pass(
         self, policy: Policy, members: list[tuple[int, int]], upcoming: Iterable[str]
     ) -> Rollout:
-        prompts = [self.prompts[prompt] for prompt, _ in members]
+        prompts = [self.prompt_at(position) for position, _ in members]
         batch = make_prompts(policy, prompts, Keys.evaluation(self.seed, members), upcoming)
         rollout = collect(policy, batch, self.images_per_pass, self.purpose)
         # Latents and embeddings of thousands of images would fill a GPU. The latents go to the CPU,
@@ -110,11 +117,12 @@ class Evaluator:
         cond = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
         return replace(rollout.without_path(), x0=rollout.x0.cpu(), cond=cond)
 
-    def _result(self, rollout: Rollout | None, scores: dict[str, PerImage]) -> EvaluationResult:
+    def _result(self, rollout: Rollout, scores: dict[str, PerImage]) -> EvaluationResult:
         """Gather the scores of all ranks, ordered by prompt and image."""
         members = torch.tensor(self.members).view(-1, 2)
         columns = [values[:, None] for values in scores.values()]
         table = distributed.gather(torch.cat([members, *columns], 1))
+        table = table[table[:, 0] < len(self.prompts)]
         table = table[sorted(range(len(table)), key=lambda row: table[row, :2].tolist())]
         rewards = dict(zip(scores, table[:, 2:].T, strict=True))
         infinite = [name for name, values in rewards.items() if values.isinf().any()]
@@ -128,19 +136,15 @@ class Evaluator:
             prompt=table[:, 0].long(), rewards=rewards, images=images, shown=shown
         )
 
-    def _shown_images(self, rollout: Rollout | None) -> tuple[Tensor, Tensor]:
+    def _shown_images(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Gather the images to show, in bytes, and the index of the prompt of each."""
         total = len(self.prompts) * self.images_per_prompt
         positions = range(0, total, max(1, total // self.shown))
         own = [prompt * self.images_per_prompt + image for prompt, image in self.members]
         rows = [row for row, position in enumerate(own) if position in positions]
-        # A rank with fewer prompts than others may have no images. It still takes part in the
-        # gather, with no rows, and must therefore know the size of an image.
-        sizes = distributed.gather_objects(rollout.images.shape[1:] if rollout else None)
-        size = next(size for size in sizes if size is not None)
-        images = rollout.images[rows] if rollout else torch.zeros(0, *size)
+        images = rollout.images[rows]
         place = torch.tensor([own[row] for row in rows]).view(-1, 1)
         table = distributed.gather(torch.cat([place, images.flatten(1)], 1))
         table = table[table[:, 0].argsort()][: self.shown]
         prompt = table[:, 0].long() // self.images_per_prompt
-        return table[:, 1:].byte().view(-1, *size), prompt
+        return table[:, 1:].byte().view(-1, *images.shape[1:]), prompt

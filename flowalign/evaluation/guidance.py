@@ -174,14 +174,13 @@ class GuidanceSweep:
             RunError: A reward failed on a guided image.
         """
         # Only the main process looks for it: others may see files later, or round differently.
-        key = distributed.gather_objects(self.key)[0]
-        if not distributed.any_rank(distributed.is_main() and _recall(folder, key)):
+        key = distributed.from_main(lambda: self.key)
+        if not distributed.from_main(lambda: _recall(folder, key)):
             baseline = self._measure_or_explain(key)
             if distributed.is_main():
                 baseline.save(folder)
                 _remember(baseline)
-        distributed.barrier()
-        baseline = _load(folder, key)
+        baseline = distributed.from_main(lambda: _load(folder, key))
         assert baseline is not None
         return baseline
 

@@ -17,7 +17,9 @@ class HeldOut:
     """The held-out pictures, compared at fixed times and noise, without guidance."""
 
     batch: Examples | Pairs
-    """The share of this rank: the entries whose number is its rank modulo the number of ranks."""
+    """The share of this rank, as `distributed.share` makes it."""
+    entries: int
+    """The number of entries on all ranks."""
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=8))
     """The times; with their noise, functions of the pictures' keys."""
 
@@ -36,7 +38,7 @@ class HeldOut:
             figures = self._picture_figures(policy, self.batch.x0)
         number = self.batch.group.to(self.batch.device)
         table = distributed.gather(torch.stack([number, *figures.values()], 1))
-        ordered = table[table[:, 0].argsort()][:, 1:]
+        ordered = table[table[:, 0].argsort()][: self.entries, 1:]
         return dict(zip(figures, ordered.T, strict=True))
 
     def _pair_figures(

@@ -38,5 +38,5 @@ def load_model(config: "ModelConfig", device: str = "cpu") -> "FlowModel":
     with task(f"loading {config.path}"):
         model = family_of(config.name)(config, device)
     if config.compile:
-        compile_blocks(model.blocks())
+        compile_blocks(model.blocks)
     return model

@@ -15,6 +15,7 @@ from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
 from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
+from flowalign.models.sharding import shard
 from flowalign.models.text_cache import Row, TextCache
 from flowalign.progress import task
 
@@ -192,16 +193,26 @@ class FlowModel(ABC, Generic[C]):
         """Return a context in which `encode_texts` is called."""
         return contextlib.nullcontext()
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that the transformer repeats: the entries of its lists of modules."""
+        lists = [part for part in self.transformer.children() if isinstance(part, nn.ModuleList)]
+        return [block for part in lists for block in part]
+
+    def shard(self, device: torch.device) -> None:
+        """Move the model to a device, with a part of the transformer's weights on each process.
+
+        The model must be on the CPU, without adapters. Blocks are moved one by one (FSDP2), so that
+        the whole transformer need not fit the device. All processes call this together, and must
+        then make equally many forwards and backwards, in the same order. A family moves its other
+        networks.
+        """
+        self.device = device
+        shard(self.transformer, self.blocks, device)
+
     def networks(self) -> dict[str, nn.Module]:
         """Return all networks by name, to count their parameters and check their gradients."""
         return {"transformer": self.transformer}
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """Return the repeated blocks of the transformer. Only `model.compile` needs them."""
-        raise UserError(
-            f"model.compile is true, but {type(self).__name__} does not name its blocks. "
-            "Implement blocks, or set model.compile to false."
-        )
 
     def add_adapter(self, lora: "LoraConfig", name: str) -> None:
         """Put an adapter on the transformer."""

@@ -162,6 +162,11 @@ class PipelineModel(FlowModel[C]):
         posterior = self.vae.encode(images.to(self.device) * 2 - 1).latent_dist
         return self.normalise(posterior.mode())
 
+    def shard(self, device: torch.device) -> None:
+        """Split the transformer over the processes. The autoencoder is whole on each of them."""
+        self.vae.to(device)
+        super().shard(device)
+
     @contextlib.contextmanager
     def text_encoders_on_device(self) -> Iterator[None]:
         """Keep the text encoders on the device only while they encode."""
@@ -173,12 +178,6 @@ class PipelineModel(FlowModel[C]):
         """Return all networks of the pipeline by their component names."""
         parts = self.pipe.components.items()
         return {name: part for name, part in parts if isinstance(part, nn.Module)}
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """Return the blocks that diffusers names. A family without such names overrides this."""
-        names = self.transformer._repeated_blocks
-        blocks = [block for block in self.transformer.modules() if type(block).__name__ in names]
-        return blocks or super().blocks()
 
     def add_adapter(self, lora: "LoraConfig", name: str) -> None:
         """Put an adapter on the transformer, in a way that diffusers knows of."""

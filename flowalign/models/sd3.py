@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import nn, Tensor
+from torch import Tensor
 
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
@@ -100,10 +100,6 @@ class SD3(PipelineModel[SD3Config]):
             max_sequence_length=self.config.max_sequence_length,
         )
         return {"embeds": embeds, "pooled": pooled}
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """Return the blocks, which diffusers does not name for SD3."""
-        return list(self.transformer.transformer_blocks)
 
     def use_attention(self, name: str) -> None:
         """Switch to xformers by its own method."""

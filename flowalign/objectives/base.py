@@ -138,6 +138,11 @@ class Objective(Settings, Generic[B, D]):
         """The size beyond which log-ratios are clipped; infinite if none is."""
         return math.inf
 
+    @property
+    def has_group_terms(self) -> bool:
+        """True if the class defines `group_terms`."""
+        return type(self).group_terms is not Objective.group_terms
+
     def check(self, sampler: Sampler, /) -> None:
         """Raise UserError if it cannot work with the sampler."""
 

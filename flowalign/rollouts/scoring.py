@@ -59,7 +59,7 @@ class RolloutScorer:
         """The rewards that learn as training goes, by name."""
         return {reward.name: reward.learner for reward in self.rewards if reward.learner}
 
-    def score(self, passes: Iterable[Rollout]) -> tuple[Rollout | None, Scores]:
+    def score(self, passes: Iterable[Rollout]) -> tuple[Rollout, Scores]:
         """Return this process's images, and their scores; see `score_passes`."""
         return score_passes(self.rewards, passes, self.images_per_pass, self.device)
 
@@ -70,7 +70,6 @@ class RolloutScorer:
         reward is infinite or no image was scored.
         """
         rollout, own_scores = self.score(passes)
-        assert rollout is not None
         scores, group = gather_scores(rollout, own_scores)
         check_finite(scores, rollout)
         table = combined_table(self.combine, scores, self.weights, group)
@@ -130,31 +129,29 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def score_passes(
     rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
-) -> tuple[Rollout | None, Scores]:
+) -> tuple[Rollout, Scores]:
     """Return the images of all passes, and their scores on the CPU.
 
-    A pass is scored while the next is sampled; rewards of groups are called at the end. Returns
-    None without a pass. If a reward fails on one process, RunError is raised on all.
+    A pass is scored while the next is sampled; rewards of groups are called at the end. If a
+    reward fails on one process, RunError is raised on all.
     """
     of_groups = [reward for reward in rewards if reward.of_groups]
     of_images = [reward for reward in rewards if not reward.of_groups]
     try:
         rollout, parts = _score_while_sampling(of_images, passes, images_per_pass, device)
-        by_group = _score_groups(of_groups, rollout, device) if rollout else {}
+        by_group = _score_groups(of_groups, rollout, device)
     except RunError as error:
         distributed.raise_if_any_failed(error)
         raise
     distributed.raise_if_any_failed(None)
-    empty = torch.zeros(0)
-    scores = {r.name: concatenate([empty, *(part[r.name] for part in parts)]) for r in of_images}
-    scores |= {reward.name: by_group.get(reward.name, empty) for reward in of_groups}
+    scores = {r.name: concatenate([part[r.name] for part in parts]) for r in of_images} | by_group
     return rollout, {reward.name: scores[reward.name] for reward in rewards}
 
 
 def _score_while_sampling(
     rewards: Sequence[Reward], passes: Iterable[Rollout], images_per_pass: int, device: torch.device
-) -> tuple[Rollout | None, list[Scores]]:
-    """Return the images, and the scores of each part; stop sampling once a reward has failed."""
+) -> tuple[Rollout, list[Scores]]:
+    """Return the images, and the scores of each part. A failed reward ends sampling soon."""
     rollouts: list[Rollout] = []
     tasks: list[Future[Scores]] = []
     # A new thread begins with the first GPU, so that of this thread is named.
@@ -164,7 +161,9 @@ def _score_while_sampling(
             rollouts.append(rollout)
             for part in rollout.pieces(images_per_pass):
                 tasks.append(worker.submit(_score_images, rewards, device, part))
-            if any(task.done() and task.exception() for task in tasks):
+            failed = any(task.done() and task.exception() for task in tasks)
+            # Ranks that share the weights of a model must all make the same forwards.
+            if failed and distributed.count() == 1:
                 break
         for task in tasks:
             has_ended(task)
@@ -174,7 +173,7 @@ def _score_while_sampling(
         for task in tasks:
             task.cancel()
         worker.close()
-    return Rollout.concatenate(rollouts) if rollouts else None, scores
+    return Rollout.concatenate(rollouts), scores
 
 
 def _score_images(rewards: Sequence[Reward], device: torch.device, part: Rollout) -> Scores:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import product
 from typing import TypeVar
 
 import torch
@@ -72,10 +71,9 @@ class SourceContext:
         return {slot: order[slot] for slot in self.plan.slots(distributed.rank())}
 
     def step_prompts(self, step: int) -> Prompts:
-        """Return this process's prompts of a step, each repeated for its group."""
+        """Return this process's prompts of a step, each repeated for its images."""
         indices = self.indices(len(self.prompts), step)
-        # The images of a prompt are adjacent, so that passes can hold whole groups.
-        members = list(product(indices, range(self.plan.images_per_prompt)))
+        members = self.plan.members(distributed.rank())
         prompts = [self.prompts[indices[slot]] for slot, _ in members]
         return self.make_prompts(prompts, Keys.training(self.seed, step, members), step)
 

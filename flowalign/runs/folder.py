@@ -63,8 +63,8 @@ def open_folder(folder: Path, config: Config, state: TrainState) -> tuple[Folder
     _on_main(folder, lambda: claim(folder, lock))
     try:
         resolved = resolve(config)
-        saved = checkpoints(folder)
-        progress = _resume(folder, config, resolved, state) if saved else _begin(config)
+        saved = distributed.from_main(lambda: checkpoints(folder))
+        progress = _resume(folder, config, resolved, state, saved) if saved else _begin(config)
         # The main process may not remove or replace files that another rank still reads.
         distributed.barrier()
         _on_main(folder, lambda: _write_start(folder, resolved, is_new=not saved))
@@ -92,13 +92,15 @@ def _begin(config: Config) -> Progress:
     return Progress(files=input_checksums(config))
 
 
-def _resume(folder: Path, config: Config, resolved: dict[str, Any], state: TrainState) -> Progress:
+def _resume(
+    folder: Path, config: Config, resolved: dict[str, Any], state: TrainState, saved: list[Path]
+) -> Progress:
     """Load the last checkpoint, if its run had the same settings, prompts and preferences."""
-    _refuse_other_settings(folder, resolved)
-    progress = _load_last_checkpoint(state, checkpoints(folder))
+    distributed.from_main(lambda: _refuse_other_settings(folder, resolved))
+    progress = _load_last_checkpoint(state, saved)
     _refuse_changed_files(folder, config, progress)
     if distributed.is_main():
-        say(f"Resuming from {checkpoints(folder)[-1]}.")
+        say(f"Resuming from {saved[-1]}.")
     return progress
 
 
@@ -151,15 +153,14 @@ def _on_main(folder: Path, work: Callable[[], None]) -> None:
 
     def attempt() -> None:
         try:
-            if distributed.is_main():
-                work()
+            work()
         except OSError as error:
             raise UserError(
                 f"output: {folder} cannot be written: {error}. Choose another folder: "
                 "output=FOLDER."
             ) from None
 
-    distributed.raise_everywhere(attempt)
+    distributed.from_main(attempt)
 
 
 def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:

@@ -55,7 +55,7 @@ def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
     summary["after"] = after.means
     summary["difference"] = paired_difference(before, after)
     summary["baseline_guided"] = summarize_guided(guided, after) if guided else None
-    summary["better_step"] = run.better_step(step)
+    summary["better_step"] = distributed.from_main(lambda: run.better_step(step))
     if distributed.is_main():
         after.save(run.folder / AFTER)
         checkpoint = find_checkpoint(run.folder, step)

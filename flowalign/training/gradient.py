@@ -144,7 +144,7 @@ def split(
     else:
         padded = rows
     terms_needed = objective.terms_span_update or any(cuts)
-    terms_first = most > 0 and has_group_terms(objective) and terms_needed
+    terms_first = most > 0 and objective.has_group_terms and terms_needed
     return Passes(
         objective=objective,
         batch=padded,
@@ -154,11 +154,6 @@ def split(
         mean_rows=sum(counts) / len(counts),
         size=batch.rows_per_pass(images_per_pass),
     )
-
-
-def has_group_terms(objective: Objective[B, D]) -> bool:
-    """True if the objective's class defines `group_terms`."""
-    return type(objective).group_terms is not Objective.group_terms
 
 
 @torch.no_grad()

@@ -27,8 +27,14 @@ def check_rewards(config: Config, plan: BatchPlan, rewards: Sequence[Reward]) ->
             "choose an objective that learns from scores."
         )
     comparing = [reward.name for reward in rewards if reward.of_groups]
-    cuts_groups = plan.images_per_pass % plan.images_per_prompt != 0
-    if comparing and learns_from is Prompts and cuts_groups:
+    if comparing and plan.cuts_groups:
+        raise UserError(
+            f"rewards.{comparing[0]} compares a prompt's images, but {plan.processes} processes "
+            f"share the images of {plan.prompts_per_step // plan.updates_per_step} prompts. Start "
+            "a number of processes that divides the prompts of an update."
+        )
+    passes_cut_groups = plan.images_per_pass % plan.images_per_prompt != 0
+    if comparing and learns_from is Prompts and passes_cut_groups:
         raise UserError(
             f"Passes have {plan.images_per_pass} images, but rewards.{comparing[0]} compares a "
             "prompt's images, and the objective takes its gradient pass by pass. Set "

@@ -16,7 +16,6 @@ from flowalign.evaluation.guidance import GuidanceSweep, GuidedBaseline
 from flowalign.evaluation.halves import Halves, split_prompts
 from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
-from flowalign.models import load_model
 from flowalign.policy import Policy
 from flowalign.progress import say
 from flowalign.reporting.summary import BetterStep
@@ -37,7 +36,7 @@ from flowalign.runs.folder import BEFORE, evaluation_file, GUIDED, open_folder
 from flowalign.runs.interrupt import Interrupt
 from flowalign.runs.lock import FolderLock
 from flowalign.training.preflight import require_preflight
-from flowalign.training.setup import assemble, read_inputs
+from flowalign.training.setup import assemble, load, read_inputs
 
 IDLE_STEPS = 10
 """Steps in a row with a gradient of exactly 0 after which a run says so."""
@@ -100,12 +99,12 @@ class Run:
     def needs_checkpoint(self) -> bool:
         """Return True if the present step is to be saved: by schedule, as the last, or as the best.
 
-        Looks into the run folder if the step was evaluated.
+        All ranks call this together.
         """
         step, train = self.progress.step, self.config.train
         if step % train.save_every == 0 or step == train.steps:
             return True
-        return self.progress.is_evaluated and self.find_best_step() == step
+        return self.progress.is_evaluated and distributed.from_main(self.find_best_step) == step
 
     def stop_reason(self) -> str:
         """Return why training ends now, or an empty string. All ranks call this together.
@@ -190,13 +189,12 @@ class Run:
     def evaluate_reference(self) -> EvaluationResult:
         """Evaluate the model without adapter, once per run. All ranks call this together."""
         file = self.folder / BEFORE
-        if not file.exists():
+        if not distributed.from_main(file.exists):
             result = self.evaluator(self.evaluation_view("reference"))
             if distributed.is_main():
                 result.save(file)
-            distributed.barrier()
-        # Read back on every rank, so that a resumed run compares with exactly the same numbers.
-        return EvaluationResult.load(file)
+        # Read back, so that a resumed run compares with exactly the same numbers.
+        return distributed.from_main(lambda: EvaluationResult.load(file))
 
     def evaluate_guided(self, before: EvaluationResult) -> GuidedBaseline | None:
         """Evaluate the model without adapter at its best guidance, once per run.
@@ -236,7 +234,8 @@ class Run:
     def find_best_step(self) -> int | None:
         """Return the step with the best evaluation of those whose weights still exist.
 
-        Evaluations beyond the limits of `train.stop` do not count. Looks into the run folder.
+        Evaluations beyond the limits of `train.stop` do not count. Looks into the run folder, where
+        the ranks may see different files.
         """
         # The present step may not be saved yet, but it will be if it is the best.
         present = [
@@ -252,8 +251,13 @@ class Run:
         return best_step(chosen_by, sign, within_limits(self.config.train.stop, present))
 
     def exported_step(self) -> int:
-        """Return the step whose weights are exported: the last one, or the best one."""
-        best = self.find_best_step() if self.config.train.exports_best else None
+        """Return the step whose weights are exported: the last one, or the best one.
+
+        All ranks call this together.
+        """
+        best = None
+        if self.config.train.exports_best:
+            best = distributed.from_main(self.find_best_step)
         return self.progress.step if best is None else best
 
     @cached_property
@@ -337,7 +341,7 @@ def prepare(config: Config) -> Run:
     """
     # Everything that costs little is checked first: the model may take minutes to load.
     inputs = distributed.raise_everywhere(lambda: read_inputs(config))
-    assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
+    assembly = assemble(inputs, load(config))
     require_preflight(assembly)
     folder = Path(config.output)
     lock, progress = open_folder(folder, config, assembly.state)

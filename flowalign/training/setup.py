@@ -18,6 +18,7 @@ from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
+from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.progress import say, task
@@ -83,6 +84,7 @@ def read_inputs(config: Config) -> Inputs:
     plan = batch_plan(config, distributed.count())
     if plan.note and distributed.is_main():
         say(plan.note)
+    check_sharding(config, plan)
     paired = learns_from is Pairs
     given = _read_examples(config.data.pairs, "data.pairs", paired)
     examples, held_out = divide(config, given, paired)
@@ -125,7 +127,7 @@ def check_halves(config: Config, prompts: list[Prompt]) -> None:
 
 def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
     """Return the batch arithmetic of the run on this number of processes."""
-    train = config.train
+    train, learns_from = config.train, config.objective.learns_from
     return BatchPlan(
         prompts_per_step=train.prompts_per_step,
         images_per_prompt=train.images_per_prompt,
@@ -133,7 +135,9 @@ def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
         max_images_per_pass=train.images_per_pass,
         processes=processes,
         # Pairs that are ranked are sampled and scored as single images.
-        images_per_row=config.objective.learns_from.images_per_row if config.data.pairs else 1,
+        images_per_row=learns_from.images_per_row if config.data.pairs else 1,
+        # Advantages compare scores of all processes; other comparisons need the images themselves.
+        whole_groups=config.objective.has_group_terms or learns_from is Pairs,
     )
 
 
@@ -190,6 +194,36 @@ def _read_prompts(path: str, key: str) -> list[Prompt]:
 def _prompts_of(examples: list[Example]) -> list[Prompt]:
     """Return the prompts of the examples, each once, in their order."""
     return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
+
+
+def load(config: Config) -> FlowModel:
+    """Load the model of a run onto the device of this process, or its share of the model."""
+    device = distributed.device()
+    if not config.distributed.shard or distributed.count() == 1:
+        return load_model(config.model, str(device))
+    model = load_model(config.model, "cpu")
+    model.shard(device)
+    return model
+
+
+def check_sharding(config: Config, plan: BatchPlan) -> None:
+    """Refuse a sharded model where processes would make different numbers of forwards."""
+    if not config.distributed.shard:
+        return
+    if distributed.count() == 1:
+        say("distributed.shard has no effect, because there is one process.")
+    if config.objective.learns_from is Prompts:
+        raise UserError(
+            f"distributed.shard is true, but {config.objective_name} passes gradients through the "
+            "sampler, with other numbers of forwards on each process. Set it to false, or choose "
+            "an objective that learns from scores."
+        )
+    if config.sampler.same_noise and plan.cuts_groups:
+        raise UserError(
+            f"distributed.shard and sampler.same_noise are true, but {plan.processes} processes "
+            "share the images of a prompt. Start a number of processes that divides the prompts "
+            "of an update."
+        )
 
 
 def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
@@ -266,8 +300,9 @@ def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
     # In chunks that are the same on any number of processes.
     context.policy.model.remember([example.prompt.text for example in inputs.held_out])
-    share = range(distributed.rank(), len(inputs.held_out), distributed.count())
-    return HeldOut(make(context, inputs.held_out, {i: i for i in share}, EVALUATION_STEP))
+    entries = len(inputs.held_out)
+    share = {slot: slot % entries for slot in distributed.share(entries)}
+    return HeldOut(make(context, inputs.held_out, share, EVALUATION_STEP), entries)
 
 
 def make_optimizer(

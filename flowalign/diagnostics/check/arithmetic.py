@@ -24,7 +24,7 @@ def describe_step(inputs: Inputs) -> Finding:
     most = "at most " if ranked else ""
     if ranked:
         total += f", ranked into {most}{prompts * rows_per_prompt(inputs)} pairs"
-    rows = plan.prompts_per_update * rows_per_prompt(inputs)
+    rows = plan.rows_per_update * rows_per_prompt(inputs) // plan.images_per_prompt
     passes = math.ceil(rows / max(1, plan.images_per_pass // kind.images_per_row))
     split = f"{plan.updates_per_step} update(s) of {most}{rows} {noun}"
     where = f"on each of {plan.processes} process(es), in {most}{passes} pass(es)"
