@@ -1,0 +1,170 @@
+"""Compiled blocks: one graph for each kind of call, and the results of uncompiled ones."""
+
+import pytest
+import torch
+
+from flowalign.batch import Keys
+from flowalign.data.prompts import Prompt
+from flowalign.models import compiled, load_model
+from flowalign.models.compiled import compile_blocks, uncompiled
+from flowalign.models.families import describe
+from flowalign.policy import Policy, Sampler
+from flowalign.rollouts.collect import make_prompts
+from tests.tiny import make_policy, ROOT, sd3_config, stir, TEXTS
+
+WEIGHTS = ("policy", "old", "ema", "reference")
+
+
+@pytest.fixture(autouse=True)
+def without_graphs_of_other_tests():
+    torch.compiler.reset()
+    with torch._dynamo.config.patch({}):
+        yield
+
+
+class Counting:
+    """A compiler that computes each graph as it is, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def moved_policy(**changes):
+    """A policy whose adapters all differ."""
+    policy = make_policy(snapshots=["old", "ema"], **changes)
+    for number, name in enumerate(("policy", "old", "ema")):
+        stir(policy, name, 0.02 * (number + 1))
+    return policy
+
+
+def call(policy, images, weights=WEIGHTS):
+    """Velocities under all weights, then the policy's with a gradient, and that gradient."""
+    cond = policy.encode((TEXTS * images)[:images])
+    generator = torch.Generator().manual_seed(images)
+    x = torch.randn(images, *policy.model.latent_shape, generator=generator)
+    t = torch.linspace(0.3, 0.9, images)
+    without = [policy.at(name).velocity(x, t, cond) for name in weights]
+    v = policy.velocity(x, t, cond)
+    return [*without, v.detach(), *torch.autograd.grad(v.square().sum(), policy.parameters())]
+
+
+def equal(some, others):
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_kind_of_call_has_one_graph_and_the_results_of_uncompiled_blocks(dtype):
+    policy = moved_policy(dtype=dtype)
+    expected = {images: call(policy, images) for images in (2, 3)}
+    backend = Counting()
+    compile_blocks(policy.model.blocks, backend)
+    for round_ in range(3):
+        assert equal(call(policy, 2), expected[2]), round_
+        # The last block differs from the others, and with a gradient the first one does too: its
+        # inputs have none.
+        assert backend.graphs == 2 * len(WEIGHTS) + 3, round_
+    assert equal(call(policy, 3), expected[3])
+    assert backend.graphs == 2 * len(WEIGHTS) + 3
+
+
+def test_one_image_has_graphs_of_its_own_in_any_order():
+    graphs = {}
+    for order in ((1, 2, 3), (3, 2, 1)):
+        torch.compiler.reset()
+        policy, backend = moved_policy(), Counting()
+        compile_blocks(policy.model.blocks, backend)
+        for images in order:
+            call(policy, images, ["reference"])
+        graphs[order] = backend.graphs
+    assert set(graphs.values()) == {2 * (2 + 3)}
+
+
+def test_blocks_and_steps_that_are_computed_again_need_no_other_graphs():
+    def gradient(policy):
+        batch = make_prompts(policy, [Prompt(text) for text in TEXTS], Keys.training(0, 0, [(0, 0), (1, 0)]))
+        x0 = policy.unroll(policy.initial_noise(batch), batch, range(2))
+        return torch.autograd.grad(x0.square().sum(), policy.parameters())
+
+    policy = make_policy(Sampler(steps=2), gradient_checkpointing=True)
+    stir(policy)
+    expected = gradient(policy)
+    backend = Counting()
+    compile_blocks(policy.model.blocks, backend)
+    assert equal(gradient(policy), expected)
+    # The second step's input has a gradient, so that its first block is like the second one.
+    assert backend.graphs == 3
+
+
+def test_both_kinds_of_blocks_of_flux_are_compiled():
+    torch.manual_seed(0)
+    policy = Policy(load_model(describe(str(ROOT / "assets" / "tiny-flux"))), Sampler(steps=2))
+    stir(policy)
+    expected = call(policy, 2, ["policy"])
+    backend = Counting()
+    compile_blocks(policy.model.blocks, backend)
+    assert equal(call(policy, 2, ["policy"]), expected)
+    # Each kind without a gradient and with one, and the first block, whose inputs have none.
+    assert backend.graphs == 2 + 2 + 1
+
+
+def test_a_compiler_that_fails_is_named_once_and_the_model_runs_without_it(capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    policy = moved_policy()
+    expected = call(policy, 2)
+    compile_blocks(policy.model.blocks, broken)
+    assert equal(call(policy, 2), expected)
+    text = capsys.readouterr().out
+    assert text.count("runs uncompiled from here on") == 1
+    assert "no C++ compiler" in text
+    assert "model.compile to false" in text
+
+
+def test_more_graphs_than_allowed_are_said_and_not_silent(capsys, monkeypatch):
+    monkeypatch.setattr(compiled, "GRAPHS", 0)
+    policy = moved_policy()
+    expected = call(policy, 2)
+    backend = Counting()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        compile_blocks(policy.model.blocks, backend)
+        assert equal(call(policy, 2), expected)
+    assert backend.graphs == 3
+    assert "runs uncompiled from here on" in capsys.readouterr().out
+
+
+def test_loading_compiles_without_renaming_a_parameter():
+    plain, model = (load_model(sd3_config(compile=value)) for value in (False, True))
+    names = [name for name, _ in model.transformer.named_parameters()]
+    assert names == [name for name, _ in plain.transformer.named_parameters()]
+    kinds = {type(block.forward) for block in model.blocks}
+    assert kinds == {compiled._CompiledForward}
+    assert torch._dynamo.config.recompile_limit >= compiled.GRAPHS
+
+
+def test_a_context_computes_without_the_compiler():
+    policy, backend = moved_policy(), Counting()
+    compile_blocks(policy.model.blocks, backend)
+    with uncompiled():
+        call(policy, 2)
+    assert backend.graphs == 0
+    call(policy, 2, ["policy"])
+    assert backend.graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_graphs_with_and_without_a_gradient_agree_to_the_last_bit(dtype, bound):
+    """PyTorch's own compiler. Against uncompiled blocks, it rounds sums in another order."""
+    policy = moved_policy(dtype=dtype)
+    expected = call(policy, 2, ["policy"])
+    compile_blocks(policy.model.blocks)
+    results = call(policy, 2, ["policy"])
+    without, with_gradient, *_ = results
+    assert torch.equal(without, with_gradient)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
