@@ -1,6 +1,6 @@
 """Notes on settings: those that have no effect, and those whose effect must be measured.
 
-They are no errors, so that one file can be tried with every objective.
+Neither is an error, so that one file can be tried with every objective.
 """
 
 import os

@@ -17,7 +17,7 @@ from flowalign.progress import say
 
 GRAPHS = 256
 """Most graphs of all blocks of a class. PyTorch's default is 8, too few for five weights."""
-OPTIONS = {"emulate_precision_casts": True}
+OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 """Options of inductor, PyTorch's compiler.
 
 Without them, fused operations compute in float32, and which are fused depends on the gradient. So
@@ -86,10 +86,13 @@ class _CompiledForward:
 
     def _give_up(self, error: Exception) -> None:
         for block in self.blocks:
-            block.forward = block.forward.forward
+            compiled: Any = block.forward
+            block.forward = compiled.forward
         if distributed.is_main():
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            # Advice to developers of PyTorch follows in further lines.
+            lines = str(error.__cause__ or error).split("\n")
+            reason = " ".join(line.strip() for line in lines[:2])
             say(
-                "The model runs uncompiled from here on, because PyTorch cannot compile its "
-                f"blocks ({reason}). Set model.compile to false to start without the attempt."
+                "The model runs uncompiled from here on, because PyTorch did not compile its "
+                f"blocks: {reason.rstrip('.')}. Set model.compile to false to skip the attempt."
             )

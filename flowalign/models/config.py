@@ -58,7 +58,7 @@ class ModelConfig(Settings):
     gradient_checkpointing: bool = False
     """Recompute the blocks of the transformer in the backward pass, which saves memory."""
     compile: bool = False
-    """Compile the blocks of the transformer: faster steps, after minutes of compiling."""
+    """Compile the blocks of the transformer, which takes minutes at the start of a run."""
     lora: Lora = field(default_factory=Lora)
     """The adapter that trains."""
 

@@ -1,25 +1,32 @@
 """Compiled blocks: one graph for each kind of call, and the results of uncompiled ones."""
 
+import logging
+
 import pytest
 import torch
 
 from flowalign.batch import Keys
 from flowalign.data.prompts import Prompt
+from flowalign.files import read_tensors
 from flowalign.models import compiled, load_model
 from flowalign.models.compiled import compile_blocks, uncompiled
+from flowalign.models.config import Lora
 from flowalign.models.families import describe
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
-from tests.tiny import make_policy, ROOT, sd3_config, stir, TEXTS
+from flowalign.runs.checkpoint import checkpoints
+from flowalign.training.trainer import train
+from tests.tiny import make_policy, ROOT, sd3_config, small_config, stir, TEXTS
 
+FEW, ALL = Lora(rank=4, alpha=12, targets=["attn.to_q"]), Lora(rank=4, alpha=12)
 WEIGHTS = ("policy", "old", "ema", "reference")
 
 
 @pytest.fixture(autouse=True)
-def without_graphs_of_other_tests():
+def a_fresh_compiler(monkeypatch):
+    """No graphs of other tests, and no records of what the compiler does, which take longer."""
     torch.compiler.reset()
-    with torch._dynamo.config.patch({}):
-        yield
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 class Counting:
@@ -34,8 +41,8 @@ class Counting:
 
 
 def moved_policy(**changes):
-    """A policy whose adapters all differ."""
-    policy = make_policy(snapshots=["old", "ema"], **changes)
+    """A policy whose adapters all differ, by default on few layers, which are compiled sooner."""
+    policy = make_policy(snapshots=["old", "ema"], **{"lora": FEW, **changes})
     for number, name in enumerate(("policy", "old", "ema")):
         stir(policy, name, 0.02 * (number + 1))
     return policy
@@ -56,9 +63,17 @@ def equal(some, others):
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_kind_of_call_has_one_graph_and_the_results_of_uncompiled_blocks(dtype):
-    policy = moved_policy(dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "lora"),
+    [
+        ("bfloat16", FEW),
+        pytest.param("bfloat16", ALL, marks=pytest.mark.slow),
+        pytest.param("float16", ALL, marks=pytest.mark.slow),
+        pytest.param("float32", ALL, marks=pytest.mark.slow),
+    ],
+)
+def test_each_kind_of_call_has_one_graph_and_the_results_of_uncompiled_blocks(dtype, lora):
+    policy = moved_policy(dtype=dtype, lora=lora)
     expected = {images: call(policy, images) for images in (2, 3)}
     backend = Counting()
     compile_blocks(policy.model.blocks, backend)
@@ -71,6 +86,7 @@ def test_each_kind_of_call_has_one_graph_and_the_results_of_uncompiled_blocks(dt
     assert backend.graphs == 2 * len(WEIGHTS) + 3
 
 
+@pytest.mark.slow
 def test_one_image_has_graphs_of_its_own_in_any_order():
     graphs = {}
     for order in ((1, 2, 3), (3, 2, 1)):
@@ -85,20 +101,23 @@ def test_one_image_has_graphs_of_its_own_in_any_order():
 
 def test_blocks_and_steps_that_are_computed_again_need_no_other_graphs():
     def gradient(policy):
-        batch = make_prompts(policy, [Prompt(text) for text in TEXTS], Keys.training(0, 0, [(0, 0), (1, 0)]))
+        keys = Keys.training(0, 0, [(0, 0), (1, 0)])
+        batch = make_prompts(policy, [Prompt(text) for text in TEXTS], keys)
         x0 = policy.unroll(policy.initial_noise(batch), batch, range(2))
         return torch.autograd.grad(x0.square().sum(), policy.parameters())
 
-    policy = make_policy(Sampler(steps=2), gradient_checkpointing=True)
+    policy = make_policy(Sampler(steps=2), gradient_checkpointing=True, lora=FEW)
     stir(policy)
     expected = gradient(policy)
     backend = Counting()
     compile_blocks(policy.model.blocks, backend)
     assert equal(gradient(policy), expected)
-    # The second step's input has a gradient, so that its first block is like the second one.
-    assert backend.graphs == 3
+    # The first block, whose inputs have no gradient in the first step and one with a gradient in
+    # the second; the last block; the others.
+    assert backend.graphs == 4
 
 
+@pytest.mark.slow
 def test_both_kinds_of_blocks_of_flux_are_compiled():
     torch.manual_seed(0)
     policy = Policy(load_model(describe(str(ROOT / "assets" / "tiny-flux"))), Sampler(steps=2))
@@ -107,8 +126,9 @@ def test_both_kinds_of_blocks_of_flux_are_compiled():
     backend = Counting()
     compile_blocks(policy.model.blocks, backend)
     assert equal(call(policy, 2, ["policy"]), expected)
-    # Each kind without a gradient and with one, and the first block, whose inputs have none.
-    assert backend.graphs == 2 + 2 + 1
+    # The first single block takes contiguous inputs, and the others slices. With a gradient, the
+    # first double block differs too: its inputs have none.
+    assert backend.graphs == 3 + 4
 
 
 def test_a_compiler_that_fails_is_named_once_and_the_model_runs_without_it(capsys):
@@ -134,7 +154,7 @@ def test_more_graphs_than_allowed_are_said_and_not_silent(capsys, monkeypatch):
         compile_blocks(policy.model.blocks, backend)
         assert equal(call(policy, 2), expected)
     assert backend.graphs == 3
-    assert "runs uncompiled from here on" in capsys.readouterr().out
+    assert "recompile limit exceeded" in capsys.readouterr().out
 
 
 def test_loading_compiles_without_renaming_a_parameter():
@@ -168,3 +188,17 @@ def test_graphs_with_and_without_a_gradient_agree_to_the_last_bit(dtype, bound):
     assert torch.equal(without, with_gradient)
     for ours, theirs in zip(results, expected, strict=True):
         assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_resumes_ends_as_one_that_never_stopped(tmp_path):
+    few = ["model.compile=true", "model.lora.targets=[attn.to_q]"]
+    for folder, stops in (("whole", (2,)), ("parts", (1, 2))):
+        for steps in stops:
+            torch.compiler.reset()
+            train(small_config(tmp_path / folder, *few, f"train.steps={steps}"))
+    whole, parts = (
+        read_tensors(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
