@@ -42,7 +42,7 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: Backend = "inductor") -
         raise UserError(
             "model.compile is true, but the transformer has no list of blocks. Set it to false."
         )
-    # For the whole process: a context around each call of a block would cost 0.1 ms.
+    # For this whole thread: a context around each call of a block would cost 0.1 ms.
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
     for block in blocks:
         block.forward = _CompiledForward(block.forward, blocks, backend)
