@@ -35,6 +35,7 @@ from flowalign.config.sections import Config
 from flowalign.diagnostics.meta_model import CALLS
 from flowalign.diagnostics.rehearsal import rehearse
 from flowalign.models import load_model
+from flowalign.models.frozen_linear import parameter_count
 from flowalign.training.gradient import compute_gradient, Meter, split
 from flowalign.training.setup import assemble, Assembly, read_inputs
 
@@ -45,11 +46,11 @@ SMALL = [
     "train.images_per_prompt=4",
     "evaluation.images_per_prompt=1",
 ]
-RECOMPUTED = "model.gradient_checkpointing=true"
+PASS, RECOMPUTED = "train.images_per_pass=8", "model.gradient_checkpointing=true"
 CASES: dict[str, tuple[str, list[str]]] = {
     "flow_grpo, passes of 2": ("flow_grpo", ["train.images_per_pass=2"]),
-    "flow_grpo, passes of 8": ("flow_grpo", ["train.images_per_pass=8"]),
-    "flow_grpo, recomputed": ("flow_grpo", ["train.images_per_pass=8", RECOMPUTED]),
+    "flow_grpo, passes of 8": ("flow_grpo", [PASS]),
+    "flow_grpo, recomputed": ("flow_grpo", [PASS, RECOMPUTED]),
     "flow_grpo, guidance 3": ("flow_grpo", ["train.images_per_pass=4", "sampler.guidance=3"]),
     "flow_grpo, bfloat16": ("flow_grpo", ["train.images_per_pass=4", "model.dtype=bfloat16"]),
     "Flux": ("flow_grpo_flux", ["train.images_per_pass=4"]),
@@ -64,6 +65,17 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "nft": ("nft", ["train.images_per_pass=4"]),
+    **{
+        f"flow_grpo, {quantize}, recomputed": (
+            "flow_grpo",
+            [PASS, RECOMPUTED, f"model.quantize={quantize}"],
+        )
+        for quantize in ("int8", "fp8", "nf4")
+    },
+    "flow_grpo, nf4, recomputed, offloaded": (
+        "flow_grpo",
+        [PASS, RECOMPUTED, "model.quantize=nf4", "model.offload=true"],
+    ),
     "dpo_online": ("dpo_online", ["train.images_per_pass=4", "rewards={brightness: 1.0}"]),
     "alignprop": (
         "alignprop",
@@ -161,7 +173,7 @@ def measured(config: Config) -> Figures:
     model = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     networks = model.networks().values()
     # Counted now: the policy adds adapters to the transformer, which the plan counts separately.
-    parameters = sum(p.numel() for network in networks for p in network.parameters())
+    parameters = sum(map(parameter_count, networks))
     weights = sum(size(tensors_of(network)) for network in networks)
     # Text encoders are on the device only while prompts are encoded.
     resident = size([*tensors_of(model.transformer), *tensors_of(model.vae)])

@@ -248,11 +248,20 @@ def read_matching_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dic
     return tensors
 
 
-def require_float32(file: Path) -> None:
-    """Raise UserError unless every tensor of a safetensors file is float32."""
-    tensors = read_tensors(file)
-    types = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
-    _require_equal(file, types, dict.fromkeys(types, "float32"))
+def require_types(file: Path, expected: Mapping[str, torch.dtype] | None = None) -> None:
+    """Raise UserError unless the tensors of a safetensors file have their types.
+
+    Those that are not named must be float32.
+    """
+    types = {name: value.dtype for name, value in read_tensors(file).items()}
+    wanted = dict.fromkeys(types, torch.float32) | {
+        name: dtype for name, dtype in (expected or {}).items() if name in types
+    }
+    stored, expected_types = (
+        {name: str(dtype).removeprefix("torch.") for name, dtype in each.items()}
+        for each in (types, wanted)
+    )
+    _require_equal(file, stored, expected_types)
 
 
 def _require_equal(file: Path, stored: Mapping[str, str], expected: Mapping[str, str]) -> None:
@@ -272,18 +281,37 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what an optimizer remembers, by names such as `0.exp_avg`: parameter and slot."""
     return {
         f"{index}.{slot}": value
-        for index, slots in optimizer.state_dict()["state"].items()
-        for slot, value in slots.items()
+        for index, parameter in enumerate(_parameters(optimizer))
+        for slot, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` returned. The optimizer must have the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
+    # The optimizer's own `load_state_dict` would turn codes of 8 bits into float32.
     for name, value in tensors.items():
         index, slot = name.split(".")
-        state.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        parameter = parameters[int(index)]
+        # Optimizers count their steps on the CPU.
+        device = value.device if slot == "step" else parameter.device
+        optimizer.state[parameter][slot] = value.to(device)
+
+
+def tensors_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimizer of this class remembers after its first step, without values."""
+    meta = torch.device("meta")
+    twins = [parameter.detach().to(meta).requires_grad_() for parameter in _parameters(optimizer)]
+    for twin in twins:
+        twin.grad = torch.zeros_like(twin)
+    copy: Any = type(optimizer)(twins)  # pyright: ignore
+    copy.step()
+    return optimizer_tensors(copy)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -546,6 +546,8 @@ def test_two_processes_share_the_weights_of_a_sharded_model(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["model.quantize=int8"], "only weights in their own dtype"),
+        (["model.offload=true"], "only weights in their own dtype"),
         (["objective={name: alignprop}"], "alignprop passes gradients through the sampler"),
         (
             ["train.images_per_prompt=4", "train.prompts_per_step=1", "sampler.same_noise=true"],
@@ -553,7 +555,7 @@ def test_two_processes_share_the_weights_of_a_sharded_model(tmp_path):
         ),
     ],
 )
-def test_sharding_is_refused_where_processes_would_make_other_forwards(
+def test_sharding_is_refused_for_other_weights_and_where_forwards_would_differ(
     settings, message, tmp_path, monkeypatch
 ):
     config = small_config(tmp_path, *settings, "distributed.shard=true")

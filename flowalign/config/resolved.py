@@ -24,6 +24,7 @@ MAY_CHANGE = (
     # Memory and speed.
     "train.images_per_pass",
     "model.gradient_checkpointing",
+    "model.offload",
     "model.attention",
     "model.compile",
     "distributed",

@@ -80,6 +80,8 @@ class Train(Settings):
     """Optimizer updates of a step, each on its share of the prompts; later ones are off-policy."""
     images_per_pass: Count = 8
     """Images that are generated, scored and trained on at once; lower it if memory runs out."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with moments in float32, or in 8 bits."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
     """Learning rate of AdamW."""
     warmup: CountOrZero = 0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from math import prod
-from typing import Any, cast
+from typing import Any, cast, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -30,16 +30,47 @@ from flowalign.flow import Latent, PerImage
 from flowalign.models.base import FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.models.families import family_of
+from flowalign.models.frozen_linear import parameter_count
 from flowalign.models.pipeline import PipelineModel
 from flowalign.models.text_cache import ENCODE_AT_ONCE
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SIDE = 8
 """Largest height and width of the small latents."""
+EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
+"""Operators that only allocate."""
 CALLS = "forwards without gradient", "forwards with gradient", "backwards"
 """Names of the transformer's calls in a ledger."""
-Work = Counter[str]
-"""FLOPs by precision ("half", "tf32", "float32"), and calls of the transformer by kind."""
+
+
+class Kernel(NamedTuple):
+    """The work of a GPU for one operator."""
+
+    unit: str
+    """The unit that multiplies: "half", "tf32" or "float32"."""
+    flops: int
+    """Floating-point operations of products, convolutions and attention; 0 for others."""
+    bytes: int
+    """Bytes that are read and written."""
+
+
+Work = Counter[Kernel | str]
+"""How often each kernel runs, and how often the transformer is called, by kind of call.
+
+A mean over the places of a window need not be a whole number.
+"""
+
+
+def flops(work: Work) -> int:
+    """Return the floating-point operations of some work."""
+    return round(sum(kernel.flops * count for kernel, count in kernels(work)))
+
+
+def kernels(work: Work) -> Iterator[tuple[Kernel, int]]:
+    """Yield every kernel of some work and how often it runs."""
+    for kernel, count in work.items():
+        if isinstance(kernel, Kernel):
+            yield kernel, count
 
 
 @dataclass
@@ -79,9 +110,8 @@ class Ledger(TorchDispatchMode):
                 known.add(storage._cdata)
                 self._add(size)
                 weakref.finalize(storage, self._add, -size)
-        if formula := flop_registry.get(func._overloadpacket):
-            flops = formula(*args, **kwargs, out_val=result)
-            self.work[_precision(func, inputs[0].dtype)] += flops
+        if kernel := _kernel(func, args, kwargs, inputs, result):
+            self.work[kernel] += 1
         return result
 
     def size(self, tensor: Tensor) -> int:
@@ -117,8 +147,30 @@ def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _precision(func: object, dtype: torch.dtype) -> str:
-    """Return which units of a GPU compute an operator."""
+def _kernel(
+    func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: object
+) -> Kernel | None:
+    """Return the kernel of an operator on the meta device, or None if it moves no bytes."""
+    outputs = _tensors(result)
+    if not outputs or any(tensor.device != META for tensor in outputs):
+        return None
+    owned = {tensor.untyped_storage()._cdata for tensor in inputs}
+    is_view = all(tensor.untyped_storage()._cdata in owned for tensor in outputs)
+    if (is_view and not func._schema.is_mutable) or func._overloadpacket in EMPTY:
+        return None
+    moved = sum(map(_bytes, [*inputs, *outputs]))
+    formula = flop_registry.get(func._overloadpacket)
+    count = formula(*args, **kwargs, out_val=result) if formula else 0
+    return Kernel(_unit(func, (inputs or outputs)[0].dtype), count, moved)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes that a kernel moves for a tensor. A repeated row is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _unit(func: object, dtype: torch.dtype) -> str:
+    """Return which unit of a GPU computes an operator."""
     if dtype in (torch.float16, torch.bfloat16):
         return "half"
     # By default torch allows tf32 for the convolutions of float32, but not for its products.
@@ -180,7 +232,7 @@ class MetaModel(FlowModel):
         self.family = build_on_meta(config)
         self.transformer, self.lora_targets = self.family.transformer, self.family.lora_targets
         networks = self.networks().items()
-        self.parameters = {name: _parameter_count(network) for name, network in networks}
+        self.parameters = {name: parameter_count(network) for name, network in networks}
         self.weights = {name: _weight_bytes(network) for name, network in networks}
         self.ledger = Ledger(self.latent_shape, self.family.latent_shape)
         self.costs = dict[tuple, Cost]()
@@ -280,10 +332,6 @@ class MetaModel(FlowModel):
                 compute()
             self.costs[question] = cost
         return torch.zeros(shape)
-
-
-def _parameter_count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _weight_bytes(network: nn.Module) -> int:

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flowalign.config.sections import Config
-from flowalign.diagnostics.meta_model import CALLS, Work
+from flowalign.diagnostics.meta_model import CALLS, Kernel, kernels, Work
 from flowalign.diagnostics.rehearsal import Plan, rehearse
 from flowalign.errors import did_you_mean, UserError
 from flowalign.files import format_bytes
 from flowalign.training.setup import batch_plan
 
-EFFICIENCY = 0.4
-"""Share of a GPU's peak that the networks are assumed to reach. It is not measured."""
+REACHED = {"half": 0.65, "tf32": 0.65, "float32": 0.75}
+"""Shares of a GPU's peaks that large products are assumed to reach. They are not measured."""
+BANDWIDTH_REACHED = 0.85
+"""Share of a GPU's bandwidth that other kernels are assumed to reach. It is not measured."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,20 @@ class Gpu:
     """Dense TFLOPS in tf32."""
     float32: float
     """TFLOPS in float32."""
+    bandwidth: float
+    """TB/s of its memory."""
 
 
 GPUS = {
-    "h100": Gpu(memory=80, half=989, tf32=494, float32=67),
-    "h200": Gpu(memory=141, half=989, tf32=494, float32=67),
-    "a100-40": Gpu(memory=40, half=312, tf32=156, float32=19.5),
-    "a100-80": Gpu(memory=80, half=312, tf32=156, float32=19.5),
-    "l40s": Gpu(memory=48, half=362, tf32=183, float32=91.6),
-    "rtx-4090": Gpu(memory=24, half=165, tf32=82.6, float32=82.6),
-    "rtx-3090": Gpu(memory=24, half=71, tf32=35.6, float32=35.6),
-    "rtx-a6000": Gpu(memory=48, half=155, tf32=77.4, float32=38.7),
-    "t4": Gpu(memory=16, half=65, tf32=8.1, float32=8.1),
+    "h100": Gpu(memory=80, half=989, tf32=494, float32=67, bandwidth=3.35),
+    "h200": Gpu(memory=141, half=989, tf32=494, float32=67, bandwidth=4.8),
+    "a100-40": Gpu(memory=40, half=312, tf32=156, float32=19.5, bandwidth=1.56),
+    "a100-80": Gpu(memory=80, half=312, tf32=156, float32=19.5, bandwidth=2.04),
+    "l40s": Gpu(memory=48, half=362, tf32=183, float32=91.6, bandwidth=0.864),
+    "rtx-4090": Gpu(memory=24, half=165, tf32=82.6, float32=82.6, bandwidth=1.01),
+    "rtx-3090": Gpu(memory=24, half=71, tf32=35.6, float32=35.6, bandwidth=0.936),
+    "rtx-a6000": Gpu(memory=48, half=155, tf32=77.4, float32=38.7, bandwidth=0.768),
+    "t4": Gpu(memory=16, half=65, tf32=8.1, float32=8.1, bandwidth=0.32),
 }
 
 
@@ -61,16 +65,16 @@ def report(config: Config, gpu: str | None = None, memory: float | None = None) 
     if memory is not None and not memory > 0:
         raise UserError(f"--memory is {memory:g}. Write how many GB there are, above 0.")
     model, plan = config.model, rehearse(config)
-    picture = f"{model.dtype}, {model.height} × {model.width}"
+    picture = f"{model.precision}, {model.height} × {model.width}"
     yield f"{model.name} from {model.path}, {picture}: no weights were loaded"
     yield from memory_rows(plan)
     yield from peak_rows(config, plan)
     yield "\na step, by one process, without its rewards"
-    yield from (row(name, f"{plan.work[name]:,}") for name in CALLS)
+    yield from (row(name, f"{round(plan.work[name]):,}") for name in CALLS)
     yield row("floating-point operations", f"{plan.flops:.3g}")
     if gpu:
         seconds = f"{step_seconds(plan.work, GPUS[gpu]):,.3g} s"
-        yield row("time", seconds, f"on {gpu}, if it reaches {EFFICIENCY:.0%} of its peak")
+        yield row("time", seconds, f"on {gpu}, by operations and bytes of every kernel")
     if available := memory or (GPUS[gpu].memory if gpu else None):
         largest = largest_pass(config, 1e9 * available) or "none"
         now = batch_plan(config).images_per_pass
@@ -79,9 +83,18 @@ def report(config: Config, gpu: str | None = None, memory: float | None = None) 
 
 
 def step_seconds(work: Work, gpu: Gpu) -> float:
-    """Return the estimated seconds of a step's work on a GPU."""
-    tera = work["half"] / gpu.half + work["tf32"] / gpu.tf32 + work["float32"] / gpu.float32
-    return tera / 1e12 / EFFICIENCY
+    """Return the estimated seconds of a step's work on a GPU.
+
+    A kernel takes the longer of two times: for its operations, and for the bytes that it moves
+    (roofline). No kernel waits for the host.
+    """
+    return sum(count * kernel_seconds(kernel, gpu) for kernel, count in kernels(work))
+
+
+def kernel_seconds(kernel: Kernel, gpu: Gpu) -> float:
+    """Return the seconds of one kernel on a GPU."""
+    operations = kernel.flops / (REACHED[kernel.unit] * 1e12 * getattr(gpu, kernel.unit))
+    return max(operations, kernel.bytes / (BANDWIDTH_REACHED * 1e12 * gpu.bandwidth))
 
 
 def largest_pass(config: Config, memory: float) -> int:

@@ -20,7 +20,8 @@ from flowalign.config.sections import Config
 from flowalign.data.latents import LatentCache
 from flowalign.data.preferences import Example
 from flowalign.data.prompts import Metadata, Prompt
-from flowalign.diagnostics.meta_model import Cost, fused_attention, META, MetaModel, Work
+from flowalign.diagnostics.meta_model import Cost, flops, fused_attention, META, MetaModel, Work
+from flowalign.files import tensors_after_a_step
 from flowalign.flow import Latent, PerImage
 from flowalign.policy import Policy
 from flowalign.rewards import REWARDS
@@ -32,7 +33,7 @@ from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
 from flowalign.settings.by_name import imported
 from flowalign.training.gradient import split
-from flowalign.training.setup import batch_plan
+from flowalign.training.setup import batch_plan, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Plan:
     adapters: int
     """The adapter and its copies."""
     optimizer: int
-    """Gradients, and AdamW's two moments."""
+    """Gradients, and the two moments of the optimizer."""
     held: int
     """Latents and embeddings of a step's images."""
     kept: int
@@ -62,7 +63,7 @@ class Plan:
     peaks: dict[str, int]
     """The most that is allocated in all, by phase."""
     work: Work
-    """FLOPs by precision, and calls of the transformer, of a step."""
+    """Kernels, and calls of the transformer, of a step."""
 
     @property
     def peak(self) -> int:
@@ -72,7 +73,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """Floating-point operations of a step."""
-        return self.work["half"] + self.work["tf32"] + self.work["float32"]
+        return flops(self.work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,9 @@ def rehearse(config: Config) -> Plan:
         costs = rehearse_update(config, policy, model)
         evaluation = rehearse_evaluation(config, policy, model)
     adapter = sum(p.nbytes for p in policy.parameters())
-    adapters, optimizer = adapter * (1 + len(policy.snapshots)), adapter * 3
+    adapters = adapter * (1 + len(policy.snapshots))
+    moments = tensors_after_a_step(make_optimizer(policy, config.train))
+    optimizer = adapter + sum(tensor.nbytes for tensor in moments.values())
     rewards = reward_weights(config)
     networks = model.weights["transformer"] + model.weights["vae"]
     always = networks + sum(filter(None, rewards.values())) + adapters
@@ -309,4 +312,4 @@ def local_weights(entry: RewardEntry) -> int | None:
 
 def scaled(work: Work, factor: float) -> Work:
     """Return a multiple of some work."""
-    return Counter({name: round(count * factor) for name, count in work.items()})
+    return Counter({name: count * factor for name, count in work.items()})

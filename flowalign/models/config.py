@@ -10,6 +10,7 @@ from flowalign.errors import did_you_mean
 from flowalign.settings.types import Count, Settings, WrongSetting
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8", "fp8", "nf4"]
 Side = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -59,6 +60,16 @@ class ModelConfig(Settings):
     """Recompute the blocks of the transformer in the backward pass, which saves memory."""
     compile: bool = False
     """Compile the blocks of the transformer, which takes minutes at the start of a run."""
+    quantize: Quantize = "none"
+    """Bits of the frozen weights of transformer and text encoders: 8 with int8 and fp8, 4 with nf4.
+
+    Products are computed in `dtype`. Adapters keep float32 weights.
+    """
+    offload: bool = False
+    """Keep the blocks of the transformer in main memory. Each layer is copied whenever it computes.
+
+    Results are the same to the last bit.
+    """
     lora: Lora = field(default_factory=Lora)
     """The adapter that trains."""
 
@@ -79,6 +90,11 @@ class ModelConfig(Settings):
                 raise WrongSetting(
                     f"attention is {self.attention!r}; choose from {', '.join(names)}.{hint}"
                 )
+
+    @property
+    def precision(self) -> str:
+        """The dtype, and the format of the frozen weights if it is another one, for people."""
+        return self.dtype if self.quantize == "none" else f"{self.dtype}, {self.quantize} weights"
 
     @classmethod
     def attention_names(cls) -> Sequence[str]:

@@ -16,6 +16,7 @@ from flowalign.errors import UserError
 from flowalign.flow import Latent
 from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
 from flowalign.models.config import Dtype, ModelConfig
+from flowalign.models.frozen_linear import freeze_linears
 from flowalign.models.hub import read_index
 from flowalign.models.loading import ABSENT, load_pipeline
 
@@ -72,6 +73,9 @@ class PipelineModel(FlowModel[C]):
         for network in (self.transformer, self.vae, *self._text_encoders()):
             # Some encoders of transformers are built in training mode, with dropout.
             network.requires_grad_(False).eval()
+        freeze_linears(self.transformer, config.quantize, self.device, config.offload)
+        for network in self._text_encoders():
+            freeze_linears(network, config.quantize, self.device)
         replace_norms(self.transformer)
         self.transformer.to(self.device)
         self.vae.to(self.device)

@@ -30,7 +30,7 @@ def run_facts(config: Config, processes: int, device: torch.device) -> dict[str,
 
 def model_fact(model: ModelConfig) -> str:
     """Return path, family, dtype and size of the pictures."""
-    return f"{model.path} ({model.name}, {model.dtype}, {model.width} x {model.height} pixels)"
+    return f"{model.path} ({model.name}, {model.precision}, {model.width} x {model.height} pixels)"
 
 
 def device_fact(processes: int, device: torch.device) -> str:

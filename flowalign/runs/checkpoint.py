@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +17,9 @@ from flowalign.files import (
     read_json,
     read_matching_tensors,
     read_tensors,
-    require_float32,
+    require_types,
     save_tensors,
+    tensors_after_a_step,
     verify_checksums,
     write_checksums,
     write_folder,
@@ -162,14 +162,16 @@ def load_checkpoint(state: TrainState, folder: Path) -> Progress:
     adapters = [ADAPTER_FILE, *(f"{path}/{ADAPTER_FILE}" for path in snapshots.values())]
     verify_checksums(folder, [*adapters, OPTIMIZER_FILE, REWARDS_FILE, PROGRESS_FILE])
     # Weights of another type would be rounded as they are loaded, and the run would not be exact.
-    for name in (*adapters, OPTIMIZER_FILE):
-        require_float32(folder / name)
+    for name in adapters:
+        require_types(folder / name)
+    moments = tensors_after_a_step(state.optimizer)
+    require_types(folder / OPTIMIZER_FILE, {name: value.dtype for name, value in moments.items()})
     load_adapter(policy, folder)
     for name, path in snapshots.items():
         load_adapter(policy, folder / path, name)
     progress = read_progress(folder / PROGRESS_FILE)
-    # AdamW remembers nothing before its first update.
-    shapes = _moment_shapes(state.optimizer) if progress.updates else {}
+    # An optimizer remembers nothing before its first update.
+    shapes = {name: value.shape for name, value in moments.items() if progress.updates}
     tensors = read_matching_tensors(folder / OPTIMIZER_FILE, shapes)
     load_optimizer_tensors(state.optimizer, tensors)
     if state.updates != progress.updates:
@@ -246,16 +248,6 @@ def remove_unfinished(run: Path) -> None:
     """Remove checkpoints that a killed run had not finished writing or removing."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder)
-
-
-def _moment_shapes(optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
-    """Return the shapes that AdamW has after its first update, named as in the file."""
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    shapes: dict[str, torch.Size] = {}
-    for index, parameter in enumerate(parameters):
-        shapes[f"{index}.step"] = torch.Size()
-        shapes[f"{index}.exp_avg"] = shapes[f"{index}.exp_avg_sq"] = parameter.shape
-    return shapes
 
 
 def _load_rewards(scorer: RolloutScorer, file: Path) -> None:

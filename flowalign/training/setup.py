@@ -11,7 +11,7 @@ import torch
 
 from flowalign import distributed
 from flowalign.batch import EVALUATION_STEP, Pairs, Prompts
-from flowalign.config.sections import Config
+from flowalign.config.sections import Config, Train
 from flowalign.data.held_out import hold_out
 from flowalign.data.preferences import check_pictures, Example, read_examples
 from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
@@ -29,6 +29,7 @@ from flowalign.rollouts.ranking import given_weights
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import make_examples, make_pairs, Source, source_of, SourceContext
 from flowalign.runs.checkpoint import TrainState
+from flowalign.training.adamw8bit import AdamW8bit
 from flowalign.training.reward_checks import (
     check_evaluation_rewards,
     check_rewards,
@@ -207,11 +208,19 @@ def load(config: Config) -> FlowModel:
 
 
 def check_sharding(config: Config, plan: BatchPlan) -> None:
-    """Refuse a sharded model where processes would make different numbers of forwards."""
+    """Refuse a sharded model whose weights are stored in another way.
+
+    Refuse it too where processes would make different numbers of forwards.
+    """
     if not config.distributed.shard:
         return
     if distributed.count() == 1:
         say("distributed.shard has no effect, because there is one process.")
+    if config.model.quantize != "none" or config.model.offload:
+        raise UserError(
+            "distributed.shard is true, but only weights in their own dtype, on the device, can be "
+            "split. Set it to false, or set model.quantize to none and model.offload to false."
+        )
     if config.objective.learns_from is Prompts:
         raise UserError(
             f"distributed.shard is true, but {config.objective_name} passes gradients through the "
@@ -252,7 +261,7 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         null_gradient=objective.train_null_branch,
         ranking=config.data.ranking,
     )
-    optimizer = make_optimizer(policy, train.learning_rate, train.weight_decay)
+    optimizer = make_optimizer(policy, train)
     return Assembly(
         config=config,
         state=TrainState(policy, optimizer, scorer),
@@ -305,8 +314,7 @@ def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
     return HeldOut(make(context, inputs.held_out, share, EVALUATION_STEP), entries)
 
 
-def make_optimizer(
-    policy: Policy, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Return AdamW over the trained adapter."""
-    return torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=weight_decay)
+def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:
+    """Return the optimizer of the trained adapter."""
+    kind = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[train.optimizer]
+    return kind(policy.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)

@@ -15,6 +15,8 @@ from flowalign.config.load import load_config
 from flowalign.diagnostics.check import adapter as adapter_check
 from flowalign.diagnostics.check import check, report
 from flowalign.diagnostics.check.arithmetic import describe_run, describe_step
+from flowalign.diagnostics.check.probes import probe_inputs, row_by_row
+from flowalign.diagnostics.check.quantized import compare_full_model
 from flowalign.diagnostics.check.ratios import compiled_finding, ratio_finding
 from flowalign.diagnostics.check.rewards import check_rewards
 from flowalign.dynamics import Gaussian
@@ -90,6 +92,34 @@ def test_rounding_to_half_precision_is_not_a_lost_matrix(name, dtype, tmp_path):
     fine, text = run_check(name, tmp_path / "run", *SMALL, *window, f"model.dtype={dtype}")
     assert fine, text
     assert f"diffusers loads the saved adapter, in {dtype}, with an error of 0" in text
+
+
+def test_the_distance_of_quantised_weights_is_that_of_the_velocities(tmp_path):
+    """Besides, the adapter fits, ratios are 1 and KL is 0 as with full weights."""
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO, "model.quantize=nf4")
+    assert fine, text
+    assert "kl:           0 before the first update" in text
+    assert "equal to the loaded model bit for bit: reference, ema" in text
+    config = small_config(tmp_path / "run", "model.quantize=nf4")
+    rounded, whole = load_model(config.model), load_model(replace(config.model, quantize="none"))
+    probe = probe_inputs(rounded, setup.read_inputs(config))
+    with torch.no_grad():
+        bare, full = (row_by_row(model, probe) for model in (rounded, whole))
+    distance = ((bare - full).norm() / full.norm()).item()
+    assert 0.01 < distance < 0.1
+    assert f"nf4 changes velocities by {distance:.2%}, given the same embeddings" in text
+
+
+def test_velocities_that_rounding_cannot_explain_are_wrong(tmp_path):
+    config = small_config(tmp_path / "run", "model.quantize=int8")
+    model = load_model(config.model)
+    probe = probe_inputs(model, setup.read_inputs(config))
+    with torch.no_grad():
+        bare = row_by_row(model, probe)
+    wrong = [[f.wrong for f in compare_full_model(model, sign * bare, probe)] for sign in (1, -1)]
+    assert wrong == [[False], [True]]
+    model.config.quantize = "none"
+    assert not list(compare_full_model(model, bare, probe))
 
 
 def test_passes_of_one_image_do_not_change_the_reference(tmp_path):
@@ -277,10 +307,8 @@ def matrices_lost_on_saving(monkeypatch):
 
 
 def optimiser_of_the_wrong_adapter(monkeypatch):
-    def wrong(policy, learning_rate, weight_decay):
-        return torch.optim.AdamW(
-            policy.parameters("ema"), lr=learning_rate, weight_decay=weight_decay
-        )
+    def wrong(policy, train):
+        return torch.optim.AdamW(policy.parameters("ema"), lr=train.learning_rate)
 
     monkeypatch.setattr(setup, "make_optimizer", wrong)
 

@@ -133,8 +133,12 @@ def test_the_adapter_is_the_average_and_diffusers_loads_it(run):
     assert (bare - theirs).abs().max() > 1e-3
 
 
-def test_stopping_and_resuming_equals_never_stopping(tmp_path):
+@pytest.mark.parametrize(
+    "lean", [[], ["train.optimizer=adamw8bit", "model.quantize=nf4", "model.offload=true"]]
+)
+def test_stopping_and_resuming_equals_never_stopping(lean, tmp_path):
     overrides = [
+        *lean,
         "train.ema.decay=0.5",
         "train.warmup=3",
         "train.updates_per_step=2",
@@ -143,11 +147,12 @@ def test_stopping_and_resuming_equals_never_stopping(tmp_path):
     trainer.train(small_config(tmp_path / "whole", *overrides, "train.steps=3"))
     trainer.train(small_config(tmp_path / "parts", *overrides, "train.steps=2"))
     trainer.train(small_config(tmp_path / "parts", *overrides, "train.steps=3"))
-    whole, parts = (
-        read_tensors(checkpoints(tmp_path / name)[-1] / "pytorch_lora_weights.safetensors")
-        for name in ("whole", "parts")
-    )
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    for file in ("pytorch_lora_weights.safetensors", "optimizer.safetensors"):
+        whole, parts = (
+            read_tensors(checkpoints(tmp_path / name)[-1] / file) for name in ("whole", "parts")
+        )
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [1, 2, 3]
 
 

@@ -52,7 +52,7 @@ def test_an_average_follows_at_multiples_of_every_and_counts_all_updates():
 
 def test_after_one_update_two_elevenths_of_the_start_remain():
     policy = make_policy(snapshots=["old", "ema"])
-    optimizer = make_optimizer(policy, 1e-2, 0.0)
+    optimizer = make_optimizer(policy, Train(learning_rate=1e-2, weight_decay=0.0))
     start = [parameter.clone() for parameter in policy.parameters()]
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -23,6 +23,7 @@ from flowalign.diagnostics.check.probes import (
     row_by_row,
     small_batch,
 )
+from flowalign.diagnostics.check.quantized import compare_full_model
 from flowalign.diagnostics.check.ratios import check_initial_loss
 from flowalign.diagnostics.check.rewards import check_rewards
 from flowalign.diagnostics.check.sampler import matches_scheduler
@@ -67,6 +68,7 @@ def findings(config: Config) -> Iterator[Finding]:
     # Without a compiler, because a graph with adapters may round differently from one without.
     with torch.no_grad(), uncompiled():
         bare = row_by_row(model, probe)
+    yield from compare_full_model(model, bare, probe)
     assembly = assemble(inputs, model)
     policy, objective = assembly.policy, config.objective
     yield from preflight_findings(assembly)
