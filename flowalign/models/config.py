@@ -82,6 +82,11 @@ class ModelConfig(Settings):
                     f"{name} is {side}, but it must be a multiple of {self.side_step}. "
                     f"Set it to {nearest}."
                 )
+        if self.compile and (self.quantize != "none" or self.offload):
+            raise WrongSetting(
+                "compile is true, but compiled blocks would keep whole copies of weights that "
+                "quantize and offload store elsewhere. Set compile to false, or leave out the two."
+            )
         # Back ends of diffusers are listed by importing it, so the default must not ask for them.
         if self.attention != "native":
             names = self.attention_names()

@@ -15,6 +15,7 @@ from flowalign.models.families import describe
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
 from flowalign.runs.checkpoint import checkpoints
+from flowalign.settings.types import WrongSetting
 from flowalign.training.trainer import train
 from tests.tiny import make_policy, ROOT, sd3_config, small_config, stir, TEXTS
 
@@ -164,6 +165,13 @@ def test_loading_compiles_without_renaming_a_parameter():
     kinds = {type(block.forward) for block in model.blocks}
     assert kinds == {compiled._CompiledForward}
     assert torch._dynamo.config.recompile_limit >= compiled.GRAPHS
+
+
+@pytest.mark.parametrize("change", [{"quantize": "int8"}, {"offload": True}])
+def test_weights_that_are_stored_elsewhere_are_not_compiled(change):
+    """The compiler may keep a decoded weight for the backward pass: 2 MB of the bundled model."""
+    with pytest.raises(WrongSetting, match=r"compile is true[\s\S]*Set compile to false"):
+        sd3_config(compile=True, **change)
 
 
 def test_a_context_computes_without_the_compiler():

@@ -30,7 +30,7 @@ def compare_full_model(model: FlowModel, bare: Latent, probe: Probe) -> Iterator
     config = model.config
     if config.quantize == "none":
         return
-    full_config = replace(config, quantize="none", offload=True, compile=False)
+    full_config = replace(config, quantize="none", offload=True)
     full = row_by_row(load_model(full_config, str(model.device)), probe)
     distance = ((bare - full).norm() / full.norm()).item()
     text = f"{config.quantize} changes velocities by {distance:.2%}, given the same embeddings"
