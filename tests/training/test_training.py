@@ -301,7 +301,7 @@ def test_too_little_memory_ends_with_what_to_lower(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [(trainer.train, "flowalign.training.run"), (check, check.__module__)]
+    ("command", "module"), [(trainer.train, "flowalign.training.setup"), (check, check.__module__)]
 )
 def test_too_little_memory_for_the_model_ends_with_what_to_lower(
     command, module, monkeypatch, tmp_path
