@@ -31,6 +31,7 @@ from flowalign.data.prompts import Prompt
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
+from flowalign.models.compiled import compile_blocks
 from flowalign.models.families import describe
 from flowalign.rewards.registry import load_rewards
 from flowalign.rollouts.batch_plan import BatchPlan
@@ -222,7 +223,10 @@ def make_model(architecture: str | None, config: Config) -> FlowModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if architecture is None:
         return load_model(config.model, device)
-    return ARCHITECTURES[architecture][1](config.model, device)
+    model = ARCHITECTURES[architecture][1](config.model, device)
+    if config.model.compile:
+        compile_blocks(model.blocks)
+    return model
 
 
 def make_config(options: argparse.Namespace) -> Config:
@@ -269,7 +273,11 @@ def model_section(options: argparse.Namespace) -> dict[str, Any]:
         "max_sequence_length": options.tokens,
     }
     section |= {key: value for key, value in overrides.items() if value is not None}
-    return section | {"gradient_checkpointing": options.gradient_checkpointing}
+    switches = {
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "compile": options.compile,
+    }
+    return section | switches
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -290,6 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--side", type=int, help="height and width of the pictures")
     add("--tokens", type=int, help="model.max_sequence_length")
     add("--gradient-checkpointing", action="store_true")
+    add("--compile", action="store_true", help="compile the blocks, before anything is timed")
     add("--reward", default="scene_match_graded")
     add("--repetitions", type=int, default=5)
     add("--cpu-time", action="store_true", help="time of this process, on a shared machine")

@@ -4,7 +4,7 @@ import dataclasses
 
 from flowalign.advantages import ADVANTAGES
 from flowalign.config.checks import check_all, check_evaluation_sampler
-from flowalign.config.notes import unused_settings
+from flowalign.config.notes import notes_on
 from flowalign.config.sections import Config, Evaluation, PlainSections
 from flowalign.dynamics import DYNAMICS
 from flowalign.models.families import read_model_config
@@ -35,7 +35,7 @@ def build_objects(values: Section, plain: PlainSections) -> Config:
     )
     check_all(config)
     # Last: a contradiction is an error, and only a run that can train has notes.
-    config.notes = unused_settings(config)
+    config.notes = notes_on(config)
     return config
 
 

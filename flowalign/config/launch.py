@@ -36,8 +36,8 @@ def check_launch(dtype: str, environment: Mapping[str, str]) -> None:
     compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         raise UserError(
-            f"accelerate launch asks for --dynamo_backend {compiler.lower()}, but the model is not "
-            "compiled. Launch with --dynamo_backend no."
+            f"accelerate launch asks for --dynamo_backend {compiler.lower()}, which has no effect. "
+            "Set model.compile: true instead, and launch with --dynamo_backend no."
         )
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     # A launcher that asks for what the run does anyway is honoured.

@@ -1,4 +1,7 @@
-"""Notes on settings that have no effect, so that one file can be tried with every objective."""
+"""Notes on settings: those that have no effect, and those whose effect must be measured.
+
+Neither is an error, so that one file can be tried with every objective.
+"""
 
 import os
 from typing import NamedTuple
@@ -11,6 +14,17 @@ from flowalign.dynamics import is_stochastic, Window
 from flowalign.rewards.combine import COMBINE
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.settings.types import configure, settings_of
+
+
+def notes_on(config: Config) -> list[str]:
+    """Return a sentence or two for each setting that the user should know more about."""
+    notes = unused_settings(config)
+    if config.model.compile and config.objective.needs_stochastic_steps:
+        notes.append(
+            "`model.compile` can make ratios differ from 1 before the first update. "
+            "`flowalign check` measures by how much."
+        )
+    return notes
 
 
 class Setting(NamedTuple):

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "model.offload",
     "model.attention",
+    "model.compile",
     "distributed",
 )
 """Keys that may change, with all below them, when a run is resumed."""

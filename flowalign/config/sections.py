@@ -202,7 +202,7 @@ class Config:
     raw: Section
     """The merged YAML with references filled in and files located."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on settings that have no effect in this run, for the user to read."""
+    """Sentences on settings for the user to read, such as those without effect in this run."""
 
     @property
     def objective_name(self) -> str:

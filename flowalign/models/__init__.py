@@ -31,7 +31,12 @@ def load_model(config: "ModelConfig", device: str = "cpu") -> "FlowModel":
 
     Raises UserError if its folder or repository cannot be opened.
     """
-    from flowalign.models.families import family_of  # imports torch, which the tables do not need
+    # They import torch, which the tables do not need.
+    from flowalign.models.compiled import compile_blocks
+    from flowalign.models.families import family_of
 
     with task(f"loading {config.path}"):
-        return family_of(config.name)(config, device)
+        model = family_of(config.name)(config, device)
+    if config.compile:
+        compile_blocks(model.blocks)
+    return model

@@ -58,6 +58,8 @@ class ModelConfig(Settings):
     """Attention back end: native is PyTorch's; others depend on the family."""
     gradient_checkpointing: bool = False
     """Recompute the blocks of the transformer in the backward pass, which saves memory."""
+    compile: bool = False
+    """Compile the blocks of the transformer, which takes minutes at the start of a run."""
     quantize: Quantize = "none"
     """Bits of the frozen weights of transformer and text encoders: 8 with int8 and fp8, 4 with nf4.
 
@@ -80,6 +82,11 @@ class ModelConfig(Settings):
                     f"{name} is {side}, but it must be a multiple of {self.side_step}. "
                     f"Set it to {nearest}."
                 )
+        if self.compile and (self.quantize != "none" or self.offload):
+            raise WrongSetting(
+                "compile is true, but compiled blocks would keep whole copies of weights that "
+                "quantize and offload store elsewhere. Set compile to false, or leave out the two."
+            )
         # Back ends of diffusers are listed by importing it, so the default must not ask for them.
         if self.attention != "native":
             names = self.attention_names()

@@ -110,7 +110,9 @@ def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
 
 def load_policy(source: Source, settings: SampleSettings) -> Policy:
     """Load the model and its adapter."""
-    model = load_model(source.model, str(distributed.device()))
+    # A few pictures do not make up for the minutes that compiling takes.
+    config = replace(source.model, compile=False)
+    model = load_model(config, str(distributed.device()))
     policy = Policy(model, sampler_of(source, settings))
     if source.adapter:
         load_adapter(policy, source.adapter)

@@ -42,7 +42,7 @@ def test_a_precision_that_the_run_has_is_honoured(precision, dtype):
         (("--mixed_precision", "fp16"), "--mixed_precision fp16, but model.dtype is float32. Set"),
         (("--use_fsdp",), r"FSDP \(--use_fsdp\), which has no effect.*distributed.shard"),
         (("--use_megatron_lm",), r"Megatron-LM \(--use_megatron_lm\)"),
-        (("--dynamo_backend", "inductor"), "--dynamo_backend inductor, but the model is not"),
+        (("--dynamo_backend", "inductor"), "--dynamo_backend inductor, which has no effect"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

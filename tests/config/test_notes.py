@@ -79,6 +79,12 @@ def test_a_setting_without_effect_is_noted(file, overrides, note):
     assert load_config(CONFIGS / "tiny" / f"{file}.yaml", overrides).notes == [note]
 
 
+@pytest.mark.parametrize(("file", "noted"), [("flow_grpo", True), ("prdp", True), ("nft", False)])
+def test_compiled_blocks_are_noted_where_ratios_of_paths_count(file, noted):
+    notes = load_config(CONFIGS / "tiny" / f"{file}.yaml", ["model.compile=true"]).notes
+    assert ["`flowalign check` measures" in note for note in notes] == [True] * noted
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_shipped_file_needs_no_note(path):
     assert load_config(path).notes == []

@@ -1,5 +1,6 @@
 """`flowalign check`: shipped configurations pass, and code that is broken on purpose is caught."""
 
+import logging
 import math
 from dataclasses import replace
 from functools import partial
@@ -16,11 +17,12 @@ from flowalign.diagnostics.check import check, report
 from flowalign.diagnostics.check.arithmetic import describe_run, describe_step
 from flowalign.diagnostics.check.probes import probe_inputs, row_by_row
 from flowalign.diagnostics.check.quantized import compare_full_model
-from flowalign.diagnostics.check.ratios import ratio_finding
+from flowalign.diagnostics.check.ratios import compiled_finding, ratio_finding
 from flowalign.diagnostics.check.rewards import check_rewards
 from flowalign.dynamics import Gaussian
 from flowalign.errors import UserError
 from flowalign.models import load_model
+from flowalign.models.compiled import compile_blocks
 from flowalign.models.flux import Flux
 from flowalign.models.sd3 import SD3
 from flowalign.objectives.crd import CRD
@@ -431,6 +433,53 @@ def test_a_clip_range_below_the_noise_is_reported_with_a_better_one():
         "below their noise. Set objective.clip_range to 3e-04 or model.dtype to float32."
     )
     assert not ratio_finding([2e-7, 3e-7], 1e-5, "float32").wrong
+
+
+def test_what_compiled_graphs_add_is_held_against_the_clip_range():
+    assert not compiled_finding(0.0, 1e-6).wrong
+    assert not compiled_finding(1e-7, 1e-6).wrong
+    finding = compiled_finding(2e-7, 1e-6)
+    assert finding.wrong
+    assert finding.text.endswith(
+        "a large part of the clip range 1e-06. Set model.compile to false."
+    )
+    assert not compiled_finding(1e-3, math.inf).wrong
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch):
+    """PyTorch's compiler without code of its own: graphs are traced, which takes less time."""
+    torch.compiler.reset()
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    monkeypatch.setattr(compile_blocks, "__defaults__", ("eager",))
+
+
+COMPILED = ["model.compile=true", "model.lora.targets=[attn.to_q]"]
+
+
+@pytest.mark.slow
+def test_nothing_is_wrong_with_compiled_blocks(eager_compiler, tmp_path):
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *GRPO, *COMPILED)
+    assert fine, text
+    assert "graphs with and without a gradient differ by 0 in log-ratios" in text
+    assert "equal to the loaded model bit for bit: reference, ema" in text
+
+
+@pytest.mark.slow
+def test_graphs_that_differ_with_a_gradient_are_caught(eager_compiler, monkeypatch, tmp_path):
+    def rounding(graph, inputs):
+        def run(*values):
+            results = graph(*values)
+            return [value * 1.001 for value in results] if differs else results
+
+        differs = torch.is_grad_enabled()
+        return run
+
+    monkeypatch.setattr(compile_blocks, "__defaults__", (rounding,))
+    fine, text = run_check("flow_grpo", tmp_path / "run", *SMALL, *COMPILED)
+    assert not fine
+    assert "! compile:" in text
+    assert "Set model.compile to false." in text
 
 
 def test_a_random_reward_is_caught(tmp_path):

@@ -157,6 +157,10 @@ def test_what_a_pass_keeps_grows_with_its_images_and_shrinks_with_recomputation(
     assert planned("train.images_per_pass=6", "model.gradient_checkpointing=true").kept < six / 4
 
 
+def test_a_plan_compiles_nothing():
+    assert planned("model.compile=true").peak == planned().peak
+
+
 def test_the_work_of_a_step_depends_neither_on_updates_nor_on_passes():
     work = planned("train.images_per_pass=6").work
     halves = planned("train.images_per_pass=3", "train.updates_per_step=2").work

@@ -166,6 +166,11 @@ def test_nothing_is_wrong_with_it(tmp_path):
     assert not [line for line in lines if line.startswith("  sampler:")]
 
 
+def test_without_a_list_of_blocks_it_cannot_be_compiled():
+    with pytest.raises(UserError, match=r"no list of blocks. Set it to false"):
+        load_model(MaskedConfig(name=f"{__file__}:MaskedModel", compile=True))
+
+
 def test_its_velocity_turns_sign_and_time_around():
     family = model()
     cond = family.encode(TEXTS)

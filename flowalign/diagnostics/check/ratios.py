@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from flowalign.batch import Batch
 from flowalign.diagnostics.check.probes import whole_pass_size
+from flowalign.models.compiled import uncompiled
 from flowalign.objectives.base import Loss, Objective
 from flowalign.objectives.terms import VelocityKL
 from flowalign.policy import Policy
@@ -13,6 +14,8 @@ from flowalign.training.gradient import split
 
 MAX_NOISE = 0.1
 """Error of a log-ratio above which something other than rounding must be wrong."""
+COMPILED_SHARE = 0.1
+"""Share of the clip range that compiled blocks may add to a log-ratio."""
 
 
 def losses(
@@ -25,22 +28,42 @@ def losses(
 
 def check_initial_loss(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
     """Check that ratios are 1 and KL is 0 before the first update, where the loss has them."""
-    errors, kls = dict[int, float](), list[float]()
+    compiled = policy.model.config.compile
+    whole, sampled = whole_pass_size(policy, batch), policy.images_per_pass
     # The images were made in large passes. Training may use small ones, which round differently.
-    for images_per_pass in {whole_pass_size(policy, batch), batch.images_per_row}:
+    sizes = {whole, batch.images_per_row}
+    if compiled and sampled:
+        # In passes as large as those of the images, only the graphs can differ.
+        sizes.add(sampled)
+    errors, graph_errors, kls = dict[int, float](), [0.0], list[float]()
+    for images_per_pass in sizes:
         for number, loss in losses(policy, objective, batch, images_per_pass):
             if "ratio/max_log_error" in loss.stats:
                 error = loss.stats["ratio/max_log_error"].values.max().item()
                 errors[number] = max(errors.get(number, 0.0), error)
-            if "kl" in loss.stats:
-                kls.append(loss.stats["kl"].values.detach().abs().max().item())
+                graph_errors += [error] * (images_per_pass == sampled)
+            if "kl" in loss.stats and not compiled:
+                kls.append(largest_kl(loss))
             # Free what the backward pass would need before the next loss is made.
             del loss
+    if compiled:
+        # The graph of the reference has no adapters, so it rounds differently.
+        with uncompiled():
+            each = losses(policy, objective, batch, whole)
+            kls += [largest_kl(loss) for _, loss in each if "kl" in loss.stats]
+    clip = objective.log_ratio_clip
     if errors:
         dtype = str(policy.model.dtype).removeprefix("torch.")
-        yield ratio_finding(list(errors.values()), objective.log_ratio_clip, dtype)
+        yield ratio_finding(list(errors.values()), clip, dtype)
+    if errors and compiled:
+        yield compiled_finding(max(graph_errors), clip)
     if kls:
         yield kl_finding(max(kls), velocity_penalties(objective))
+
+
+def largest_kl(loss: Loss) -> float:
+    """Return the largest KL of a pass, in absolute value."""
+    return loss.stats["kl"].values.detach().abs().max().item()
 
 
 def ratio_finding(errors: list[float], log_ratio_clip: float, dtype: str) -> Finding:
@@ -56,6 +79,18 @@ def ratio_finding(errors: list[float], log_ratio_clip: float, dtype: str) -> Fin
     if dtype != "float32":
         advice += " or model.dtype to float32"
     return Finding("ratio", f"{text}, which is below their noise. {advice}.", wrong=True)
+
+
+def compiled_finding(error: float, log_ratio_clip: float) -> Finding:
+    """Compare what compiled graphs add to log-ratios with the range that is not clipped.
+
+    The images come from graphs without a gradient, and the loss from graphs with one.
+    """
+    text = f"graphs with and without a gradient differ by {error:.1g} in log-ratios"
+    if error <= COMPILED_SHARE * log_ratio_clip:
+        return Finding("compile", text)
+    text += f", a large part of the clip range {log_ratio_clip:g}. Set model.compile to false."
+    return Finding("compile", text, wrong=True)
 
 
 def kl_finding(kl: float, penalties: list[VelocityKL]) -> Finding:
