@@ -5,7 +5,7 @@ processes, passes or earlier draws.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -24,7 +24,51 @@ PER_BATCH = {"per": "batch"}
 """Metadata of the fields that belong to a whole batch and not to its rows."""
 
 
-@dataclass(frozen=True)
+class Rows(Mapping[str, Tensor]):
+    """Tensors (B, ...) by name, whose equal rows are held once.
+
+    Row i of a tensor is row `index[i]` of the tensor (P, ...) in `table`. It is copied from there
+    whenever it is read, so that a pass copies its own rows and a step holds each prompt once.
+    """
+
+    def __init__(self, table: Mapping[str, Tensor], index: Tensor | None = None):
+        """Without an index, every row of the table is a row."""
+        self.table = table
+        self.index = _all_rows(table) if index is None else index
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.table[name][self.index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def take(self, rows: slice | list[int]) -> "Rows":
+        """Return some of the rows."""
+        return Rows(self.table, self.index[rows])
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
+        """Join rows with the same names, part after part. Rows of one table are not copied."""
+        tables = list({id(part.table): part.table for part in parts}.values())
+        if len(tables) == 1:
+            return cls(tables[0], torch.cat([part.index for part in parts]))
+        indices, start = list[Tensor](), 0
+        for part in parts:
+            indices.append(part.index + start)
+            start += len(_all_rows(part.table))
+        table = {name: torch.cat([part.table[name] for part in parts]) for name in parts[0]}
+        return cls(table, torch.cat(indices))
+
+
+def _all_rows(table: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(table.values()), torch.empty(0))
+    return torch.arange(len(first), device=first.device)
+
+
+@dataclass(frozen=True, eq=False)
 class Cond:
     """The condition of a velocity. Rows are images: every tensor is (B, ...).
 
@@ -37,14 +81,22 @@ class Cond:
         (2, 1, 4.5)
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     """Inputs of the network that belong to the prompts, such as embeddings and masks, by name."""
-    null: dict[str, Tensor]
+    null: Mapping[str, Tensor]
     """The same inputs for the empty prompt, which classifier-free guidance starts from."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 means none, and the null inputs are not used."""
     null_gradient: bool = True
     """False to treat the velocity of the empty prompt as a constant in the backward pass."""
+
+    @property
+    def rows(self) -> tuple[Rows, Rows]:
+        """The inputs, and those of the empty prompt, as rows of tables."""
+        inputs, null = (
+            side if isinstance(side, Rows) else Rows(side) for side in (self.inputs, self.null)
+        )
+        return inputs, null
 
     def guided(self, guidance: float) -> Self:
         """Return the same inputs under another guidance scale."""
@@ -54,49 +106,33 @@ class Cond:
         """Return the same inputs without guidance."""
         return self.guided(1.0)
 
-    def twice(self) -> Self:
+    def twice(self) -> "Cond":
         """Return all rows and then all rows again, for a batch that is doubled in the same way."""
-        return self.map(lambda rows: torch.cat([rows, rows]))
+        return self.concatenate([self, self])
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply a function to every tensor, the null inputs included."""
-        inputs = {name: function(rows) for name, rows in self.inputs.items()}
-        null = {name: function(rows) for name, rows in self.null.items()}
-        return replace(self, inputs=inputs, null=null)
+    def without_inputs(self) -> Self:
+        """Return as many rows without their values, which take no memory."""
+        index = torch.zeros_like(self.rows[0].index)
+        nothing = Rows({"nothing": torch.empty(1, 0, device=self.device)}, index)
+        return replace(self, inputs=nothing, null=nothing)
 
     @classmethod
     def concatenate(cls, conds: "Sequence[Cond]") -> "Cond":
         """Join conditions of one family, which share their guidance, row after row."""
-        first = conds[0]
-        inputs, null = (
-            {name: _join([getattr(cond, side)[name] for cond in conds]) for name in first.inputs}
-            for side in ("inputs", "null")
-        )
-        return replace(first, inputs=inputs, null=null)
+        inputs, null = zip(*(cond.rows for cond in conds), strict=True)
+        return replace(conds[0], inputs=Rows.concatenate(inputs), null=Rows.concatenate(null))
 
     @property
     def device(self) -> torch.device:
         """Device of the inputs."""
-        return next(iter(self.inputs.values())).device
+        return self.rows[0].index.device
 
     def __getitem__(self, index: slice | list[int]) -> Self:
-        return self.map(lambda rows: rows[index])
+        inputs, null = self.rows
+        return replace(self, inputs=inputs.take(index), null=null.take(index))
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    # All images usually share the empty prompt as views of one row. Copies would double the
-    # memory that embeddings take, so such views are joined into a longer view of that row.
-    first = parts[0]
-    shared = all(
-        part.data_ptr() == first.data_ptr() and (len(part) == 1 or part.stride(0) == 0)
-        for part in parts
-    )
-    if shared and first.numel():
-        return first[:1].expand(sum(map(len, parts)), *first.shape[1:])
-    return torch.cat(parts)
+        return len(self.rows[0].index)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from flowalign.batch import Cond, Keys, Prompts, Rollout
+from flowalign.batch import Cond, Keys, Prompts, Rollout, Rows
 
 SHAPE = (2, 4, 4)
 
@@ -183,19 +183,30 @@ def test_a_cond_keeps_its_guidance_when_sliced_and_loses_it_when_asked():
     assert guided[1:3].guidance == 4.5
     assert len(guided[1:3]) == 2
     assert guided.unguided().guidance == 1
-    assert guided.unguided().inputs == guided.inputs
+    assert guided.unguided().inputs is guided.inputs
 
 
-def test_conditions_that_share_the_empty_prompt_are_joined_without_copies_of_it():
-    empty = torch.full((1, 5), 7.0)
-    pieces = [
-        Cond({"x": torch.full((count, 5), float(count))}, {"x": empty.expand(count, 5)})
-        for count in (1, 3)
-    ]
-    joined = Cond.concatenate(pieces)
-    assert joined.inputs["x"][:, 0].tolist() == [1, 3, 3, 3]
-    assert joined.null["x"].shape == (4, 5)
-    assert joined.null["x"].data_ptr() == empty.data_ptr()
+def test_images_of_a_prompt_share_its_row_however_they_are_cut_and_joined():
+    table, empty = {"x": torch.tensor([[1.0], [2.0]])}, {"x": torch.zeros(1, 1)}
+    index = torch.tensor([0, 0, 1, 1])
+    whole = Cond(Rows(table, index), Rows(empty, torch.zeros_like(index)))
+    joined = Cond.concatenate([whole[:1], whole[1:3], whole[[3]]]).twice()
+    for side, held in zip(joined.rows, (table, empty), strict=True):
+        assert side.table is held
+    assert joined.inputs["x"].flatten().tolist() == [1, 1, 2, 2] * 2
+    assert joined.null["x"].flatten().tolist() == [0] * 8
+
+
+def test_rows_of_several_tables_are_joined_with_a_table_of_both():
+    parts = [Rows({"x": torch.tensor(values)}, torch.tensor([1, 0])) for values in ([1, 2], [3, 4])]
+    joined = Rows.concatenate([parts[0], parts[1].take([0]), parts[0].take([1])])
+    assert joined["x"].tolist() == [2, 1, 4, 1]
+
+
+def test_a_condition_without_inputs_keeps_its_number_of_rows_and_no_memory():
+    nothing = cond(3).without_inputs()
+    assert len(nothing) == len(Cond.concatenate([nothing[:1], nothing[1:]])) == 3
+    assert not any(rows.table["nothing"].nbytes for rows in nothing.rows)
 
 
 def test_conditions_with_null_inputs_of_their_own_are_joined_row_by_row():

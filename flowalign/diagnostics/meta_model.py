@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from flowalign.batch import Cond
+from flowalign.batch import Cond, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.base import FlowModel
@@ -284,9 +284,12 @@ class MetaModel(FlowModel):
     def encode(
         self, prompts: list[str], embedded_guidance: float = 1.0, upcoming: Iterable[str] = ()
     ) -> Cond:
-        """Return one number for each prompt, in place of its embeddings."""
-        row = torch.zeros(1, 1).expand(len(prompts), 1)
-        return Cond({"prompt": torch.zeros(len(prompts), 1)}, {"prompt": row})
+        """Return a number for each prompt, in place of its embeddings."""
+        places = {text: place for place, text in enumerate(dict.fromkeys(prompts))}
+        index = torch.tensor([places[text] for text in prompts])
+        numbers = torch.zeros(len(places), 1)
+        inputs = Rows({"prompt": numbers}, index)
+        return Cond(inputs, Rows({"prompt": numbers[:1].clone()}, torch.zeros_like(index)))
 
     def forward(self, x: Latent, t: PerImage, inputs: Mapping[str, Tensor]) -> Latent:
         """Call the network of the family, on the meta device."""
@@ -312,8 +315,8 @@ class MetaModel(FlowModel):
 
     def _full_cond(self, cond: Cond, rows: int) -> Cond:
         """Return the condition with inputs of full size."""
-        texts = {name: row.expand(rows, *row.shape[1:]) for name, row in self.texts.items()}
-        texts |= self.family.guidance_inputs(rows, 1.0)
+        table = self.texts | self.family.guidance_inputs(1, 1.0)
+        texts = Rows(table, torch.zeros(rows, dtype=torch.long, device=META))
         return replace(cond, inputs=texts, null=texts)
 
     def _adapted(self) -> bool:

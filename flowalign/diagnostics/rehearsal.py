@@ -237,10 +237,11 @@ class BlankContext(SourceContext):
 
 
 def blank_context(config: Config, policy: Policy) -> SourceContext:
-    """Return what makes the batch of one update, with an empty prompt and free rewards."""
-    plan, train, blank = batch_plan(config), config.train, Prompt("")
+    """Return what makes the batch of one update, with different prompts and free rewards."""
+    plan, train = batch_plan(config), config.train
     prompts = plan.prompts_per_step // plan.updates_per_step
     plan = replace(plan, prompts_per_step=prompts, updates_per_step=1)
+    blank = [Prompt(str(number)) for number in range(prompts)]
     entries = [reward_entry(name, value) for name, value in config.rewards.items()]
     scorer = RolloutScorer(
         [Reward(entry.name, different_scores) for entry in entries],
@@ -250,12 +251,12 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         plan.images_per_pass,
         policy.model.device,
     )
-    examples = [Example(prompt=blank, chosen=bytes, rejected=bytes)] if config.data.pairs else []
+    examples = [Example(prompt=prompt, chosen=bytes, rejected=bytes) for prompt in blank]
     return BlankContext(
         policy=policy,
         scorer=scorer,
-        prompts=[blank],
-        examples=examples,
+        prompts=blank,
+        examples=examples if config.data.pairs else [],
         plan=plan,
         seed=train.seed,
         sampling_weights=config.objective.sampling_weights,
@@ -280,7 +281,7 @@ def held_bytes(batches: list[Batch], model: MetaModel) -> int:
         for tensor in vars(batch).values():
             if isinstance(tensor, Tensor):
                 sizes[_address(tensor)] = model.ledger.size(tensor)
-        for tensor in (*batch.cond.inputs.values(), *batch.cond.null.values()):
+        for tensor in (tensor for rows in batch.cond.rows for tensor in rows.table.values()):
             numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
             sizes[_address(tensor)] = text * numbers
     return sum(sizes.values())

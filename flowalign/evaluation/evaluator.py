@@ -112,9 +112,8 @@ class Evaluator:
         prompts = [self.prompt_at(position) for position, _ in members]
         batch = make_prompts(policy, prompts, Keys.evaluation(self.seed, members), upcoming)
         rollout = collect(policy, batch, self.images_per_pass, self.purpose)
-        # Latents and embeddings of thousands of images would fill a GPU. The latents go to the CPU,
-        # and of the embeddings only the row count stays.
-        cond = rollout.cond.map(lambda rows: rows.new_empty(len(rows), 0))
+        # Latents and embeddings of thousands of images would fill a GPU.
+        cond = rollout.cond.without_inputs()
         return replace(rollout.without_path(), x0=rollout.x0.cpu(), cond=cond)
 
     def _result(self, rollout: Rollout, scores: dict[str, PerImage]) -> EvaluationResult:

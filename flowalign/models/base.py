@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Literal, Protocol, TYPE_CHECKING, TypeVar
 import torch
 from torch import nn, Tensor
 
-from flowalign.batch import Cond
+from flowalign.batch import Cond, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
@@ -162,14 +162,17 @@ class FlowModel(ABC, Generic[C]):
                 as many of these as fit are encoded in the same visit to the device.
         """
         rows = self._texts.rows(prompts, self._encode_chunks, upcoming)
-        inputs, null = {}, {}
-        for name, empty in rows[""].items():
-            inputs[name] = torch.stack([rows[text][name] for text in prompts]).to(self.device)
-            # A view of one row: copies of the empty prompt would double the memory.
-            null[name] = empty.to(self.device).expand_as(inputs[name])
-        # The scale is an input of both halves of a guided batch, as in diffusers.
-        scale = self.guidance_inputs(len(prompts), embedded_guidance)
-        return Cond(inputs | scale, null | scale)
+        places = {text: place for place, text in enumerate(dict.fromkeys(prompts))}
+        index = torch.tensor([places[text] for text in prompts], device=self.device)
+
+        def table(texts: Iterable[str]) -> dict[str, Tensor]:
+            chosen = [rows[text] for text in texts]
+            stacked = {name: torch.stack([row[name] for row in chosen]) for name in chosen[0]}
+            # The scale is an input of both halves of a guided batch, as in diffusers.
+            scale = self.guidance_inputs(len(chosen), embedded_guidance)
+            return {name: values.to(self.device) for name, values in stacked.items()} | scale
+
+        return Cond(Rows(table(places), index), Rows(table([""]), torch.zeros_like(index)))
 
     def remember(self, prompts: list[str]) -> None:
         """Encode prompts in advance and keep them, if the cache holds all of them.
