@@ -23,6 +23,8 @@ SHIFT_DEFAULTS = {
     "max_shift": 1.15,
 }
 """Defaults of the pipeline for entries that the scheduler's configuration may lack, in order."""
+FLASH = "_native_flash"
+"""diffusers' name of PyTorch's flash attention."""
 
 
 @dataclass(kw_only=True)
@@ -129,7 +131,11 @@ class Flux(PipelineModel[FluxConfig]):
     def use_attention(self, name: str) -> None:
         """Switch to a back end of diffusers by name."""
         if name == "native":
-            return
+            if self.dtype == torch.float32 or not torch.cuda.is_available():
+                return
+            # On recent GPUs PyTorch prefers cuDNN's attention. Torch 2.11 on an H200 ended there in
+            # an illegal memory access, with this transformer's heads of 128.
+            name = FLASH
         try:
             self.transformer.set_attention_backend(name)
         except (ImportError, ValueError, RuntimeError) as error:

@@ -151,6 +151,8 @@ def test_equal_prompts_are_encoded_once():
     embeds, pooled = cond.inputs["embeds"], cond.inputs["pooled"]
     assert torch.equal(embeds[0], embeds[2])
     assert not torch.equal(pooled[0], pooled[1])
+    # Images of one prompt share its embeddings, and all images those of the empty prompt.
+    assert [len(rows.table["embeds"]) for rows in cond.rows] == [2, 1]
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -261,3 +263,24 @@ def test_large_pictures_are_decoded_in_slices():
     assert large.vae.use_slicing
     x0 = torch.randn(3, *small.latent_shape)
     assert_close(small.decode(x0), large.decode(x0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", "_native_flash"), ("float32", None)])
+def test_flux_computes_its_attention_by_the_flash_kernel_on_a_gpu(dtype, kernel, monkeypatch):
+    """Not by cuDNN's, which PyTorch prefers there: it can end in an illegal memory access."""
+    config = FluxConfig(
+        path=str(ROOT / "assets" / "tiny-flux"), height=64, width=64, max_sequence_length=10
+    )
+    config = replace(config, dtype=dtype)
+    velocities = []
+    for available in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr("torch.cuda.is_available", lambda found=available: found)
+            policy = Policy(load_model(config), Sampler(steps=2))
+        processors = policy.model.transformer.attn_processors.values()
+        assert {p._attention_backend for p in processors} == {kernel if available else None}
+        x = torch.ones(2, *policy.model.latent_shape)
+        velocities.append(
+            policy.at("reference").velocity(x, x[:, 0, 0, 0] / 2, policy.encode(TEXTS))
+        )
+    assert torch.equal(*velocities)
