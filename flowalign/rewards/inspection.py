@@ -238,12 +238,11 @@ def inspect_gradient(reward: Reward, samples: Samples, needed: bool = False) -> 
     images = samples.images.clone().requires_grad_()
     try:
         scores = reward.with_gradient(images, *samples.inputs[1:])
-    except RunError as error:
+    except RunError:
         if needed:
             raise
         return Finding(
-            "gradient",
-            f"none, so an objective cannot backpropagate through it: {error}",
+            "gradient", "none; only objectives that backpropagate through rewards need one"
         )
     # Uneven weights, because the plain sum of scores that are centred in a batch has no gradient.
     weights = torch.linspace(1, 2, len(scores), device=scores.device)

@@ -197,7 +197,7 @@ def test_a_reward_without_scores_ends_with_one_message(name, message, own, capsy
     [
         (
             "of_arrays",
-            "gradient:    none, so an objective cannot backpropagate through it: rewards.of_",
+            "gradient:    none; only objectives that backpropagate through rewards need one",
         ),
         ("sometimes", "not scored"),
         ("of_one_prompt", "gradient:    reaches 8 of 8 images"),
