@@ -5,7 +5,7 @@ They cost what the published models cost, and need no download. Their pictures a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor
 
 from flowalign.models.base import FlowModel
+from flowalign.models.config import ModelConfig
 from flowalign.models.flux import Flux
 from flowalign.models.sd3 import SD3
 
@@ -41,6 +42,14 @@ SD35_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
+SD3_SMALL = SD35_MEDIUM | {
+    "num_layers": 12,
+    "num_attention_heads": 8,
+    "caption_projection_dim": 512,
+    "joint_attention_dim": 768,
+    "dual_attention_layers": (),
+}
+"""118 million parameters, for a CPU."""
 FLUX_DEV = {
     "patch_size": 1,
     "in_channels": 64,
@@ -66,16 +75,26 @@ AUTOENCODER = {
 class RandomSD35MediumPipeline(StableDiffusion3Pipeline):
     """A pipeline of SD3.5 medium's shapes without text encoders."""
 
+    transformer_config: ClassVar[dict[str, Any]] = SD35_MEDIUM
+    vae_config: ClassVar[dict[str, Any]] = AUTOENCODER
+
     @classmethod
     def from_pretrained(cls, *_: object, dtype: Dtypes, **__: object) -> Self:
         """Build the networks, where the package would load them."""
         with _building(dtype["default"]):
-            transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+            transformer = SD3Transformer2DModel(**cls.transformer_config)
         with _building(dtype["vae"]):
-            vae = AutoencoderKL(**AUTOENCODER, scaling_factor=1.5305, shift_factor=0.0609)
+            vae = AutoencoderKL(**cls.vae_config, scaling_factor=1.5305, shift_factor=0.0609)
         # The pipeline is typed as if text encoders could not be missing.
         texts: Any = [None] * 6
         return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *texts)
+
+
+class RandomSD3SmallPipeline(RandomSD35MediumPipeline):
+    """A pipeline of SD3's shapes that a CPU can train."""
+
+    transformer_config = SD3_SMALL
+    vae_config = AUTOENCODER | {"block_out_channels": (32, 64, 128, 128)}
 
 
 class RandomFluxDevPipeline(FluxPipeline):
@@ -115,11 +134,26 @@ class RandomSD35Medium(SD3):
         """Return the pipeline that builds random networks."""
         return RandomSD35MediumPipeline
 
+    @classmethod
+    def absent_components(cls, config: ModelConfig) -> list[str]:
+        """Return none: there is no folder to look into."""
+        return []
+
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return random embeddings of the published shapes."""
         # 77 tokens of the two CLIPs, then those of T5.
-        embeds = torch.randn(len(texts), 77 + self.config.max_sequence_length, 4096)
+        width: int = self.transformer.config["joint_attention_dim"]
+        embeds = torch.randn(len(texts), 77 + self.config.max_sequence_length, width)
         return {"embeds": embeds, "pooled": torch.randn(len(texts), 2048)}
+
+
+class RandomSD3Small(RandomSD35Medium):
+    """SD3 in a size that a CPU can train, with random weights and embeddings."""
+
+    @classmethod
+    def pipeline_class(cls) -> type[StableDiffusion3Pipeline]:
+        """Return the pipeline that builds random networks."""
+        return RandomSD3SmallPipeline
 
 
 class RandomFluxDev(Flux):
@@ -130,6 +164,11 @@ class RandomFluxDev(Flux):
         """Return the pipeline that builds random networks."""
         return RandomFluxDevPipeline
 
+    @classmethod
+    def absent_components(cls, config: ModelConfig) -> list[str]:
+        """Return none: there is no folder to look into."""
+        return []
+
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return random embeddings of the published shapes."""
         embeds = torch.randn(len(texts), self.config.max_sequence_length, 4096)
@@ -137,6 +176,7 @@ class RandomFluxDev(Flux):
 
 
 ARCHITECTURES: dict[str, tuple[str, type[FlowModel]]] = {
+    "sd3-small": ("sd3", RandomSD3Small),
     "sd3.5-medium": ("sd3", RandomSD35Medium),
     "flux-dev": ("flux", RandomFluxDev),
 }

@@ -1,22 +1,32 @@
-"""Measure how much of a training step is the model's own work.
+"""Measure how much of a Flow-GRPO step is the model's own work.
 
-    python benchmarks/throughput.py [MODEL_FOLDER] [options]
+    python benchmarks/throughput.py [--model FOLDER | --architecture NAME] [key=value ...]
 
 Times rollouts (`collect`) and whole steps (`source` and `update`). In the same process, by turns,
-it times the bare work they consist of: the same calls of transformer and decoder, with the adapter
-active, and nothing else. `--architecture sd3.5-medium` or `flux-dev` builds the published network
-with random weights instead of loading a folder.
+it times the bare work that they consist of: the same calls of transformer and decoder, and nothing
+else. Ratios compare a rollout and a step with that work:
+
+- of the base network, which has no adapters and is not compiled, in its own dtype,
+- of the network that trains, with its adapters,
+- on a GPU that `flowalign plan` knows: of the base network, estimated by the operations and bytes
+  of every kernel.
+
+`--architecture` builds a network of published size with random weights and random embeddings
+instead of loading a folder. Settings are written as those of `train.py`, for example
+`sampler.guidance=4.5 model.compile=true objective.train_null_branch=false`.
+`benchmarks/whole_run.py` measures what a run does besides its steps.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import product
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +38,38 @@ from flowalign.batch import Rollout
 from flowalign.config.load import build_config
 from flowalign.config.sections import Config
 from flowalign.data.prompts import Prompt
+from flowalign.diagnostics.meta_model import fused_attention, Ledger, META
+from flowalign.diagnostics.plan import Gpu, GPUS, step_seconds
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.models.compiled import compile_blocks
 from flowalign.models.families import describe
 from flowalign.rewards.registry import load_rewards
-from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.collect import collect
 from flowalign.runs.environment import environment, peak_memory
 from flowalign.runs.failures import SkippedUpdate
-from flowalign.training.setup import assemble, Assembly, Inputs
+from flowalign.settings.merging import merge, overridden, Section
+from flowalign.settings.yaml_files import parse_yaml
+from flowalign.training.setup import assemble, Assembly, batch_plan, Inputs
 from flowalign.training.update import update
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 PROMPTS = [Prompt(f"a {colour} {shape}") for colour, shape in product(COLOURS, SHAPES)]
+SECTIONS: Section = {
+    "sampler": {"steps": 10, "dynamics": {"name": "flow_sde", "eta": 0.7}},
+    "train": {"prompts_per_step": 8, "images_per_prompt": 8, "images_per_pass": 64},
+    "rewards": {"scene_match_graded": 1.0},
+    "data": {"prompts": "PROMPTS of this file"},
+}
+"""The run that is measured, without its model."""
+RANDOM: Section = {
+    "dtype": "bfloat16",
+    "height": 512,
+    "width": 512,
+    "max_sequence_length": 128,
+}
+"""Settings of a random network."""
 
 Kind = tuple[bool, tuple[torch.Size, ...]]
 """What calls must share to cost the same: whether there is a gradient, and the shapes."""
@@ -86,6 +113,26 @@ class Calls:
                 for _ in range(self.counts[kind]):
                     self._call(args, kwargs, gradient)
 
+    def of(self, module: nn.Module) -> "Calls":
+        """Return the same calls of another module, on its device.
+
+        The first input needs a gradient, so that a module without adapters runs backward too.
+        """
+        device = next(module.parameters()).device
+
+        def move(value: Any, gradient: bool = False) -> Any:
+            moved = value.detach().to(device) if isinstance(value, Tensor) else value
+            return moved.requires_grad_() if gradient else moved
+
+        def moved_call(kind: Kind, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            first, *rest = [*args, *kwargs.values()]
+            values = [move(first, gradient=kind[0]), *map(move, rest)]
+            names = zip(kwargs, values[len(args) :], strict=True)
+            return tuple(values[: len(args)]), dict(names)
+
+        examples = {kind: moved_call(kind, *call) for kind, call in self.examples.items()}
+        return replace(self, module=module, examples=examples)
+
     def _call(self, args: tuple, kwargs: dict, gradient: bool) -> None:
         with torch.set_grad_enabled(gradient):
             out = self.module(*args, **kwargs)
@@ -98,25 +145,32 @@ class Bench:
     """A run without a folder, and the calls that one of its steps makes."""
 
     run: Assembly
+    base: nn.Module
+    """The transformer without adapters."""
 
     def __post_init__(self) -> None:
         self.plan, self.context = self.run.plan, self.run.context
         model = self.run.policy.model
         self.batch = self.context.step_prompts(0)
         self.rollout = self.collect()
-        self.network, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
-        with self.network.recording(), self.decoder.recording():
+        self.adapted, self.decoder = Calls(model.transformer), Calls(model.vae.decoder)
+        with self.adapted.recording(), self.decoder.recording():
             self.step()
         self.peak_memory = peak_memory(model.device)
         self.verify_calls()
+        self.bare = self.adapted.of(self.base)
 
     def verify_calls(self) -> None:
         """Fail if the step made other calls than its sampler and its objective need."""
         passes = self.plan.images_per_step // self.plan.images_per_pass
-        sampled, trained = self.network.count(gradient=False), self.network.count(gradient=True)
-        steps, trained_steps = self.run.config.sampler.steps, len(self.rollout.steps)
-        assert sampled == passes * steps, f"{sampled} forwards for {passes} passes"
-        assert trained == passes * trained_steps, f"{trained} trained forwards for {passes} passes"
+        sampled, trained = self.adapted.count(gradient=False), self.adapted.count(gradient=True)
+        sampler, null_branch = self.run.config.sampler, self.run.config.objective.train_null_branch
+        trained_steps = len(self.rollout.steps)
+        # The empty prompt has calls of its own if it has no gradient.
+        alone = sampler.guidance != 1 and not null_branch
+        expected = sampler.steps + alone * (sampler.steps + trained_steps)
+        assert sampled == passes * expected, f"{sampled} forwards, {passes} passes"
+        assert trained == passes * trained_steps, f"{trained} trained forwards, {passes} passes"
         # The decoder takes a pass at once, or image by image.
         assert self.decoder.count(gradient=False) in (passes, self.plan.images_per_step)
 
@@ -134,12 +188,17 @@ class Bench:
         """Time every part. Its order is reversed every other time."""
         parts: dict[str, Callable[[], object]] = {
             "rollout": self.collect,
-            "bare forwards": lambda: self.network.replay(gradient=False),
-            "bare decode": lambda: self.decoder.replay(gradient=False),
+            "base forwards": lambda: self.bare.replay(gradient=False),
+            "adapted forwards": lambda: self.adapted.replay(gradient=False),
+            "decoding": lambda: self.decoder.replay(gradient=False),
             "reward": lambda: self.context.scorer([self.rollout]),
             "step": self.step,
-            "bare backwards": lambda: self.network.replay(gradient=True),
+            "base backwards": lambda: self.bare.replay(gradient=True),
+            "adapted backwards": lambda: self.adapted.replay(gradient=True),
         }
+        # What is compiled or tuned at the first call of its kind.
+        for warm_up in parts.values():
+            warm_up()
         seconds: Seconds = {name: [] for name in parts}
         for repetition in range(repetitions):
             # The machine's speed may drift: in both orders, no part is always measured last.
@@ -147,6 +206,23 @@ class Bench:
                 # Gradients of a part before would be added to, which takes time of its own.
                 self.run.state.optimizer.zero_grad()
                 seconds[name].append(timed(parts[name], clock, self.run.policy.model.device))
+        return seconds
+
+    def estimate(self, gpu: Gpu) -> dict[str, float]:
+        """Return seconds of the bare work on a GPU, by operations and bytes of every kernel."""
+        network = self.bare.of(on_meta(self.base))
+        decoder = self.decoder.of(on_meta(self.decoder.module))
+        parts: dict[str, Callable[[], object]] = {
+            "base forwards": lambda: network.replay(gradient=False),
+            "base backwards": lambda: network.replay(gradient=True),
+            "decoding": lambda: decoder.replay(gradient=False),
+        }
+        ledger, seconds = Ledger((1, 1, 1), (1, 1, 1)), {}
+        with fused_attention(), ledger:
+            for name, replay in parts.items():
+                with ledger.part() as cost:
+                    replay()
+                seconds[name] = step_seconds(cost.work, gpu)
         return seconds
 
 
@@ -169,45 +245,70 @@ def timed(action: Callable[[], object], clock: Callable[[], float], device: torc
     return now() - start
 
 
-def ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Return the median of the ratios of every repetition."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+def with_same_weights(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that shares its parameters and buffers."""
+    tensors = chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
-def summarise(bench: Bench, seconds: Seconds) -> dict[str, Any]:
-    """Return medians over the repetitions, and ratios of the package's time to the bare work."""
-    forwards, decodes = seconds["bare forwards"], seconds["bare decode"]
-    bare_rollout = list(map(sum, zip(forwards, decodes, strict=True)))
-    bare_step = list(map(sum, zip(bare_rollout, seconds["bare backwards"], strict=True)))
+def on_meta(module: nn.Module) -> nn.Module:
+    """Return a copy of a module without values."""
+    # The copy has no weights yet when it is moved, so that they are never there twice.
+    tensors = {id(t): t.to(META) for t in module.buffers()}
+    for parameter in module.parameters():
+        moved = nn.Parameter(parameter.detach().to(META), requires_grad=parameter.requires_grad)
+        tensors[id(parameter)] = moved
+    return copy.deepcopy(module, tensors)
+
+
+def ratio(numerators: list[float], *denominators: list[float]) -> float:
+    """Return the median, over the repetitions, of a time over a sum of times."""
+    sums = map(sum, zip(*denominators, strict=True))
+    return statistics.median(a / b for a, b in zip(numerators, sums, strict=True))
+
+
+def summarise(bench: Bench, seconds: Seconds, gpu: Gpu | None) -> dict[str, Any]:
+    """Return medians over the repetitions, and ratios to the bare work."""
+    rollout, step, decoding = (seconds[name] for name in ("rollout", "step", "decoding"))
+    ratios = {}
+    for network in ("base", "adapted"):
+        forwards = seconds[f"{network} forwards"], decoding
+        ratios[f"rollout_over_{network}"] = ratio(rollout, *forwards)
+        ratios[f"step_over_{network}"] = ratio(step, *forwards, seconds[f"{network} backwards"])
+    estimate = bench.estimate(gpu) if gpu else {}
+    if estimate:
+        forwards = estimate["base forwards"] + estimate["decoding"]
+        ratios["rollout_over_estimate"] = statistics.median(rollout) / forwards
+        whole = forwards + estimate["base backwards"]
+        ratios["step_over_estimate"] = statistics.median(step) / whole
     return {
-        "images_per_second": bench.plan.images_per_step / statistics.median(seconds["rollout"]),
-        "step_seconds": statistics.median(seconds["step"]),
-        "rollout_ratio": ratio(seconds["rollout"], bare_rollout),
-        "step_ratio": ratio(seconds["step"], bare_step),
-        "decode_share": ratio(decodes, seconds["step"]),
-        "reward_share": ratio(seconds["reward"], seconds["step"]),
+        "images_per_second": bench.plan.images_per_step / statistics.median(rollout),
+        "step_seconds": statistics.median(step),
+        **ratios,
+        "decode_share": ratio(decoding, step),
+        "reward_share": ratio(seconds["reward"], step),
         "peak_memory_bytes": bench.peak_memory,
         "images_per_step": bench.plan.images_per_step,
-        "forwards": bench.network.count(gradient=False),
-        "forwards_and_backwards": bench.network.count(gradient=True),
+        "forwards": bench.adapted.count(gradient=False),
+        "forwards_and_backwards": bench.adapted.count(gradient=True),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "estimated_seconds": estimate,
     }
 
 
 def build(options: argparse.Namespace) -> Bench:
     """Set up a run without a run folder."""
     config = make_config(options)
-    model = make_model(options.architecture, config)
-    train, rewards = config.train, load_rewards(config.rewards)
-    plan = BatchPlan(
-        prompts_per_step=train.prompts_per_step,
-        images_per_prompt=train.images_per_prompt,
-        updates_per_step=train.updates_per_step,
-        max_images_per_pass=train.images_per_pass,
-    )
+    plain = replace(config.model, compile=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(options.architecture, replace(config, model=plain), device)
+    base = with_same_weights(model.transformer)
+    if config.model.compile:
+        compile_blocks(model.blocks)
+    rewards = load_rewards(config.rewards)
     inputs = Inputs(
         config=config,
-        plan=plan,
+        plan=batch_plan(config),
         prompts=PROMPTS,
         evaluation_prompts=PROMPTS,
         examples=[],
@@ -215,69 +316,33 @@ def build(options: argparse.Namespace) -> Bench:
         rewards=rewards,
         evaluation_rewards=rewards,
     )
-    return Bench(assemble(inputs, model))
+    return Bench(assemble(inputs, model), base)
 
 
-def make_model(architecture: str | None, config: Config) -> FlowModel:
-    """Load the model of the configuration, or build a published one with random weights."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def make_model(architecture: str | None, config: Config, device: str) -> FlowModel:
+    """Load the model of the configuration, or build one with random weights."""
     if architecture is None:
         return load_model(config.model, device)
-    model = ARCHITECTURES[architecture][1](config.model, device)
-    if config.model.compile:
-        compile_blocks(model.blocks)
-    return model
+    return ARCHITECTURES[architecture][1](config.model, device)
 
 
 def make_config(options: argparse.Namespace) -> Config:
     """Build the configuration that the command line describes."""
-    images = options.prompts * options.images_per_prompt
-    train = {
-        "prompts_per_step": options.prompts,
-        "images_per_prompt": options.images_per_prompt,
-        "images_per_pass": images // options.passes,
-    }
-    sampler = {
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "window": {"size": options.window},
-        "dynamics": {"name": "flow_sde", "eta": 0.7},
-    }
-    sections = {
-        "model": model_section(options),
-        "sampler": sampler,
-        "train": train,
-        "rewards": {options.reward: 1.0},
-        "data": {"prompts": "PROMPTS of this file"},
-    }
-    return build_config(sections, Path("throughput"))
-
-
-def model_section(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the `model` section: that of the folder or architecture, with the options."""
     if options.architecture:
-        section = {
-            "name": ARCHITECTURES[options.architecture][0],
-            "path": f"random/{options.architecture}",
-            "dtype": "bfloat16",
-            "height": 512,
-            "width": 512,
-            "max_sequence_length": 128,
-        }
+        name = ARCHITECTURES[options.architecture][0]
+        model = {"name": name, "path": f"random/{options.architecture}", **RANDOM}
     else:
-        section = asdict(describe(options.model))
-    overrides = {
-        "dtype": options.dtype,
-        "height": options.side,
-        "width": options.side,
-        "max_sequence_length": options.tokens,
-    }
-    section |= {key: value for key, value in overrides.items() if value is not None}
-    switches = {
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "compile": options.compile,
-    }
-    return section | switches
+        model = asdict(describe(options.model))
+    values = merge(SECTIONS, {"model": model})
+    return build_config(overridden(values, options.settings, parse_yaml), Path("throughput"))
+
+
+def known_gpu() -> Gpu | None:
+    """Return the nominal figures of this machine's GPU; None if there is none, or none known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -286,20 +351,9 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", nargs="?", default="assets/tiny-sd3", metavar="MODEL_FOLDER")
+    add("settings", nargs="*", metavar="key=value", help="settings of the run")
+    add("--model", default="assets/tiny-sd3", metavar="FOLDER")
     add("--architecture", choices=ARCHITECTURES, help="random weights instead of a folder")
-    add("--steps", type=int, default=10, help="sampler steps")
-    add("--prompts", type=int, default=8, help="prompts of a training step")
-    add("--images-per-prompt", type=int, default=8)
-    add("--passes", type=int, default=1, help="passes that a step's images are split into")
-    add("--window", type=int, default=0, help="number of stochastic steps; 0: all but the last")
-    add("--guidance", type=float, default=1.0, help="above 1, every call has a doubled batch")
-    add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--side", type=int, help="height and width of the pictures")
-    add("--tokens", type=int, help="model.max_sequence_length")
-    add("--gradient-checkpointing", action="store_true")
-    add("--compile", action="store_true", help="compile the blocks, before anything is timed")
-    add("--reward", default="scene_match_graded")
     add("--repetitions", type=int, default=5)
     add("--cpu-time", action="store_true", help="time of this process, on a shared machine")
     add("--output", type=Path, metavar="FILE.json")
@@ -316,11 +370,11 @@ def main() -> None:
         parser.error(str(error))
     clock = time.process_time if options.cpu_time else time.perf_counter
     seconds = bench.measure(options.repetitions, clock)
-    results = summarise(bench, seconds)
+    results = summarise(bench, seconds, known_gpu())
     for name, value in results.items():
         if not isinstance(value, dict):
             form = "," if isinstance(value, int) else ".3f"
-            print(f"{name:24}{value:>12{form}}")
+            print(f"{name:24}{value:>15{form}}")
     if options.output:
         settings = {key: value for key, value in vars(options).items() if key != "output"}
         record = {

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 
 from flowalign.config.load import load_config
+from flowalign.diagnostics.plan import GPUS
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 
 @pytest.fixture
@@ -30,12 +33,67 @@ def benchmark(monkeypatch):
     torch.set_num_threads(threads)
 
 
+SMALL_STEP = [
+    "sampler.steps=3",
+    "train.prompts_per_step=2",
+    "train.images_per_prompt=2",
+    "train.images_per_pass=2",
+]
+
+
 def test_throughput_counts_the_calls_of_a_step(benchmark, tmp_path):
-    small = "--steps 3 --prompts 2 --images-per-prompt 2 --passes 2 --repetitions 1".split()
-    benchmark("throughput", *small, "--output", str(tmp_path / "figures.json"))
+    settings = [*SMALL_STEP, "sampler.guidance=3", "objective.train_null_branch=false"]
+    options = ["--repetitions", "1", "--output", str(tmp_path / "figures.json")]
+    benchmark("throughput", *settings, *options)
     results = json.loads((tmp_path / "figures.json").read_text())["results"]
-    assert (results["forwards"], results["forwards_and_backwards"]) == (6, 4)
-    assert results["rollout_ratio"] > 0.3
+    # Two passes. The empty prompt has calls of its own in three sampler steps, two of them trained.
+    assert results["forwards"] == 2 * (2 * 3 + 2)
+    assert results["forwards_and_backwards"] == 2 * 2
+    assert results["estimated_seconds"] == {}
+    assert results["rollout_over_base"] > 0.3
+    # The same calls with adapters, which cannot cost much less.
+    assert results["step_over_adapted"] < 1.5 * results["step_over_base"]
+
+
+def test_a_table_of_gpu_figures_has_an_estimate_and_names_what_failed(
+    benchmark, monkeypatch, tmp_path, capsys
+):
+    """On a CPU, as if it were an H100, with a network of two blocks."""
+    architectures, gpu = map(importlib.import_module, ("architectures", "gpu"))
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
+    pipeline = architectures.RandomSD3SmallPipeline
+    monkeypatch.setattr(pipeline, "transformer_config", architectures.SD3_SMALL | sizes)
+    widths = {"block_out_channels": (32,) * 4}
+    monkeypatch.setattr(pipeline, "vae_config", architectures.AUTOENCODER | widths)
+    monkeypatch.setattr(gpu.throughput, "known_gpu", lambda: GPUS["h100"])
+    small = [*SMALL_STEP, "rewards={brightness: 1.0}", "model.height=64", "model.width=64"]
+    rows = {"small": ("sd3-small", small), "broken": ("sd3-small", [*small, "sampler.step=2"])}
+    monkeypatch.setattr(gpu, "ROWS", rows)
+    file = tmp_path / "figures.json"
+    benchmark("gpu", "--repetitions", "1", "--output", str(file))
+    measured = json.loads(file.read_text())["rows"]
+    estimate = measured["small"]["estimated_seconds"]
+    # Four trained forwards with their backwards, of six forwards in all.
+    assert 1 < estimate["base backwards"] / estimate["base forwards"] < 3
+    assert measured["small"]["step_over_estimate"] > 1
+    assert "Did you mean 'steps'?" in measured["broken"]["error"]
+    assert "| broken | UserError: " in capsys.readouterr().out
+
+
+def test_every_second_of_a_run_belongs_to_one_of_its_parts(benchmark, tmp_path):
+    few = ["train.steps=2", "train.save_every=1", "sampler.steps=2", "evaluation.sampler.steps=2"]
+    few += ["evaluation.images_per_prompt=1", f"evaluation.prompts={PROMPTS}"]
+    few += ["evaluation.guidance_sweep=[]", "train.prompts_per_step=2"]
+    few += ["train.images_per_prompt=4", "objective.times.count=1"]
+    began = time.perf_counter()
+    benchmark("whole_run", "tiny/crd.yaml", *few, "--output", str(tmp_path / "figures.json"))
+    whole = time.perf_counter() - began
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert 0 < sum(record["seconds"].values()) <= whole
+    parts = "start, text encoding, sampling, rewards, updates, evaluations, checkpoints, report"
+    for part in parts.split(", "):
+        assert any(name.startswith(part) for name in record["seconds"]), part
+    assert record["memory"] == {}
 
 
 def test_what_backpropagation_keeps_does_not_grow_with_its_steps(benchmark, tmp_path):

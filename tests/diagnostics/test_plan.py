@@ -291,10 +291,9 @@ def test_a_pass_of_sd35_medium_keeps_this_much_for_each_image(lean, gib):
     assert cost.kept / 2**30 == pytest.approx(gib, abs=0.005)
 
 
-@pytest.mark.parametrize(("lean", "seconds"), [(True, 1.8), (False, 2.1)])
-def test_the_time_of_the_step_that_was_measured_on_an_h200(lean, seconds):
-    """Eight guided images in one pass, 6 sampler steps, 5 of them trained: docs/memory.md."""
-    network, inputs = adapted_sd35_medium(16, lean)
+def test_the_time_of_a_step_is_near_that_of_a_compiled_one_on_an_h200():
+    """Eight guided images in one pass, 4 sampler steps, 3 trained: docs/performance.md."""
+    network, inputs = adapted_sd35_medium(16, lean=True)
     ledger = Ledger((16, 8, 8), (16, 64, 64))
     with fused_attention(), ledger:
         with ledger.part() as forward:
@@ -302,7 +301,11 @@ def test_the_time_of_the_step_that_was_measured_on_an_h200(lean, seconds):
         with ledger.part() as backward:
             velocity.backward(torch.empty_like(velocity))
     times = [step_seconds(cost.work, GPUS["h200"]) for cost in (forward, backward)]
-    assert 6 * times[0] + 5 * sum(times) == pytest.approx(seconds, abs=0.05)
+    # The calls of the transformer in the row "medium, compiled" of benchmarks/measured/gpu.json.
+    rows = json.loads((ROOT / "benchmarks" / "measured" / "gpu.json").read_text())["rows"]
+    measured = rows["medium, compiled"]["seconds"]
+    measured = measured["adapted forwards"] + measured["adapted backwards"]
+    assert 4 * times[0] + 3 * sum(times) == pytest.approx(measured, rel=0.25)
 
 
 def test_a_kernel_takes_the_longer_of_its_two_times():
