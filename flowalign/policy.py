@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast, Self, TYPE_CHECKING
@@ -18,6 +18,7 @@ from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage
 from flowalign.models.base import FlowModel
+from flowalign.models.given_adapters import LayerAdapter
 from flowalign.settings.types import (
     Count,
     CountOrZero,
@@ -153,8 +154,11 @@ class Policy:
         self.times = model.schedule(sampler.steps)
         self.lora = lora_config(model)
         self.snapshots = list(snapshots or [])
+        given = model.config.adapter
+        start = model.read_adapter(given, "model.adapter") if given else {}
         self._layers = self._add_adapters()
         self._train_policy_only()
+        self._begin_as(start)
         for name in self.snapshots:
             self.update_copy(name, 0.0)
 
@@ -181,6 +185,28 @@ class Policy:
                 # Updates are smaller than half precision resolves, so the masters are float32.
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(name == "policy")
+
+    @torch.no_grad()
+    def _begin_as(self, start: Mapping[str, LayerAdapter]) -> None:
+        """Give the policy the adapters of some layers. Raises UserError if they do not fit."""
+        lora = self.model.config.lora
+        modules = dict(self.model.transformer.named_modules())
+        for name, given in start.items():
+            layer: Any = modules[name]
+            if not any(layer is known for known in self._layers):
+                raise UserError(
+                    f"model.adapter adapts {name}, which model.lora.targets leaves out. Add its "
+                    "ending there, or give the adapter as model.merge."
+                )
+            if given.rank > lora.rank:
+                raise UserError(
+                    f"model.adapter has the rank {given.rank}, but model.lora.rank is {lora.rank}. "
+                    f"Set model.lora.rank to {given.rank} or more."
+                )
+            a, b = layer.lora_A["policy"].weight, layer.lora_B["policy"].weight
+            padded = given.padded(a.cpu())
+            a.copy_(padded.a)
+            b.copy_(padded.b * (padded.scale / layer.scaling["policy"]))
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
         """Return the matrices of an adapter, in a fixed order."""

@@ -51,7 +51,10 @@ for number, (objective, variant) in enumerate(cases):
     settings += ["data.ranking={weighted: true}"] if variant == "weighted" else []
     # Three prompts of four images: each of two processes holds half of the second prompt.
     settings += ["train.prompts_per_step=3", "train.images_per_prompt=4"] * (variant == "cut")
-    settings += ["distributed.shard=true"] * (variant == "sharded")
+    settings += ["distributed.shard=true"] * ("sharded" in variant)
+    # Few layers with adapters are compiled sooner.
+    compiled = ["model.compile=true", "model.lora.targets=[attn.to_q]"]
+    settings += compiled * ("compiled" in variant)
     config = small_config(f"{folder}/{number}", *settings)
     run = trainer.prepare(config)
     policy = run.state.policy
@@ -140,6 +143,7 @@ CASES = [
     ("{name: nft}", "cut"),
     ("{name: flow_grpo, kl_weight: 0.1}", "sharded"),
     ("{name: crd}", "sharded"),
+    ("{name: flow_grpo, kl_weight: 0.1}", "sharded and compiled"),
 ]
 
 

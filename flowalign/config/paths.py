@@ -12,12 +12,14 @@ from flowalign.settings.merging import Section
 
 FILES = (
     ("model", "path"),
+    ("model", "adapter"),
+    ("model", "merge"),
     ("data", "prompts"),
     ("data", "pairs"),
     ("evaluation", "prompts"),
     ("evaluation", "pairs"),
 )
-"""Keys whose value is a file or folder."""
+"""Keys whose value is a file or folder, or a list of them."""
 SPECS = (
     ("model", "name"),
     ("objective", "name"),
@@ -68,13 +70,15 @@ def _with_files(
 
 
 def with_text(values: Section, key: Sequence[str], change: Callable[[str], str]) -> Section:
-    """Return the values with one text changed, if it exists and is a text."""
+    """Return the values with one text, or each text of a list, changed if it exists."""
     name, *rest = key
     value = values.get(name)
     if rest and isinstance(value, dict):
         return values | {name: with_text(value, rest, change)}
     if not rest and isinstance(value, str):
         return values | {name: change(value)}
+    if not rest and isinstance(value, list):
+        return values | {name: [change(v) if isinstance(v, str) else v for v in value]}
     return values
 
 

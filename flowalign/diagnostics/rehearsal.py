@@ -109,7 +109,8 @@ class UpdateCosts:
 @older_objects_kept()
 def rehearse(config: Config) -> Plan:
     """Return what a run needs. Raises UserError if the model's configuration cannot be read."""
-    model = MetaModel(config.model)
+    # Values of adapters change nothing that a plan counts.
+    model = MetaModel(replace(config.model, adapter="", merge=[]))
     with fused_attention(), model.ledger:
         policy = make_policy(config, model)
         costs = rehearse_update(config, policy, model)

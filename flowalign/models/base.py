@@ -14,6 +14,7 @@ from flowalign.batch import Cond, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
+from flowalign.models.given_adapters import FusedLayers, LayerAdapter, merge, read_adapter
 from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
 from flowalign.models.sharding import shard
 from flowalign.models.text_cache import Row, TextCache
@@ -67,6 +68,8 @@ class FlowModel(ABC, Generic[C]):
     """Settings of the family: the `model` section of a YAML file."""
     lora_targets: Sequence[str]
     """Endings of the names of the linear layers that adapters are put on by default."""
+    kohya_layers: ClassVar[FusedLayers] = {}
+    """How adapters of kohya's scripts name the layers of the transformer."""
     transformer: nn.Module
 
     def __init__(self, config: C, device: str = "cpu"):
@@ -216,6 +219,22 @@ class FlowModel(ABC, Generic[C]):
     def networks(self) -> dict[str, nn.Module]:
         """Return all networks by name, to count their parameters and check their gradients."""
         return {"transformer": self.transformer}
+
+    def read_adapter(self, path: str, key: str) -> dict[str, LayerAdapter]:
+        """Read a LoRA of another training by the names of its layers.
+
+        `key` is the key of the configuration. Raises UserError if the adapter does not fit.
+        """
+        return read_adapter(path, self._linear_layers(), self.kohya_layers, key)
+
+    def merge_adapters(self) -> None:
+        """Add the adapters of `model.merge` to the weights, before these are quantised."""
+        for path in self.config.merge:
+            merge(self.read_adapter(path, "model.merge"), self._linear_layers())
+
+    def _linear_layers(self) -> dict[str, nn.Linear]:
+        modules = self.transformer.named_modules()
+        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
     def add_adapter(self, lora: "LoraConfig", name: str) -> None:
         """Put an adapter on the transformer."""

@@ -72,6 +72,13 @@ class ModelConfig(Settings):
     """
     lora: Lora = field(default_factory=Lora)
     """The adapter that trains."""
+    adapter: str = ""
+    """A LoRA that the adapter begins as: a file or folder in diffusers', PEFT's or kohya's format.
+
+    The reference stays the model without it.
+    """
+    merge: list[str] = field(default_factory=list)
+    """LoRAs that are added to the model's weights first, so that the reference has them too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,6 +73,7 @@ class PipelineModel(FlowModel[C]):
         for network in (self.transformer, self.vae, *self._text_encoders()):
             # Some encoders of transformers are built in training mode, with dropout.
             network.requires_grad_(False).eval()
+        self.merge_adapters()
         freeze_linears(self.transformer, config.quantize, self.device, config.offload)
         for network in self._text_encoders():
             freeze_linears(network, config.quantize, self.device)

@@ -15,6 +15,21 @@ from flowalign.models.loading import ABSENT
 from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
 
 T5 = ("text_encoder_3", "tokenizer_3")
+KOHYA_LAYERS = {
+    f"joint_blocks_{{}}_{name}": [f"transformer_blocks.{{}}.{layer}" for layer in layers]
+    for name, layers in {
+        "x_block_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+        "x_block_attn_proj": ["attn.to_out.0"],
+        "x_block_attn2_qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
+        "x_block_attn2_proj": ["attn2.to_out.0"],
+        "x_block_mlp_fc1": ["ff.net.0.proj"],
+        "x_block_mlp_fc2": ["ff.net.2"],
+        "context_block_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        "context_block_attn_proj": ["attn.to_add_out"],
+        "context_block_mlp_fc1": ["ff_context.net.0.proj"],
+        "context_block_mlp_fc2": ["ff_context.net.2"],
+    }.items()
+}
 
 
 @dataclass(kw_only=True)
@@ -42,6 +57,7 @@ class SD3(PipelineModel[SD3Config]):
     """
 
     Config: ClassVar = SD3Config
+    kohya_layers: ClassVar = KOHYA_LAYERS
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     optional_components: ClassVar = T5

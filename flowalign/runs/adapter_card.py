@@ -5,7 +5,7 @@ that nothing in it can become code or markup of the card.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -21,16 +21,20 @@ from flowalign.reporting.console import format_difference, format_mean, interval
 from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
-CARD = "README.md"
+CARD, MERGED = "README.md", "merged_adapters"
 WITH_PIPELINE = """# A LoRA adapter for {title}
 
 ```python
 {torch}from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
-pipe.load_lora_weights({folder!r})
+{merging}pipe.load_lora_weights({folder!r})
 pipe({prompt!r}{calling}).images[0].save("picture.png")
 ```
+"""
+MERGING = """pipe.load_lora_weights({adapter!r})
+pipe.fuse_lora()
+pipe.unload_lora_weights()
 """
 WITHOUT_PIPELINE = """# A LoRA adapter for {title}
 
@@ -48,12 +52,14 @@ def adapter_card(config: Config, folder: Path) -> str:
     """
     model, sampler = config.model, config.evaluation_sampler
     path = portable(model.path)
+    merged = [portable(adapter) for adapter in model.merge]
+    head = card_head(path, merged)
     call = family_of(model.name).pipeline_call(
         model, sampler.steps, sampler.guidance, sampler.embedded_guidance
     )
     if call:
-        return card_head(path) + _with_pipeline(config, call, path, str(folder))
-    return card_head(path) + WITHOUT_PIPELINE.format(
+        return head + _with_pipeline(config, call, path, str(folder))
+    return head + WITHOUT_PIPELINE.format(
         title=markdown_code(path),
         family=markdown_code(model.name),
         folder=markdown_code(str(folder)),
@@ -80,13 +86,18 @@ def card_results(summary: Summary) -> str:
     return f"\n{table}\nBase is the model without the adapter. {note}{intervals}\n"
 
 
-def card_head(model: str) -> str:
-    """Return the head of an adapter's README: the model card of the Hugging Face hub."""
-    entries = {
+def card_head(model: str, merged: Sequence[str] = ()) -> str:
+    """Return the head of an adapter's README: the model card of the Hugging Face hub.
+
+    `merged` are adapters that belong to the model, because they were added to its weights.
+    """
+    entries: dict[str, object] = {
         "base_model": model,
         "library_name": "diffusers",
         "tags": ["lora", "text-to-image", "flowalign"],
     }
+    if merged:
+        entries[MERGED] = [*merged]
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
 
 
@@ -104,9 +115,21 @@ def markdown_code(text: str) -> str:
 
 def base_model(folder: Path) -> str | None:
     """Return the model that the card of an adapter names as `base_model`, or None."""
+    model = _entries(folder).get("base_model")
+    return model if isinstance(model, str) else None
+
+
+def merged_adapters(folder: Path) -> list[str]:
+    """Return the adapters that the card of an adapter says to merge into its model first."""
+    merged = _entries(folder).get(MERGED)
+    return [path for path in merged if isinstance(path, str)] if isinstance(merged, list) else []
+
+
+def _entries(folder: Path) -> Mapping[str, object]:
+    """Return the entries in the head of an adapter's card; none if it cannot be read."""
     card = folder / CARD
     if not card.is_file():
-        return None
+        return {}
     # The card of the Hugging Face hub begins with YAML between two lines of dashes.
     _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     header, closing, _ = rest.partition("\n---")
@@ -114,9 +137,8 @@ def base_model(folder: Path) -> str | None:
         # The adapter may come from a stranger, so the limits of every YAML file hold here too.
         entries = parse_yaml(header, str(card)) if closing else None
     except UserError:
-        return None
-    model = entries.get("base_model") if isinstance(entries, dict) else None
-    return model if isinstance(model, str) else None
+        return {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _with_pipeline(config: Config, call: PipelineCall, path: str, folder: str) -> str:
@@ -129,6 +151,7 @@ def _with_pipeline(config: Config, call: PipelineCall, path: str, folder: str) -
         pipeline=call.pipeline,
         loading=_keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
         move='.to("cuda")' if half else "",
+        merging="".join(MERGING.format(adapter=adapter) for adapter in map(portable, model.merge)),
         folder=folder,
         prompt=_first_prompt(config),
         calling=_keywords(call.calling),

@@ -20,7 +20,9 @@ from flowalign.runs.checkpoint import checkpoints, PROGRESS_FILE, read_progress
 from flowalign.runs.folder import AFTER, BEFORE, GUIDED, read_config
 from flowalign.settings.merging import Section
 
-OWN_SETTINGS = ("lora", "path", "attention", "gradient_checkpointing", "offload", "compile")
+OWN_SETTINGS = (
+    *("lora", "adapter", "path", "attention", "gradient_checkpointing", "offload", "compile"),
+)
 """Settings of the model that may differ. A model may have several paths: its pictures decide."""
 SAMPLER = ("steps", "guidance", "embedded_guidance")
 DIFFERENT_PICTURES = 8.0

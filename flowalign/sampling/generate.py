@@ -77,7 +77,8 @@ def evaluate(source: Source) -> EvaluationResult:
         raise UserError("The source has no evaluation prompts. Give a run folder or a YAML file.")
     with distributed.ending_together():
         inputs = distributed.raise_everywhere(lambda: read_inputs(config))
-        assembly = assemble(inputs, load_model(config.model, str(distributed.device())))
+        model = load_model(replace(config.model, adapter=""), str(distributed.device()))
+        assembly = assemble(inputs, model)
         policy = assembly.state.policy
         if source.adapter:
             load_adapter(policy, source.adapter)
@@ -110,8 +111,9 @@ def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
 
 def load_policy(source: Source, settings: SampleSettings) -> Policy:
     """Load the model and its adapter."""
-    # A few pictures do not make up for the minutes that compiling takes.
-    config = replace(source.model, compile=False)
+    # A few pictures do not make up for the minutes that compiling takes. The adapter of a run holds
+    # what it began with.
+    config = replace(source.model, compile=False, adapter="")
     model = load_model(config, str(distributed.device()))
     policy = Policy(model, sampler_of(source, settings))
     if source.adapter:

@@ -15,7 +15,7 @@ from flowalign.models.config import Lora, ModelConfig
 from flowalign.models.families import describe
 from flowalign.policy import Sampler
 from flowalign.runs.adapter import ADAPTER_FILE, lora_settings
-from flowalign.runs.adapter_card import base_model
+from flowalign.runs.adapter_card import base_model, merged_adapters
 from flowalign.runs.checkpoint import checkpoints, trained_weights
 
 STEPS = 28
@@ -104,8 +104,9 @@ def from_adapter(folder: Path, model: str | None) -> Source:
             "write base_model: MODEL into the head of its README.md."
         )
     # A card may name a folder next to the adapter, or a model that comes with the package.
-    located = locate(base, [folder])
-    return replace(from_model(located, lora_settings(folder)), adapter=folder)
+    source = from_model(locate(base, [folder]), lora_settings(folder))
+    merge = [locate(path, [folder]) for path in merged_adapters(folder)]
+    return replace(source, model=replace(source.model, merge=merge), adapter=folder)
 
 
 def from_model(model: str, lora: Lora | None = None) -> Source:

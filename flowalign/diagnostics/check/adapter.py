@@ -3,6 +3,7 @@
 import math
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from flowalign.diagnostics.check.probes import matrix_names, Probe, row_by_row
 from flowalign.flow import Latent, mean_square
+from flowalign.models.given_adapters import find_file
 from flowalign.policy import Policy
 from flowalign.rewards.inspection import Finding
 from flowalign.runs.adapter import save_adapter
@@ -19,22 +21,48 @@ MAX_ERROR = 0.05
 
 
 @torch.no_grad()
-def compare_reference(policy: Policy, bare: Latent, probe: Probe) -> Finding:
-    """Check that the reference, and snapshots as they start, are the loaded model bit for bit.
+def compare_reference(policy: Policy, bare: Latent, start: Latent, probe: Probe) -> Finding:
+    """Check that the reference is the loaded model bit for bit, and snapshots the policy's start.
 
-    `bare` holds its velocities from before the adapters were added. The adapter that trains was
-    perturbed and must differ.
+    `bare` holds the model's velocities from before the adapters were added, and `start` those of
+    the policy as it begins. The adapter that trains was perturbed since and must differ.
     """
-    equal = ["reference", *policy.snapshots]
+    equal = {"reference": bare, **dict.fromkeys(policy.snapshots, start)}
     velocities = {name: row_by_row(policy.at(name), probe) for name in [*equal, "policy"]}
-    wrong = [name for name in equal if not torch.equal(velocities[name], bare)]
+    wrong = [name for name in equal if not torch.equal(velocities[name], equal[name])]
     if wrong:
-        text = f"the velocities of {', '.join(wrong)} differ from the loaded model's"
+        text = f"the velocities of {', '.join(wrong)} differ from those that a run begins with"
         return Finding("reference", text, wrong=True)
-    if torch.equal(velocities["policy"], bare):
+    if torch.equal(velocities["policy"], start):
         return Finding("reference", "the adapter that trains has no effect", wrong=True)
-    text = f"equal to the loaded model bit for bit: {', '.join(equal)}"
+    text = f"equal to what a run begins with bit for bit: {', '.join(equal)}"
     return Finding("reference", f"{text}; the adapter that trains changes it")
+
+
+@torch.no_grad()
+def compare_start(policy: Policy, start: Latent, bare: Latent, probe: Probe) -> Iterator[Finding]:
+    """Check that the policy begins as the adapter of `model.adapter`, as diffusers loads it.
+
+    `start` holds the policy's velocities, and `bare` those of the model.
+    """
+    given = policy.model.config.adapter
+    if not given:
+        return
+    with warnings.catch_warnings():
+        # PEFT warns that the model already has an adapter, which is intended here.
+        warnings.simplefilter("ignore", UserWarning)
+        policy.model.load_adapter(find_file(given, "model.adapter"), "given")
+    text = f"the policy begins as {given}"
+    if not any("given" in layer.scaling for layer in adapted_layers(policy)):
+        yield Finding("start", f"{text}, whose names diffusers does not read")
+        return
+    v = row_by_row(policy.at("given"), probe)
+    policy.model.delete_adapter("given")
+    error = (mean_square(v - start) / mean_square(v - bare)).sqrt().max().item()
+    wrong = error > MAX_ERROR
+    yield Finding(
+        "start", f"{text} in diffusers, with an error of {error:.1g} of its effect", wrong
+    )
 
 
 @torch.no_grad()
@@ -75,6 +103,12 @@ def load_saved_adapter(policy: Policy) -> None:
         policy.model.load_adapter(Path(folder), "saved")
 
 
+def adapted_layers(policy: Policy) -> list[LoraLayer]:
+    """Return the layers that have adapters."""
+    modules = policy.model.transformer.modules()
+    return [module for module in modules if isinstance(module, LoraLayer)]
+
+
 def lost_matrices(policy: Policy) -> int:
     """Return how many matrices of the saved adapter are missing or have other values."""
     named, dtype = dict(policy.model.transformer.named_parameters()), policy.model.dtype
@@ -87,7 +121,6 @@ def lost_matrices(policy: Policy) -> int:
 
 def differing_scales(policy: Policy) -> list[tuple[float, float | None]]:
     """Return the trained and the saved scale of every layer where they differ."""
-    modules = policy.model.transformer.modules()
-    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    layers = adapted_layers(policy)
     scales = [(layer.scaling["policy"], layer.scaling.get("saved")) for layer in layers]
     return [(trained, saved) for trained, saved in scales if trained != saved]

@@ -26,8 +26,13 @@ def losses(
         yield each.number, objective.loss(policy, each.batch, each.draw)
 
 
-def check_initial_loss(policy: Policy, objective: Objective, batch: Batch) -> Iterator[Finding]:
-    """Check that ratios are 1 and KL is 0 before the first update, where the loss has them."""
+def check_initial_loss(
+    policy: Policy, objective: Objective, batch: Batch, moved: bool = False
+) -> Iterator[Finding]:
+    """Check that ratios are 1 and KL is 0 before the first update, where the loss has them.
+
+    `moved` is true if the policy begins elsewhere than the reference.
+    """
     compiled = policy.model.config.compile
     whole, sampled = whole_pass_size(policy, batch), policy.images_per_pass
     # The images were made in large passes. Training may use small ones, which round differently.
@@ -58,7 +63,7 @@ def check_initial_loss(policy: Policy, objective: Objective, batch: Batch) -> It
     if errors and compiled:
         yield compiled_finding(max(graph_errors), clip)
     if kls:
-        yield kl_finding(max(kls), velocity_penalties(objective))
+        yield kl_finding(max(kls), velocity_penalties(objective), moved)
 
 
 def largest_kl(loss: Loss) -> float:
@@ -93,9 +98,11 @@ def compiled_finding(error: float, log_ratio_clip: float) -> Finding:
     return Finding("compile", text, wrong=True)
 
 
-def kl_finding(kl: float, penalties: list[VelocityKL]) -> Finding:
-    """Check that the KL is 0, unless the reference has a guidance of its own."""
+def kl_finding(kl: float, penalties: list[VelocityKL], moved: bool) -> Finding:
+    """Check that the KL is 0, unless the reference has a guidance or weights of its own."""
     text = f"{kl:.2g} before the first update"
+    if moved:
+        return Finding("kl", f"{text}; the reference is the model without model.adapter")
     guidances = [p.guidance for p in penalties if p.guidance is not None]
     if guidances:
         return Finding("kl", f"{text}; the reference has guidance {guidances[0]:g}")

@@ -10,7 +10,11 @@ import torch
 
 from flowalign import distributed
 from flowalign.config.sections import Config
-from flowalign.diagnostics.check.adapter import compare_reference, compare_saved_adapter
+from flowalign.diagnostics.check.adapter import (
+    compare_reference,
+    compare_saved_adapter,
+    compare_start,
+)
 from flowalign.diagnostics.check.arithmetic import describe_run, describe_step
 from flowalign.diagnostics.check.gradients import (
     check_gradients,
@@ -71,18 +75,22 @@ def findings(config: Config) -> Iterator[Finding]:
     yield from compare_full_model(model, bare, probe)
     assembly = assemble(inputs, model)
     policy, objective = assembly.policy, config.objective
+    with torch.no_grad(), uncompiled():
+        start = row_by_row(policy.at("policy"), probe)
+        yield from compare_start(policy, start, bare, probe)
     yield from preflight_findings(assembly)
     if scheduler := model.scheduler(config.sampler.steps):
         with uncompiled():
             yield matches_scheduler(policy, scheduler, probe)
     batch = small_batch(assembly)
-    yield from check_initial_loss(policy, objective, batch)
+    moved = not torch.equal(start, bare)
+    yield from check_initial_loss(policy, objective, batch, moved)
     yield from check_rewards(assembly)
     # From here on the adapter is not 0, so that it has an effect and both its matrices have a
     # gradient.
     perturb_adapter(policy)
     with uncompiled():
-        yield compare_reference(policy, bare, probe)
+        yield compare_reference(policy, bare, start, probe)
     yield check_gradients(policy, objective, batch)
     yield from check_kl_gradient(policy, objective, batch)
     yield check_optimizer_step(policy, assembly.state.optimizer)

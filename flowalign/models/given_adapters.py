@@ -1,0 +1,230 @@
+"""Adapters that a run begins with: files in the formats of diffusers, PEFT and kohya's scripts."""
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import nn, Tensor
+
+from flowalign.errors import did_you_mean, UserError
+from flowalign.files import read_tensors
+from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
+
+PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX, KOHYA_PREFIX = "base_model.model.", "lora_unet_"
+A_ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
+B_ENDINGS = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
+ALPHA_ENDING = ".alpha"
+OTHER_KINDS = {
+    "*lora_magnitude_vector*": "DoRA",
+    "*dora_scale*": "DoRA",
+    "*.lokr_*": "LoKr",
+    "*.hada_*": "LoHa",
+    "text_encoder*": "an adapter of text encoders",
+    "lora_te*": "an adapter of text encoders",
+}
+"""Patterns of keys that say that a file holds more than a LoRA of the transformer."""
+
+FusedLayers = Mapping[str, Sequence[str]]
+"""Layers under their names in the model's original code, and the layers of diffusers that each
+joins, in the order of their outputs. `{}` stands for the number of a block."""
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """The change of a layer's weight, scale · B A, in float32."""
+
+    a: Tensor  # (rank, in)
+    b: Tensor  # (out, rank)
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension."""
+        return len(self.a)
+
+    def padded(self, a: Tensor) -> "LayerAdapter":
+        """Return the same change at the rank of `a` (rank, in), whose rows fill up A.
+
+        New columns of B are 0, so that B A stays the same.
+        """
+        missing = len(a) - self.rank
+        b = torch.cat([self.b, self.b.new_zeros(len(self.b), missing)], 1)
+        return replace(self, a=torch.cat([self.a, a[self.rank :]]), b=b)
+
+
+@dataclass
+class _Part:
+    """The matrices and the alpha of one layer, as far as a file holds them."""
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    alpha: float | None = None
+
+
+def read_adapter(
+    path: str, layers: Mapping[str, nn.Linear], fused: FusedLayers, key: str
+) -> dict[str, LayerAdapter]:
+    """Read the adapter of each layer by the layer's name.
+
+    Args:
+        path: A file, or a folder with a file of diffusers or PEFT.
+        layers: The linear layers of the transformer.
+        fused: How kohya's scripts name them.
+        key: The key of the configuration, for messages.
+
+    Raises:
+        UserError: The file is missing or damaged, is not a LoRA, or does not fit the layers.
+    """
+    file = find_file(path, key)
+    tensors = read_tensors(file)
+    refuse_other_kinds(tensors, file, key)
+    settings = read_settings(file)
+    adapters: dict[str, LayerAdapter] = {}
+    for name, part in parts_of(tensors, file, key).items():
+        a, b = part.a, part.b
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+            raise UserError(f"{key}: {file} is damaged: the matrices of {name} do not fit.")
+        scale = part.alpha / len(a) if part.alpha is not None else settings.scale(name, len(a))
+        adapters |= by_layer(name, LayerAdapter(a.float(), b.float(), scale), layers, fused, key)
+    return adapters
+
+
+def find_file(path: str, key: str) -> Path:
+    """Return the file of an adapter. Raises UserError if there is none."""
+    place = Path(os.path.expanduser(path))
+    if place.is_file():
+        return place
+    for name in (ADAPTER_FILE, PEFT_FILE):
+        if (place / name).is_file():
+            return place / name
+    raise UserError(
+        f"{key}: there is no adapter {path}. Give a .safetensors file, or a folder with "
+        f"{ADAPTER_FILE} or {PEFT_FILE}."
+    )
+
+
+def refuse_other_kinds(keys: Iterable[str], file: Path, key: str) -> None:
+    """Raise UserError if a key belongs to another kind of adapter."""
+    for name in keys:
+        for pattern, kind in OTHER_KINDS.items():
+            if fnmatch(name.removeprefix(PEFT_PREFIX), pattern):
+                raise UserError(
+                    f"{key}: {file} holds {kind}, for example {name}. Give a plain LoRA of the "
+                    "transformer."
+                )
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """PEFT's settings, as far as they decide the scale."""
+
+    alpha: float | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """Alpha of layers that differ, by a pattern of their names."""
+    square_root: bool = False
+    """True for rsLoRA, whose scale is alpha over the square root of the rank."""
+
+    def scale(self, layer: str, rank: int) -> float:
+        """Return the factor of B A; 1 if nothing is known."""
+        matching = (
+            alpha
+            for pattern, alpha in self.alphas.items()
+            if re.match(rf"(.*\.)?{pattern}$", layer)
+        )
+        alpha = next(matching, self.alpha)
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.square_root else rank)
+
+
+def read_settings(file: Path) -> AdapterSettings:
+    """Return PEFT's settings: those of the file's metadata, or of the file beside it."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    if METADATA_KEY in metadata:
+        written = json.loads(metadata[METADATA_KEY])
+        values = {name.removeprefix(PREFIX): value for name, value in written.items()}
+    elif (beside := file.with_name(PEFT_SETTINGS)).is_file():
+        values = json.loads(beside.read_text(encoding="utf-8"))
+    else:
+        return AdapterSettings()
+    return AdapterSettings(
+        alpha=values.get("lora_alpha"),
+        alphas=values.get("alpha_pattern") or {},
+        square_root=bool(values.get("use_rslora")),
+    )
+
+
+def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _Part]:
+    """Return the matrices and the alpha of every layer, under the file's name of the layer."""
+    parts: dict[str, _Part] = defaultdict(_Part)
+    for name, tensor in tensors.items():
+        short = name.removeprefix(PEFT_PREFIX).removeprefix(PREFIX).removeprefix(KOHYA_PREFIX)
+        for endings, entry in ((A_ENDINGS, "a"), (B_ENDINGS, "b"), ((ALPHA_ENDING,), "alpha")):
+            if ending := next((end for end in endings if short.endswith(end)), None):
+                value = tensor.item() if entry == "alpha" else tensor
+                setattr(parts[short.removesuffix(ending)], entry, value)
+                break
+        else:
+            raise UserError(
+                f"{key}: {file} holds {name}, which does not belong to a LoRA. Give a file of "
+                "diffusers, PEFT or kohya's scripts."
+            )
+    return parts
+
+
+def by_layer(
+    name: str,
+    adapter: LayerAdapter,
+    layers: Mapping[str, nn.Linear],
+    fused: FusedLayers,
+    key: str,
+) -> dict[str, LayerAdapter]:
+    """Return the adapters of the layers that a name of a file stands for.
+
+    Raises UserError if there is no such layer, or if it has another size.
+    """
+    names = [name] if name in layers else joined_layers(name, fused)
+    if not names or any(layer not in layers for layer in names):
+        raise UserError(
+            f"{key}: the model has no layer {name}.{did_you_mean(name, layers)} Give an adapter of "
+            "this model."
+        )
+    sizes = [layers[layer].out_features for layer in names]
+    wanted = sum(sizes), layers[names[0]].in_features
+    found = len(adapter.b), adapter.a.shape[1]
+    if found != wanted:
+        raise UserError(
+            f"{key}: the adapter of {name} is for a weight of {found[0]} × {found[1]}, but the "
+            f"model's is {wanted[0]} × {wanted[1]}. Give an adapter of this model."
+        )
+    return {
+        layer: replace(adapter, b=b) for layer, b in zip(names, adapter.b.split(sizes), strict=True)
+    }
+
+
+def joined_layers(name: str, fused: FusedLayers) -> list[str]:
+    """Return the layers of diffusers that a layer of kohya's scripts joins; none if unknown."""
+    for pattern, layers in fused.items():
+        if match := re.fullmatch(pattern.replace("{}", r"(\d+)"), name):
+            return [layer.format(*match.groups()) for layer in layers]
+    return []
+
+
+@torch.no_grad()
+def merge(adapters: Mapping[str, LayerAdapter], layers: Mapping[str, nn.Linear]) -> None:
+    """Add adapters to the weights of layers. Sums are rounded to the dtype of the weights."""
+    for name, adapter in adapters.items():
+        weight = layers[name].weight
+        change = adapter.scale * adapter.b @ adapter.a
+        weight.copy_(weight.float() + change.to(weight.device))
