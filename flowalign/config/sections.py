@@ -149,7 +149,10 @@ class Data:
     """The training data: prompts to generate images for, or given pictures."""
 
     prompts: str = ""
-    """A .txt file with a prompt per line, or a .jsonl file with `prompt` and metadata."""
+    """A .txt file with a prompt per line, or a .jsonl, .csv, .tsv or .parquet file.
+
+    Other fields and columns than `prompt` are metadata for rewards.
+    """
     pairs: str = ""
     """A .jsonl file, a folder or a data set of chosen and rejected pictures, or of single ones."""
     ranking: Ranking = field(default_factory=Ranking)

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from flowalign.data import tables
 from flowalign.errors import UserError
 from flowalign.files import read_text
 
@@ -23,7 +24,10 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
-    """Read a `.txt` file (one prompt per line) or a `.jsonl` file (objects with a `prompt` field).
+    """Read a `.txt` file (one prompt per line), a `.jsonl` file (objects), or a table.
+
+    Objects have a field `prompt`, and tables (`.csv`, `.tsv`, `.parquet`) a column `prompt`,
+    `caption` or `text`. Other fields and columns become metadata.
 
     Raises UserError with `key`, the file and the line if the file cannot be used.
     """
@@ -32,10 +36,12 @@ def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
         prompts = [Prompt(line.strip()) for line, _ in _lines(path, key)]
     elif path.suffix == ".jsonl":
         prompts = [_prompt(entry, where) for entry, where in read_objects(path, key)]
+    elif path.suffix in tables.SUFFIXES:
+        prompts = [_prompt(entry, where) for entry, where in tables.read_rows(path, key)]
     else:
         raise UserError(
-            f"{key}: {path} is neither a .txt nor a .jsonl file. "
-            "Use one of these formats, with one prompt per line."
+            f"{key}: {path} cannot be read as prompts. Give a .txt file with one prompt per line, "
+            f"a .jsonl file, or a table ({', '.join(tables.SUFFIXES)})."
         )
     if not prompts:
         raise UserError(f"{key}: {path} has no prompts. Write one per line.")

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
@@ -43,7 +45,11 @@ def test_other_fields_become_metadata(tmp_path):
         ("p.jsonl", '["a"]\n', 'p.jsonl, line 1 has no text in the field "prompt"'),
         ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1 has no text in the field "prompt"'),
         ("p.txt", "\n  \n", "p.txt has no prompts"),
-        ("p.csv", "a\n", "p.csv is neither a .txt nor a .jsonl file"),
+        ("p.doc", "a\n", "p.doc cannot be read as prompts. Give a .txt file"),
+        ("p.csv", "title,count\na,1\n", "p.csv has the columns title, count. Name the column"),
+        ("p.csv", "prompt,count\na\n", "p.csv cannot be read as a table"),
+        ("p.parquet", "prompt\n", "p.parquet cannot be read as a table"),
+        ("p.csv", "prompt,day\na,2026-11-27\n", r"p.csv holds date32\[day\] in the column day"),
     ],
 )
 def test_an_error_names_the_key_the_file_and_the_line(tmp_path, name, text, message):
@@ -83,3 +89,32 @@ def test_each_prompt_occurs_once_per_epoch(count, size):
 def test_epochs_and_seeds_have_different_orders():
     orders = [tuple(prompts_of_step(50, step, 50, seed)) for step in range(3) for seed in range(3)]
     assert len(set(orders)) == 9
+
+
+ROWS = [
+    Prompt("12", {"count": 1, "tag": "numbers"}),
+    Prompt('a "red"\ncircle, and more', {"count": 2, "tag": "colors"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "column"),
+    [("p.csv", ",", "prompt"), ("p.tsv", "\t", "caption"), ("p.csv", ",", "text")],
+)
+def test_the_columns_of_a_table_are_prompts_and_metadata(name, separator, column, tmp_path):
+    header = separator.join(["count", column, "tag"])
+    rows = f'1{separator}12{separator}numbers\n2{separator}"a ""red""\ncircle, and more"'
+    table = f"\ufeff{header}\n{rows}{separator}colors\n"
+    assert read_prompts(write_file(tmp_path, name, table)) == ROWS
+
+
+def test_parquet_files_hold_nested_metadata(tmp_path):
+    include = [{"count": 1, "shape": "circle"}]
+    columns = {"prompt": ["a circle"], "include": [include], "score": [0.5], "note": [None]}
+    parquet.write_table(pa.table(columns), tmp_path / "p.parquet")
+    metadata = {"include": include, "score": 0.5, "note": None}
+    assert read_prompts(tmp_path / "p.parquet") == [Prompt("a circle", metadata)]
+    pictures = pa.table({"prompt": ["a"], "image": [{"bytes": b"png"}]})
+    parquet.write_table(pictures, tmp_path / "pictures.parquet")
+    with pytest.raises(UserError, match="in the column image, which a prompt cannot carry"):
+        read_prompts(tmp_path / "pictures.parquet")
