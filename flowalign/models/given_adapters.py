@@ -14,7 +14,6 @@ import torch
 from torch import nn, Tensor
 
 from flowalign.errors import did_you_mean, UserError
-from flowalign.files import read_tensors
 from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -83,6 +82,9 @@ def read_adapter(
     Raises:
         UserError: The file is missing or damaged, is not a LoRA, or does not fit the layers.
     """
+    # It imports safetensors, which reading a YAML file does not need.
+    from flowalign.files import read_tensors
+
     file = find_file(path, key)
     tensors = read_tensors(file)
     refuse_other_kinds(tensors, file, key)
