@@ -88,7 +88,9 @@ def read_adapter(
     file = find_file(path, key)
     tensors = read_tensors(file)
     refuse_other_kinds(tensors, file, key)
-    settings = read_settings(file)
+    if not tensors:
+        raise UserError(f"{key}: {file} is empty. Give the file of an adapter.")
+    settings = read_settings(file, key)
     adapters: dict[str, LayerAdapter] = {}
     for name, part in parts_of(tensors, file, key).items():
         a, b = part.a, part.b
@@ -139,7 +141,7 @@ class AdapterSettings:
         matching = (
             alpha
             for pattern, alpha in self.alphas.items()
-            if re.match(rf"(.*\.)?{pattern}$", layer)
+            if re.match(rf"(.*\.)?({pattern})$", layer)
         )
         alpha = next(matching, self.alpha)
         if alpha is None:
@@ -147,24 +149,31 @@ class AdapterSettings:
         return alpha / (math.sqrt(rank) if self.square_root else rank)
 
 
-def read_settings(file: Path) -> AdapterSettings:
-    """Return PEFT's settings: those of the file's metadata, or of the file beside it."""
+def read_settings(file: Path, key: str) -> AdapterSettings:
+    """Return PEFT's settings: those of the file's metadata, or of the file beside it.
+
+    Raises UserError if they cannot be read.
+    """
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-    if METADATA_KEY in metadata:
-        written = json.loads(metadata[METADATA_KEY])
-        values = {name.removeprefix(PREFIX): value for name, value in written.items()}
-    elif (beside := file.with_name(PEFT_SETTINGS)).is_file():
-        values = json.loads(beside.read_text(encoding="utf-8"))
-    else:
+    beside = file.with_name(PEFT_SETTINGS)
+    if METADATA_KEY not in metadata and not beside.is_file():
         return AdapterSettings()
-    return AdapterSettings(
-        alpha=values.get("lora_alpha"),
-        alphas=values.get("alpha_pattern") or {},
-        square_root=bool(values.get("use_rslora")),
-    )
+    try:
+        written = json.loads(metadata.get(METADATA_KEY) or beside.read_text(encoding="utf-8"))
+        values = {name.removeprefix(PREFIX): value for name, value in written.items()}
+        alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
+        return AdapterSettings(
+            alpha=None if alpha is None else float(alpha),
+            alphas={name: float(value) for name, value in alphas.items()},
+            square_root=bool(values.get("use_rslora")),
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{key}: PEFT's settings of {file} cannot be read: {error}. Save the adapter again."
+        ) from error
 
 
 def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _Part]:
@@ -174,7 +183,7 @@ def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _
         short = name.removeprefix(PEFT_PREFIX).removeprefix(PREFIX).removeprefix(KOHYA_PREFIX)
         for endings, entry in ((A_ENDINGS, "a"), (B_ENDINGS, "b"), ((ALPHA_ENDING,), "alpha")):
             if ending := next((end for end in endings if short.endswith(end)), None):
-                value = tensor.item() if entry == "alpha" else tensor
+                value = tensor.flatten()[0].item() if entry == "alpha" else tensor
                 setattr(parts[short.removesuffix(ending)], entry, value)
                 break
         else:

@@ -203,6 +203,7 @@ def test_merged_adapters_belong_to_the_reference_and_to_the_quantised_weights(tm
         (lambda t: {"lora_unet_x.lokr_w1": t}, "LoKr"),
         (lambda t: {"transformer.x.lora_magnitude_vector": t}, "DoRA"),
         (lambda t: {"conv.weight": t}, "not belong to a LoRA"),
+        (lambda t: {}, "is empty"),
     ],
 )
 def test_a_file_that_is_no_plain_lora_is_refused(change, message, tmp_path):
@@ -227,6 +228,31 @@ def test_an_adapter_of_another_model_is_refused_by_layer(layer, shape, message, 
     save_file(tensors, tmp_path / ADAPTER_FILE)
     with pytest.raises(UserError, match=message):
         make_policy(adapter=str(tmp_path))
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path):
+    as_peft(trained(), tmp_path)
+    for text in ("{", "[1]", '{"lora_alpha": "many"}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"model\.adapter: PEFT's settings of .* be read"):
+            make_policy(adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"lora_alpha": 8}, 2),
+        ({"lora_alpha": 8, "use_rslora": True}, 4),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 2, "blocks.1.attn.to_k": 12}}, 0.5),
+        ({}, 1),
+    ],
+)
+def test_the_scale_follows_the_settings_of_peft(settings, scale, tmp_path):
+    """Of transformer_blocks.0.attn.to_q, with rank 4."""
+    as_peft(trained(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, **settings}))
+    adapters = load_model(sd3_config()).read_adapter(str(tmp_path), "model.adapter")
+    assert adapters["transformer_blocks.0.attn.to_q"].scale == scale
 
 
 def test_a_rank_above_that_of_the_run_and_a_missing_file_name_the_fix(tmp_path):
