@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh FOLDER [PART ...]
 #
-# The parts take at most: medium 4 minutes, evaluation 2, flux 2, compiled 4, tests 3, checks 2.
+# The parts take at most: medium 4 minutes, evaluation 2, flux 2, compiled 4, tests 3, checks 4.
 set -u
 cd "$(dirname "$0")/.."
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" PYTHONPATH=. PYTHONUNBUFFERED=1

@@ -208,7 +208,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
 
     Args:
         source: The folder of a run, checkpoint, adapter or model, or a model on Hugging Face's hub.
-        prompts: Texts, or one .txt or .jsonl file; evaluation prompts of the run by default.
+        prompts: Texts, or one file of prompts; evaluation prompts of the run by default.
         images: Pictures per prompt.
         seed: The noise depends on it, on the prompt's position and on the picture's number alone.
         steps: Sampler steps; those of the run's evaluation, or 28.

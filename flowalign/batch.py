@@ -51,7 +51,7 @@ class Rows(Mapping[str, Tensor]):
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
-        """Join rows with the same names, part after part. Rows of one table are not copied."""
+        """Join rows with the same names, part after part. Parts of one table copy no rows."""
         tables = list({id(part.table): part.table for part in parts}.values())
         if len(tables) == 1:
             return cls(tables[0], torch.cat([part.index for part in parts]))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -191,13 +192,18 @@ class Policy:
         """Give the policy the adapters of some layers. Raises UserError if they do not fit."""
         lora = self.model.config.lora
         modules = dict(self.model.transformer.named_modules())
+        own = {id(layer) for layer in self._layers}
+        others = [name for name in start if id(modules[name]) not in own]
+        if others:
+            # Without the list of blocks, so that one ending stands for the layers of all blocks.
+            endings = [re.sub(r"^\w+\.\d+\.", "", name) for name in others]
+            targets = dict.fromkeys([*(lora.targets or self.model.lora_targets), *endings])
+            raise UserError(
+                f"model.adapter adapts {others[0]}, which model.lora.targets leaves out. Set "
+                f"model.lora.targets to [{', '.join(targets)}]."
+            )
         for name, given in start.items():
             layer: Any = modules[name]
-            if not any(layer is known for known in self._layers):
-                raise UserError(
-                    f"model.adapter adapts {name}, which model.lora.targets leaves out. Add its "
-                    "ending there, or give the adapter as model.merge."
-                )
             if given.rank > lora.rank:
                 raise UserError(
                     f"model.adapter has the rank {given.rank}, but model.lora.rank is {lora.rank}. "

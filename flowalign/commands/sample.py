@@ -28,7 +28,7 @@ def add_sample(commands: Commands) -> None:
         "prompts",
         nargs="*",
         metavar="PROMPT",
-        help="prompts, or one .txt or .jsonl file (default: evaluation prompts of the run)",
+        help="prompts, or one file of them (default: evaluation prompts of the run)",
     )
     parser.add_argument(
         "--images", type=positive, default=1, metavar="N", help="pictures per prompt (default: 1)"

@@ -21,6 +21,8 @@ def read_rows(path: Path, key: str) -> list[tuple[dict[str, Any], str]]:
             cannot hold.
     """
     table = _read(path, key)
+    if len(set(table.column_names)) < len(table.column_names):
+        raise UserError(f"{key}: {path} has several columns of one name. Rename them.")
     column = next((name for name in PROMPT_COLUMNS if name in table.column_names), None)
     if column is None:
         raise UserError(
@@ -74,10 +76,12 @@ def _is_no_json(kind: Any) -> bool:
     """Return True for values such as bytes and dates, which JSON cannot hold."""
     import pyarrow.types as types
 
+    if types.is_dictionary(kind):
+        return _is_no_json(kind.value_type)
     if types.is_nested(kind):
         return any(_is_no_json(kind.field(i).type) for i in range(kind.num_fields))
     plain = (
         *(types.is_integer, types.is_floating, types.is_boolean, types.is_null),
-        *(types.is_string, types.is_large_string, types.is_dictionary),
+        *(types.is_string, types.is_large_string),
     )
     return not any(is_plain(kind) for is_plain in plain)

@@ -14,7 +14,13 @@ from flowalign.batch import Cond, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
-from flowalign.models.given_adapters import FusedLayers, LayerAdapter, merge, read_adapter
+from flowalign.models.given_adapters import (
+    FusedLayers,
+    LayerAdapter,
+    merge,
+    read_adapter,
+    require_diffusers,
+)
 from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
 from flowalign.models.sharding import shard
 from flowalign.models.text_cache import Row, TextCache
@@ -230,6 +236,7 @@ class FlowModel(ABC, Generic[C]):
     def merge_adapters(self) -> None:
         """Add the adapters of `model.merge` to the weights, before these are quantised."""
         for path in self.config.merge:
+            require_diffusers(path, "model.merge")
             merge(self.read_adapter(path, "model.merge"), self._linear_layers())
 
     def _linear_layers(self) -> dict[str, nn.Linear]:

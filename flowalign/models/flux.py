@@ -154,10 +154,10 @@ class Flux(PipelineModel[FluxConfig]):
     def use_attention(self, name: str) -> None:
         """Switch to a back end of diffusers by name."""
         if name == "native":
-            if self.dtype == torch.float32 or not torch.cuda.is_available():
+            if self.dtype == torch.float32 or not prefers_cudnn():
                 return
-            # On recent GPUs PyTorch prefers cuDNN's attention. Torch 2.11 on an H200 ended there in
-            # an illegal memory access, with this transformer's heads of 128.
+            # Torch 2.11 on an H200 ended in an illegal memory access there, with this transformer's
+            # heads of 128.
             name = FLASH
         try:
             self.transformer.set_attention_backend(name)
@@ -179,6 +179,11 @@ class Flux(PipelineModel[FluxConfig]):
     def text_arguments(cls, config: FluxConfig) -> dict[str, object]:
         """Return the number of T5 tokens; the pipeline's default would change the picture."""
         return {"max_sequence_length": config.max_sequence_length}
+
+
+def prefers_cudnn() -> bool:
+    """Return True on GPUs where PyTorch prefers cuDNN's attention: Hopper and later ones."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

@@ -21,9 +21,16 @@ from flowalign.runs.folder import AFTER, BEFORE, GUIDED, read_config
 from flowalign.settings.merging import Section
 
 OWN_SETTINGS = (
-    *("lora", "adapter", "path", "attention", "gradient_checkpointing", "offload", "compile"),
+    "lora",
+    "adapter",
+    "merge",
+    "path",
+    "attention",
+    "gradient_checkpointing",
+    "offload",
+    "compile",
 )
-"""Settings of the model that may differ. A model may have several paths: its pictures decide."""
+"""Settings of the model that may differ. Files may have several paths: pictures decide."""
 SAMPLER = ("steps", "guidance", "embedded_guidance")
 DIFFERENT_PICTURES = 8.0
 """Mean difference of two pictures, in levels of 255, from which two models made them.

@@ -8,6 +8,7 @@ from flowalign.bundled import locate
 from flowalign.config.load import load_config
 from flowalign.config.paths import belongs_to_run
 from flowalign.config.sections import Config
+from flowalign.data import tables
 from flowalign.data.preferences import read_examples
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import UserError
@@ -22,7 +23,7 @@ STEPS = 28
 """Sampler steps for a model without a run."""
 DEFAULT_PROMPTS = 18
 """Evaluation prompts of a run that are used if no prompt is given."""
-PROMPT_FILES = (".txt", ".jsonl")
+PROMPT_FILES = (".txt", ".jsonl", *tables.SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)

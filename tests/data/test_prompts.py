@@ -48,6 +48,7 @@ def test_other_fields_become_metadata(tmp_path):
         ("p.doc", "a\n", "p.doc cannot be read as prompts. Give a .txt file"),
         ("p.csv", "title,count\na,1\n", "p.csv has the columns title, count. Name the column"),
         ("p.csv", "prompt,count\na\n", "p.csv cannot be read as a table"),
+        ("p.csv", "prompt,prompt\na,b\n", "p.csv has several columns of one name"),
         ("p.parquet", "prompt\n", "p.parquet cannot be read as a table"),
         ("p.csv", "prompt,day\na,2026-11-27\n", r"p.csv holds date32\[day\] in the column day"),
     ],

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowalign.diagnostics.check.adapter import compare_start
+from flowalign.diagnostics.check.probes import probe_inputs, row_by_row
 from flowalign.diagnostics.check.report import check
 from flowalign.errors import UserError
 from flowalign.evaluation.results import EvaluationResult
@@ -23,6 +25,7 @@ from flowalign.runs.adapter import save_adapter
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.sampling.generate import load_policy, SampleSettings
 from flowalign.sampling.sources import find_source
+from flowalign.training.setup import read_inputs
 from flowalign.training.trainer import train
 from tests.tiny import make_policy, random_flux, sd3_config, small_config, stir, TEXTS
 
@@ -217,7 +220,7 @@ def test_a_file_that_is_no_plain_lora_is_refused(change, message, tmp_path):
     [
         ("transformer_blocks.0.attn.to_qq", (64, 64), "Did you mean"),
         ("transformer_blocks.0.attn.to_q", (8, 16), "8 × 16, but the model's is"),
-        ("proj_out", None, "model.lora.targets leaves out"),
+        ("proj_out", None, r"Set model\.lora\.targets to \[attn\.to_q, .*proj_out\]"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused_by_layer(layer, shape, message, tmp_path):
@@ -305,18 +308,47 @@ def test_an_exported_adapter_says_what_to_merge_first_and_is_sampled_with_it(tmp
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_check_compares_the_start_with_diffusers(tmp_path, capsys):
-    save_adapter(trained(), tmp_path)
-    config = small_config(
-        tmp_path / "run",
-        f"model.adapter={tmp_path}",
-        "objective.kl_weight=0.1",
-        "train.ema.decay=0.5",
-    )
-    assert check(config)
+@pytest.mark.parametrize(
+    ("write", "finding"),
+    [
+        (as_diffusers, "in diffusers, with an error of "),
+        (as_old_diffusers, "which the tools of the model's family do not read"),
+        (as_peft, "which the tools of the model's family do not read"),
+    ],
+)
+def test_check_compares_the_start_with_diffusers(write, finding, tmp_path, capsys):
+    path = write(trained(), tmp_path)
+    settings = ["objective.kl_weight=0.1", "train.ema.decay=0.5", f"model.adapter={path}"]
+    assert check(small_config(tmp_path / "run", *settings))
     output = capsys.readouterr().out
-    assert (
-        f"start:        the policy begins as {tmp_path} in diffusers, with an error of " in output
-    )
+    assert f"start:        the policy begins as {path}" in output
+    assert finding in output
     assert "the reference is the model without model.adapter" in output
     assert "equal to what a run begins with bit for bit: reference, ema" in output
+
+
+def test_a_start_that_is_not_the_adapter_or_not_the_model_is_wrong(tmp_path):
+    save_adapter(trained(), tmp_path)
+    config = small_config(tmp_path / "run")
+    for adapter in ("", str(tmp_path)):
+        model = load_model(replace(config.model, adapter=adapter))
+        probe = probe_inputs(model, read_inputs(config))
+        with torch.no_grad():
+            bare = row_by_row(model, probe)
+        policy = Policy(model, Sampler(steps=2))
+        with torch.no_grad():
+            right = row_by_row(policy.at("policy"), probe)
+        stir(policy)
+        with torch.no_grad():
+            wrong = row_by_row(policy.at("policy"), probe)
+        found = [
+            [finding.wrong for finding in compare_start(policy, start, bare, probe)]
+            for start in (right, wrong)
+        ]
+        assert found == ([[False], [True]] if adapter else [[], [True]]), adapter
+
+
+def test_only_files_that_diffusers_merges_again_are_merged(tmp_path):
+    path = as_old_diffusers(trained(), tmp_path)
+    with pytest.raises(UserError, match=r"model\.merge: old\.safetensors may be in another"):
+        make_policy(merge=[str(path)])

@@ -275,7 +275,7 @@ def test_flux_computes_its_attention_by_the_flash_kernel_on_a_gpu(dtype, kernel,
     velocities = []
     for available in (False, True):
         with monkeypatch.context() as patched:
-            patched.setattr("torch.cuda.is_available", lambda found=available: found)
+            patched.setattr("flowalign.models.flux.prefers_cudnn", lambda found=available: found)
             policy = Policy(load_model(config), Sampler(steps=2))
         processors = policy.model.transformer.attn_processors.values()
         assert {p._attention_backend for p in processors} == {kernel if available else None}

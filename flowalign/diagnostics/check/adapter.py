@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from flowalign.diagnostics.check.probes import matrix_names, Probe, row_by_row
 from flowalign.flow import Latent, mean_square
 from flowalign.models.given_adapters import find_file
+from flowalign.models.lora import ADAPTER_FILE
 from flowalign.policy import Policy
 from flowalign.rewards.inspection import Finding
 from flowalign.runs.adapter import save_adapter
@@ -41,28 +42,42 @@ def compare_reference(policy: Policy, bare: Latent, start: Latent, probe: Probe)
 
 @torch.no_grad()
 def compare_start(policy: Policy, start: Latent, bare: Latent, probe: Probe) -> Iterator[Finding]:
-    """Check that the policy begins as the adapter of `model.adapter`, as diffusers loads it.
+    """Check that the policy begins as the model, or as diffusers loads `model.adapter`.
 
     `start` holds the policy's velocities, and `bare` those of the model.
     """
-    given = policy.model.config.adapter
-    if not given:
+    path = policy.model.config.adapter
+    if not path:
+        if not torch.equal(start, bare):
+            yield Finding("start", "a new adapter already changes the velocities", wrong=True)
         return
-    with warnings.catch_warnings():
-        # PEFT warns that the model already has an adapter, which is intended here.
-        warnings.simplefilter("ignore", UserWarning)
-        policy.model.load_adapter(find_file(given, "model.adapter"), "given")
-    text = f"the policy begins as {given}"
-    if not any("given" in layer.scaling for layer in adapted_layers(policy)):
-        yield Finding("start", f"{text}, whose names diffusers does not read")
+    text = f"the policy begins as {path}"
+    if not load_given_adapter(policy, path):
+        yield Finding("start", f"{text}, which the tools of the model's family do not read")
         return
     v = row_by_row(policy.at("given"), probe)
     policy.model.delete_adapter("given")
-    error = (mean_square(v - start) / mean_square(v - bare)).sqrt().max().item()
-    wrong = error > MAX_ERROR
+    effect = mean_square(v - bare).clamp(min=torch.finfo(v.dtype).tiny)
+    error = (mean_square(v - start) / effect).sqrt().max().item()
+    wrong = not error <= MAX_ERROR
     yield Finding(
         "start", f"{text} in diffusers, with an error of {error:.1g} of its effect", wrong
     )
+
+
+def load_given_adapter(policy: Policy, path: str) -> bool:
+    """Load a file as the adapter "given", by the tools of the family. False if they cannot."""
+    file = find_file(path, "model.adapter")
+    with warnings.catch_warnings():
+        # PEFT warns that the model already has an adapter, which is intended here.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            place = file.parent if file.name == ADAPTER_FILE else file
+            policy.model.load_adapter(place, "given")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    # diffusers ignores a file with other names.
+    return any("given" in layer.scaling for layer in adapted_layers(policy))
 
 
 @torch.no_grad()

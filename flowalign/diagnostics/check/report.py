@@ -83,8 +83,7 @@ def findings(config: Config) -> Iterator[Finding]:
         with uncompiled():
             yield matches_scheduler(policy, scheduler, probe)
     batch = small_batch(assembly)
-    moved = not torch.equal(start, bare)
-    yield from check_initial_loss(policy, objective, batch, moved)
+    yield from check_initial_loss(policy, objective, batch, moved=bool(config.model.adapter))
     yield from check_rewards(assembly)
     # From here on the adapter is not 0, so that it has an effect and both its matrices have a
     # gradient.
