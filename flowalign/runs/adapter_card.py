@@ -58,7 +58,7 @@ def adapter_card(config: Config, folder: Path) -> str:
         model, sampler.steps, sampler.guidance, sampler.embedded_guidance
     )
     if call:
-        return head + _with_pipeline(config, call, path, str(folder))
+        return head + _with_pipeline(config, call, path, merged, str(folder))
     return head + WITHOUT_PIPELINE.format(
         title=markdown_code(path),
         family=markdown_code(model.name),
@@ -141,7 +141,9 @@ def _entries(folder: Path) -> Mapping[str, object]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _with_pipeline(config: Config, call: PipelineCall, path: str, folder: str) -> str:
+def _with_pipeline(
+    config: Config, call: PipelineCall, path: str, merged: Sequence[str], folder: str
+) -> str:
     model = config.model
     half = model.dtype != "float32"
     return WITH_PIPELINE.format(
@@ -151,7 +153,7 @@ def _with_pipeline(config: Config, call: PipelineCall, path: str, folder: str) -
         pipeline=call.pipeline,
         loading=_keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
         move='.to("cuda")' if half else "",
-        merging="".join(MERGING.format(adapter=adapter) for adapter in map(portable, model.merge)),
+        merging="".join(MERGING.format(adapter=adapter) for adapter in merged),
         folder=folder,
         prompt=_first_prompt(config),
         calling=_keywords(call.calling),
