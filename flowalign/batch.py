@@ -63,6 +63,12 @@ class Rows(Mapping[str, Tensor]):
         return cls(table, torch.cat(indices))
 
 
+def distinct(texts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Return each text once, in order, and the place (B,) of every text among them."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return list(places), torch.tensor([places[text] for text in texts])
+
+
 def _all_rows(table: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(table.values()), torch.empty(0))
     return torch.arange(len(first), device=first.device)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from flowalign.batch import Cond, Rows
+from flowalign.batch import Cond, distinct, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.base import FlowModel
@@ -285,9 +285,8 @@ class MetaModel(FlowModel):
         self, prompts: list[str], embedded_guidance: float = 1.0, upcoming: Iterable[str] = ()
     ) -> Cond:
         """Return a number for each prompt, in place of its embeddings."""
-        places = {text: place for place, text in enumerate(dict.fromkeys(prompts))}
-        index = torch.tensor([places[text] for text in prompts])
-        numbers = torch.zeros(len(places), 1)
+        different, index = distinct(prompts)
+        numbers = torch.zeros(len(different), 1)
         inputs = Rows({"prompt": numbers}, index)
         return Cond(inputs, Rows({"prompt": numbers[:1].clone()}, torch.zeros_like(index)))
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Literal, Protocol, TYPE_CHECKING, TypeVar
 import torch
 from torch import nn, Tensor
 
-from flowalign.batch import Cond, Rows
+from flowalign.batch import Cond, distinct, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
@@ -171,8 +171,8 @@ class FlowModel(ABC, Generic[C]):
                 as many of these as fit are encoded in the same visit to the device.
         """
         rows = self._texts.rows(prompts, self._encode_chunks, upcoming)
-        places = {text: place for place, text in enumerate(dict.fromkeys(prompts))}
-        index = torch.tensor([places[text] for text in prompts], device=self.device)
+        different, places = distinct(prompts)
+        index = places.to(self.device)
 
         def table(texts: Iterable[str]) -> dict[str, Tensor]:
             chosen = [rows[text] for text in texts]
@@ -181,7 +181,7 @@ class FlowModel(ABC, Generic[C]):
             scale = self.guidance_inputs(len(chosen), embedded_guidance)
             return {name: values.to(self.device) for name, values in stacked.items()} | scale
 
-        return Cond(Rows(table(places), index), Rows(table([""]), torch.zeros_like(index)))
+        return Cond(Rows(table(different), index), Rows(table([""]), torch.zeros_like(index)))
 
     def remember(self, prompts: list[str]) -> None:
         """Encode prompts in advance and keep them, if the cache holds all of them.
