@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING, TypedDict, Unpack
+from typing import Any, Literal, TYPE_CHECKING, TypedDict, Unpack
 
 from flowalign import progress
 from flowalign.bundled import locate
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
     from flowalign.reporting.summary import Summary
+    from flowalign.rewards.accuracy import Accuracy
     from flowalign.sampling.result import SampleResult
 
 
@@ -39,6 +40,19 @@ class SampleOptions(TypedDict, total=False):
     guidance: float | None
     model: str | None
     rewards: Iterable[str]
+
+
+class LabelOptions(TypedDict, total=False):
+    """Keyword arguments of `label`."""
+
+    mode: Literal["pair", "group", "thumbs"]
+    pictures: int
+    questions: int
+    prompts: str
+    votes: str
+    voter: str
+    seed: int
+    stores: bool
 
 
 Overrides = Iterable[str] | Mapping[str, Any]
@@ -308,6 +322,47 @@ def export(run: str | Path, step: int | None = None, output: str | Path | None =
         return folder
 
 
+def label(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    port: int = 0,
+    opens: bool = True,
+    **settings: Unpack[LabelOptions],
+) -> None:
+    """Open a page on which people choose among pictures, until Ctrl-C ends it.
+
+    The page is served on this machine alone. Every vote is stored at once, and a later call
+    continues with the next question. `data.pairs` trains on the vote file.
+
+    Args:
+        source: A run folder, a YAML file, an adapter or a model, which make the pictures; or a
+            folder of pictures.
+        model: The base model of an adapter whose model card does not name it.
+        port: The port on 127.0.0.1; 0 for a free one.
+        opens: True to open the page in a browser.
+        settings: See `flowalign.labelling.label.LabelSettings`.
+
+    Raises:
+        UserError: The source is none of these, there are no prompts, or the vote file belongs to
+            other pictures.
+    """
+    with screen.shown():
+        try:
+            with progress.task("importing PyTorch and diffusers"):
+                import fastapi  # noqa: F401 - needed below, and missing from most installations
+
+                from flowalign.labelling import label as labelling
+        except ImportError as error:
+            raise UserError(
+                f"{error.name} is not installed, and the voting page needs it. "
+                "Install it: pip install 'flowalign[serve]'."
+            ) from None
+        options = labelling.LabelSettings(**settings)
+        session = labelling.open_session(str(source), options, model)
+        labelling.serve(session, options.voter, port, opens)
+
+
 def compare(runs: Iterable[str | Path], output: str | Path | None = None) -> "Comparison":
     """Compare finished runs, print the differences, and write a page with plots.
 
@@ -360,6 +415,38 @@ def inspect_reward(spec: str, images: str | Path | None = None) -> bool:
         samples = samples_from(str(images)) if images else bundled_samples()
         reward = load_reward(spec)
     return print_inspection(reward, samples)
+
+
+def reward_accuracy(rewards: Iterable[str], votes: str | Path) -> "dict[str, Accuracy]":
+    """Measure how often rewards agree with people on which of two pictures is better.
+
+    Args:
+        rewards: Built-in names, `my_rewards.py:redness`, or YAML maps with settings.
+        votes: A vote file with stored pictures, or pairs as `data.pairs` has them.
+
+    Returns:
+        By reward: the share of pairs in the same order, with a 95 % interval. Ties of voters do
+        not count, and equal scores count as half.
+
+    Example:
+        >>> scores = flowalign.reward_accuracy(["scene_match"], "assets/pairs/evaluation.parquet")
+        >>> scores["scene_match"].share > 0.9
+        True
+    """
+    # Standard output is for the figures alone.
+    with screen.shown(screen.make_console(stderr=True)):
+        with progress.task("importing PyTorch"):
+            from flowalign.data.preferences import PAIRS, read_examples
+            from flowalign.rewards.accuracy import reward_accuracy
+            from flowalign.rewards.registry import load_specs
+
+        examples = read_examples(locate(str(votes)), "votes", PAIRS)
+        accuracies = {}
+        for reward in load_specs(list(rewards)):
+            with progress.task(f"scoring with {reward.name}"):
+                accuracies[reward.name] = reward_accuracy(reward, examples)
+            print(f"{reward.name:24}{accuracies[reward.name]}")
+    return accuracies
 
 
 def config_schema() -> dict[str, Any]:

@@ -1,32 +1,34 @@
 """Read preference data: a chosen and a rejected image for each prompt, or single images.
 
-Accepted are a `.jsonl` file, a folder with `metadata.jsonl`, and a Hugging Face dataset on disk
-(parquet, or `save_to_disk`) with the columns of Pick-a-Pic: caption, jpg_0, jpg_1, label_0.
-An example holds functions that read the bytes of its images when they are used. `check_pictures`
-reads and decodes all of them once.
+Accepted are a `.jsonl` file, a folder with `metadata.jsonl`, a vote file (see `data/votes.py`), and
+a Hugging Face dataset on disk (parquet, or `save_to_disk`) with the columns of Pick-a-Pic: caption,
+jpg_0, jpg_1, label_0. An example holds functions that read the bytes of its images when they are
+used. `check_pictures` reads and decodes all of them once.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowalign.data.examples import beside, Drawn, Example, picture_reader, ReadBytes
 from flowalign.data.pictures import named_picture
 from flowalign.data.prompts import Metadata, Prompt, read_objects
+from flowalign.data.votes import is_vote_file, liked_examples, pair_examples, read_votes
 from flowalign.errors import similar_file, UserError
 from flowalign.progress import task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ReadBytes = Callable[[], bytes]
 CHOSEN_FIELDS = ("chosen", "chosen_file_name", "image", "file_name")
 REJECTED_FIELDS = ("rejected", "rejected_file_name")
+LIKED_FIELDS = ("liked", "label")
 PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0")
 WINNERS = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
 """The columns of the chosen and the rejected image, by the label of the first."""
@@ -41,23 +43,27 @@ OPENED_AT_ONCE = 256
 FORMATS = "a .jsonl file, a folder with metadata.jsonl, parquet files, or a split saved by datasets"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A prompt with its chosen image and, in a pair, its rejected one."""
+@dataclass(frozen=True)
+class Reading:
+    """The kinds of examples that an objective learns from."""
 
-    prompt: Prompt
-    chosen: ReadBytes
-    """Reads the bytes of the better image, or of the only one. Raises UserError if it cannot."""
-    rejected: ReadBytes | None = None
-    """Reads the bytes of the worse image; None for a single image."""
-    gap: float = 1.0
-    """Score of the chosen image minus that of the rejected one; 1 if only their order is known."""
-    where: str = ""
-    """The words that name this example in an error."""
+    paired: bool = False
+    """True if each example must have two pictures. Pairs whose scores are equal are left out."""
+    likes: bool = False
+    """True if single pictures that were liked or disliked are examples too."""
+    ties: bool = False
+    """True if pairs that voters call equal are examples too."""
 
 
-def read_examples(path: str, key: str, paired: bool) -> list[Example]:
-    """Read the examples of a file or folder; with `paired`, pairs without ties only.
+PICTURES = Reading()
+"""Pictures to imitate: single ones that are liked, and the chosen ones of pairs."""
+PAIRS = Reading(paired=True)
+ANY = Reading(likes=True)
+"""Everything, for the prompts alone."""
+
+
+def read_examples(path: str, key: str, reading: Reading = PICTURES) -> list[Example]:
+    """Read the examples of a file or folder.
 
     Raises UserError with `key`, the file and the entry if the data cannot be used.
     """
@@ -66,20 +72,32 @@ def read_examples(path: str, key: str, paired: bool) -> list[Example]:
         raise UserError(
             f"{key}: there is no file or folder {path}. Correct the path.{similar_file(path)}"
         )
-    listing = location / "metadata.jsonl" if location.is_dir() else location
-    if listing.suffix == ".jsonl" and listing.is_file():
-        objects = read_objects(listing, key)
-        examples = [_example_of_object(entry, listing, where) for entry, where in objects]
-    else:
-        examples = _examples_of_dataset(location, key)
-    if paired:
+    examples = _examples_of(location, key, reading)
+    if reading.paired and not reading.likes:
         _require_pairs(examples, path, key)
-        examples = [example for example in examples if example.gap]
+    if reading.paired:
+        examples = [example for example in examples if example.gap or example.tie]
+    if not reading.likes:
+        examples = [example for example in examples if example.liked]
     if not examples:
         raise UserError(
-            f"{key}: {path} has no {'pairs' if paired else 'images'}. Ties are left out of pairs."
+            f"{key}: {path} has no {'pairs' if reading.paired else 'images'}. Ties are left out of "
+            "pairs."
         )
     return examples
+
+
+def _examples_of(location: Path, key: str, reading: Reading) -> list[Example]:
+    listing = location / "metadata.jsonl" if location.is_dir() else location
+    if is_vote_file(listing):
+        file = read_votes(listing, key)
+        if reading.paired and not reading.likes:
+            return pair_examples(file, reading.ties)
+        return liked_examples(file)
+    if listing.suffix == ".jsonl" and listing.is_file():
+        objects = read_objects(listing, key)
+        return [_example_of_object(entry, listing, where) for entry, where in objects]
+    return _examples_of_dataset(location, key)
 
 
 def _require_pairs(examples: list[Example], path: str, key: str) -> None:
@@ -103,37 +121,26 @@ def _example_of_object(entry: Metadata, listing: Path, where: str) -> Example:
         )
     return Example(
         prompt=Prompt(prompt),
-        chosen=_reader(_beside(listing, chosen), where),
-        rejected=_reader(_beside(listing, str(rejected)), where) if rejected else None,
+        chosen=picture_reader(beside(listing, chosen), where),
+        rejected=picture_reader(beside(listing, str(rejected)), where) if rejected else None,
+        liked=_is_liked(entry, where),
         gap=_gap(entry, where),
         where=where,
     )
 
 
-def _beside(listing: Path, name: str) -> Path:
-    """Return the path of a picture: next to its listing, or in the home folder if it has a `~`."""
-    return listing.parent / os.path.expanduser(name)
+def _is_liked(entry: Metadata, where: str) -> bool:
+    """Return whether a single picture is liked. TRL's KTO calls the field `label`."""
+    liked = _first_field(entry, LIKED_FIELDS)
+    if liked is None:
+        return True
+    if not isinstance(liked, bool):
+        raise UserError(f"{where} has liked: {liked!r}. Write true or false.")
+    return liked
 
 
 def _first_field(entry: Metadata, names: tuple[str, ...]) -> object:
     return next((entry[name] for name in names if name in entry), None)
-
-
-def _reader(file: Path, where: str) -> ReadBytes:
-    # Checked now, because a missing image should not end a run hours later. `os.path.isfile` is
-    # False for a name that the file system refuses, where `Path.is_file` raises.
-    if not os.path.isfile(file):
-        raise UserError(f"{where}: the image {file} does not exist. Correct its name.")
-    return partial(_file_bytes, file, where)
-
-
-def _file_bytes(file: Path, where: str) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{where}: the image {file} cannot be read: {error}. Restore the file."
-        ) from error
 
 
 def _gap(entry: Metadata, where: str) -> float:
@@ -270,7 +277,13 @@ def check_pictures(examples: Sequence[Example]) -> None:
 
     Raises UserError that names the first entry with an image that cannot be opened.
     """
-    images = [(read, e.where) for e in examples for read in (e.chosen, e.rejected) if read]
+    # Pictures that are made again are checked when they are.
+    images = [
+        (picture, example.where)
+        for example in examples
+        for picture in example.pictures
+        if not isinstance(picture, Drawn)
+    ]
     # Most runs have no pictures, and need no line about them.
     if not images:
         return

@@ -1,6 +1,7 @@
 """The interface of a model family, which needs torch alone. `pipeline.py` builds on diffusers."""
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from flowalign.models.given_adapters import (
 )
 from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
 from flowalign.models.sharding import shard
-from flowalign.models.text_cache import Row, TextCache
+from flowalign.models.text_cache import ENCODE_AT_ONCE, Row, TextCache
 from flowalign.progress import task
 
 if TYPE_CHECKING:
@@ -183,12 +184,24 @@ class FlowModel(ABC, Generic[C]):
 
         return Cond(Rows(table(different), index), Rows(table([""]), torch.zeros_like(index)))
 
-    def remember(self, prompts: list[str]) -> None:
+    def remember(self, prompts: list[str], together: int = ENCODE_AT_ONCE) -> None:
         """Encode prompts in advance and keep them, if the cache holds all of them.
 
-        The text encoders move to the device once for all of them.
+        The text encoders move to the device once for all of them, and encode `together` prompts in
+        a call. Encoded alone (1), a prompt has the same embedding in every run.
         """
-        self._texts.keep(prompts, self._encode_chunks)
+        self._texts.keep(prompts, self._encode_chunks, together)
+
+    def weights_fingerprint(self) -> str:
+        """Return the SHA-256 of the transformer's weights as they are, without adapters.
+
+        Call it before adapters are put on the model. Merged adapters count.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.transformer.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def _encode_chunks(self, chunks: Sequence[list[str]]) -> Iterator[tuple[str, Row]]:

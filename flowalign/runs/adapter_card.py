@@ -12,7 +12,7 @@ import yaml
 
 from flowalign.bundled import portable
 from flowalign.config.sections import Config
-from flowalign.data.preferences import read_examples
+from flowalign.data.preferences import ANY, read_examples
 from flowalign.data.prompts import read_prompts
 from flowalign.errors import UserError
 from flowalign.models.base import PipelineCall
@@ -169,4 +169,4 @@ def _first_prompt(config: Config) -> str:
     path = config.evaluation.prompts or config.data.prompts
     if path:
         return read_prompts(path)[0].text
-    return read_examples(config.data.pairs, "data.pairs", paired=False)[0].prompt.text
+    return read_examples(config.data.pairs, "data.pairs", ANY)[0].prompt.text

@@ -9,7 +9,7 @@ from flowalign.config.load import load_config
 from flowalign.config.paths import belongs_to_run
 from flowalign.config.sections import Config
 from flowalign.data import tables
-from flowalign.data.preferences import read_examples
+from flowalign.data.preferences import ANY, read_examples
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import UserError
 from flowalign.models.config import Lora, ModelConfig
@@ -163,7 +163,7 @@ def evaluation_prompts(config: Config) -> list[Prompt]:
         return read_prompts(config.evaluation.prompts, "evaluation.prompts")
     if config.data.prompts:
         return read_prompts(config.data.prompts)
-    examples = read_examples(config.data.pairs, "data.pairs", paired=False)
+    examples = read_examples(config.data.pairs, "data.pairs", ANY)
     return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
 
 
