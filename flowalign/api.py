@@ -278,34 +278,45 @@ def sample_to_folder(
     return folder
 
 
-def export(run: str | Path, step: int | None = None, output: str | Path | None = None) -> Path:
+def export(
+    run: str | Path,
+    step: int | None = None,
+    output: str | Path | None = None,
+    format: str = "diffusers",
+) -> Path:
     """Write the adapter of a step that a run keeps, and print where it is.
 
-    Every loader applies it at full strength, because alpha / rank is part of its weights. A README
-    shows how to load it. The adapter in `RUN/adapter` stays as it is.
+    Every loader applies it at full strength, because alpha / rank is part of its weights. The
+    adapter in `RUN/adapter` stays as it is.
 
     Args:
         run: A run folder, finished or not.
         step: The training step; the last one that is kept by default.
-        output: A new folder; `adapter-step-000100` in the run folder by default.
+        output: A new folder, or a new file for "comfyui" and "kohya". By default a name in the run
+            folder with the step, such as `adapter-step-000100`.
+        format: "diffusers" is a folder with a README that shows how to load it. "comfyui" and
+            "kohya" are single files. "merged" is a whole model that needs no adapter.
 
     Returns:
-        The folder of the adapter.
+        The folder or the file.
 
     Raises:
-        UserError: The step is not kept, or the folder holds other files.
+        UserError: The step is not kept, the output exists, or the format cannot hold the adapter.
 
     Example:
         >>> flowalign.export("outputs/crd", step=100).name
         'adapter-step-000100'
+        >>> flowalign.export("outputs/crd", step=100, format="comfyui").name
+        'adapter-step-000100-comfyui.safetensors'
     """
     with screen.shown():
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.runs.export import export_step
         target = Path(output).expanduser() if output else None
-        folder = export_step(Path(run).expanduser(), step, target)
-        progress.say(f"Adapter: {folder}")
-        return folder
+        written = export_step(Path(run).expanduser(), step, target, format)
+        label = "Model" if format == "merged" else "Adapter"
+        progress.say(f"{label}: {written}")
+        return written
 
 
 def compare(runs: Iterable[str | Path], output: str | Path | None = None) -> "Comparison":

@@ -19,7 +19,7 @@ from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage
 from flowalign.models.base import FlowModel
-from flowalign.models.given_adapters import LayerAdapter
+from flowalign.models.layer_adapter import LayerAdapter
 from flowalign.settings.types import (
     Count,
     CountOrZero,

@@ -5,19 +5,21 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import nn, Tensor
 
-from flowalign.errors import did_you_mean, UserError
-from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
+from flowalign.errors import UserError
+from flowalign.models.layer_adapter import LayerAdapter
+from flowalign.models.layer_names import Layers
+from flowalign.models.lora import ADAPTER_FILE, KOHYA_PREFIX, METADATA_KEY, PREFIX
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX, KOHYA_PREFIX = "base_model.model.", "lora_unet_"
+PEFT_PREFIX = "base_model.model."
 A_ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 B_ENDINGS = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
 ALPHA_ENDING = ".alpha"
@@ -31,33 +33,6 @@ OTHER_KINDS = {
 }
 """Patterns of keys that say that a file holds more than a LoRA of the transformer."""
 
-FusedLayers = Mapping[str, Sequence[str]]
-"""Layers under their names in the model's original code, and the layers of diffusers that each
-joins, in the order of their outputs. `{}` stands for the number of a block."""
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """The change of a layer's weight, scale · B A, in float32."""
-
-    a: Tensor  # (rank, in)
-    b: Tensor  # (out, rank)
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension."""
-        return len(self.a)
-
-    def padded(self, a: Tensor) -> "LayerAdapter":
-        """Return the same change at the rank of `a` (rank, in), whose rows fill up A.
-
-        New columns of B are 0, so that B A stays the same.
-        """
-        missing = len(a) - self.rank
-        b = torch.cat([self.b, self.b.new_zeros(len(self.b), missing)], 1)
-        return replace(self, a=torch.cat([self.a, a[self.rank :]]), b=b)
-
 
 @dataclass
 class _Part:
@@ -68,15 +43,12 @@ class _Part:
     alpha: float | None = None
 
 
-def read_adapter(
-    path: str, layers: Mapping[str, nn.Linear], fused: FusedLayers, key: str
-) -> dict[str, LayerAdapter]:
+def read_adapter(path: str, layers: Layers, key: str) -> dict[str, LayerAdapter]:
     """Read the adapter of each layer by the layer's name.
 
     Args:
         path: A file, or a folder with a file of diffusers or PEFT.
-        layers: The linear layers of the transformer.
-        fused: How kohya's scripts name them.
+        layers: The layers of the transformer, and how kohya's scripts name them.
         key: The key of the configuration, for messages.
 
     Raises:
@@ -97,7 +69,7 @@ def read_adapter(
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
             raise UserError(f"{key}: {file} is damaged: the matrices of {name} do not fit.")
         scale = part.alpha / len(a) if part.alpha is not None else settings.scale(name, len(a))
-        adapters |= by_layer(name, LayerAdapter(a.float(), b.float(), scale), layers, fused, key)
+        adapters |= layers.from_file(name, LayerAdapter(a.float(), b.float(), scale), key)
     return adapters
 
 
@@ -207,48 +179,9 @@ def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _
     return parts
 
 
-def by_layer(
-    name: str,
-    adapter: LayerAdapter,
-    layers: Mapping[str, nn.Linear],
-    fused: FusedLayers,
-    key: str,
-) -> dict[str, LayerAdapter]:
-    """Return the adapters of the layers that a name of a file stands for.
-
-    Raises UserError if there is no such layer, or if it has another size.
-    """
-    names = [name] if name in layers else joined_layers(name, fused)
-    if not names or any(layer not in layers for layer in names):
-        raise UserError(
-            f"{key}: the model has no layer {name}.{did_you_mean(name, layers)} Give an adapter of "
-            "this model."
-        )
-    sizes = [layers[layer].out_features for layer in names]
-    wanted = sum(sizes), layers[names[0]].in_features
-    found = len(adapter.b), adapter.a.shape[1]
-    if found != wanted:
-        raise UserError(
-            f"{key}: the adapter of {name} is for a weight of {found[0]} × {found[1]}, but the "
-            f"model's is {wanted[0]} × {wanted[1]}. Give an adapter of this model."
-        )
-    return {
-        layer: replace(adapter, b=b) for layer, b in zip(names, adapter.b.split(sizes), strict=True)
-    }
-
-
-def joined_layers(name: str, fused: FusedLayers) -> list[str]:
-    """Return the layers of diffusers that a layer of kohya's scripts joins; none if unknown."""
-    for pattern, layers in fused.items():
-        if match := re.fullmatch(pattern.replace("{}", r"(\d+)"), name):
-            return [layer.format(*match.groups()) for layer in layers]
-    return []
-
-
 @torch.no_grad()
 def merge(adapters: Mapping[str, LayerAdapter], layers: Mapping[str, nn.Linear]) -> None:
     """Add adapters to the weights of layers. Sums are rounded to the dtype of the weights."""
     for name, adapter in adapters.items():
         weight = layers[name].weight
-        change = adapter.scale * adapter.b @ adapter.a
-        weight.copy_(weight.float() + change.to(weight.device))
+        weight.copy_(weight.float() + adapter.change.to(weight.device))

@@ -58,15 +58,20 @@ def finish_file(file: Path) -> None:
 
     The library writes the entries of the header in any order.
     """
-    content = file.read_bytes()
+    content = with_sorted_header(file.read_bytes())
+    # The library makes files that only their owner may read, and a file that is overwritten keeps
+    # its permissions.
+    file.unlink()
+    file.write_bytes(content)
+
+
+def with_sorted_header(content: bytes) -> bytes:
+    """Return the content of a safetensors file with the entries of its header in order."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     # The format wants the data to begin at a multiple of eight bytes.
     header += b" " * (-len(header) % 8)
-    # The library makes files that only their owner may read, and a file that is overwritten keeps
-    # its permissions.
-    file.unlink()
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def load_adapter(policy: Policy, folder: Path, name: str = "policy") -> None:

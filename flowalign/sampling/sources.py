@@ -83,6 +83,9 @@ def is_config_file(source: str | Path) -> bool:
 def from_run(run: Path, adapter: Path) -> Source:
     """Return the source of a run folder with one of its adapters."""
     config = load_config(run / "config.yaml")
+    # An exported adapter has copies of those that were merged, which nobody can move or change.
+    if merge := merged_beside(adapter):
+        config = replace(config, model=replace(config.model, merge=merge))
     return from_config(config, adapter)
 
 
@@ -106,8 +109,20 @@ def from_adapter(folder: Path, model: str | None) -> Source:
         )
     # A card may name a folder next to the adapter, or a model that comes with the package.
     source = from_model(locate(base, [folder]), lora_settings(folder))
-    merge = [locate(path, [folder]) for path in merged_adapters(folder)]
-    return replace(source, model=replace(source.model, merge=merge), adapter=folder)
+    model_config = replace(source.model, merge=merged_beside(folder))
+    return replace(source, model=model_config, adapter=folder)
+
+
+def merged_beside(folder: Path) -> list[str]:
+    """Return the adapters that the card of an adapter says to merge first, which stand beside it.
+
+    Cards of earlier versions name paths on the machine that trained.
+    """
+    paths = merged_adapters(folder)
+    # Not by `locate` alone: the working directory may have a folder of the same name.
+    return [
+        str(folder / path) if (folder / path).exists() else locate(path, [folder]) for path in paths
+    ]
 
 
 def from_model(model: str, lora: Lora | None = None) -> Source:
