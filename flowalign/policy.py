@@ -159,7 +159,7 @@ class Policy:
         start = model.read_adapter(given, "model.adapter") if given else {}
         self._layers = self._add_adapters()
         self._train_policy_only()
-        self._begin_as(start)
+        self.begin_as(start)
         for name in self.snapshots:
             self.update_copy(name, 0.0)
 
@@ -188,7 +188,7 @@ class Policy:
                 parameter.requires_grad_(name == "policy")
 
     @torch.no_grad()
-    def _begin_as(self, start: Mapping[str, LayerAdapter]) -> None:
+    def begin_as(self, start: Mapping[str, LayerAdapter]) -> None:
         """Give the policy the adapters of some layers. Raises UserError if they do not fit."""
         lora = self.model.config.lora
         modules = dict(self.model.transformer.named_modules())
@@ -263,6 +263,19 @@ class Policy:
         finally:
             for layer in self._layers:
                 layer._disable_adapters, layer._active_adapter = False, ["policy"]
+
+    @contextmanager
+    def at_strength(self, factor: float) -> Iterator[None]:
+        """Multiply the effect of the policy's adapter while the block runs; 0 is the reference."""
+        layers: list[Any] = [*self._layers]
+        scales = [layer.scaling["policy"] for layer in layers]
+        try:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling["policy"] = factor * scale
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling["policy"] = scale
 
     def loss_scale(self, passes: int) -> float:
         """Return the power of two that a loss is multiplied by before `backward`.

@@ -16,8 +16,9 @@ from flowalign.models.config import Lora, ModelConfig
 from flowalign.models.families import describe
 from flowalign.policy import Sampler
 from flowalign.runs.adapter import ADAPTER_FILE, lora_settings
-from flowalign.runs.adapter_card import base_model, merged_adapters
-from flowalign.runs.checkpoint import checkpoints, trained_weights
+from flowalign.runs.adapter_card import base_model
+from flowalign.runs.checkpoint import trained_weights
+from flowalign.sampling.adapters import merged_beside, MixedAdapter, run_adapter
 
 STEPS = 28
 """Sampler steps for a model without a run."""
@@ -36,8 +37,16 @@ class Source:
     """How pictures are made by default."""
     adapter: Path | None = None
     """Folder of the adapter's weights."""
+    mixed: tuple[MixedAdapter, ...] = ()
+    """Further adapters, which are added to it."""
     config: Config | None = None
     """The run, which brings prompts and rewards."""
+
+    @property
+    def adapters(self) -> list[MixedAdapter]:
+        """All adapters, its own at full strength."""
+        own = [MixedAdapter(str(self.adapter))] if self.adapter else []
+        return [*own, *self.mixed]
 
 
 def find_source(source: str, model: str | None = None) -> Source:
@@ -113,18 +122,6 @@ def from_adapter(folder: Path, model: str | None) -> Source:
     return replace(source, model=model_config, adapter=folder)
 
 
-def merged_beside(folder: Path) -> list[str]:
-    """Return the adapters that the card of an adapter says to merge first, which stand beside it.
-
-    Cards of earlier versions name paths on the machine that trained.
-    """
-    paths = merged_adapters(folder)
-    # Not by `locate` alone: the working directory may have a folder of the same name.
-    return [
-        str(folder / path) if (folder / path).exists() else locate(path, [folder]) for path in paths
-    ]
-
-
 def from_model(model: str, lora: Lora | None = None) -> Source:
     """Return the source of a model folder or repository."""
     config = describe(model)
@@ -144,21 +141,6 @@ def enclosing_run(folder: Path) -> Path | None:
         if (parent / "config.yaml").is_file() and belongs_to_run(parent / "config.yaml"):
             return parent
     return None
-
-
-def run_adapter(run: Path) -> Path:
-    """Return the exported adapter of a run, or that of its last checkpoint.
-
-    Raises UserError if there is neither.
-    """
-    if (run / "adapter").is_dir():
-        return run / "adapter"
-    saved = checkpoints(run)
-    if not saved:
-        raise UserError(
-            f"{run} has no adapter and no checkpoint yet. Train it first: python train.py CONFIG."
-        )
-    return trained_weights(saved[-1])
 
 
 def read_texts(prompts: Iterable[str | Prompt] | str | Path | None) -> list[Prompt]:
