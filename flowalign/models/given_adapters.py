@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn, Tensor
@@ -20,11 +21,18 @@ from flowalign.models.lora import ADAPTER_FILE, KOHYA_PREFIX, METADATA_KEY, PREF
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+MAGNITUDE_ENDINGS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 A_ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 B_ENDINGS = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
 ALPHA_ENDING = ".alpha"
+ENDINGS = {
+    "a": A_ENDINGS,
+    "b": B_ENDINGS,
+    "alpha": (ALPHA_ENDING,),
+    "magnitude": MAGNITUDE_ENDINGS,
+}
+"""Endings of the names of a layer's tensors, by the part that each is."""
 OTHER_KINDS = {
-    "*lora_magnitude_vector*": "DoRA",
     "*dora_scale*": "DoRA",
     "*.lokr_*": "LoKr",
     "*.hada_*": "LoHa",
@@ -41,15 +49,19 @@ class _Part:
     a: Tensor | None = None
     b: Tensor | None = None
     alpha: float | None = None
+    magnitude: Tensor | None = None
 
 
-def read_adapter(path: str, layers: Layers, key: str) -> dict[str, LayerAdapter]:
+def read_adapter(
+    path: str, layers: Layers, key: str, dora: bool = False
+) -> dict[str, LayerAdapter]:
     """Read the adapter of each layer by the layer's name.
 
     Args:
         path: A file, or a folder with a file of diffusers or PEFT.
         layers: The layers of the transformer, and how kohya's scripts name them.
         key: The key of the configuration, for messages.
+        dora: True to read PEFT's DoRA too.
 
     Raises:
         UserError: The file is missing or damaged, is not a LoRA, or does not fit the layers.
@@ -65,11 +77,17 @@ def read_adapter(path: str, layers: Layers, key: str) -> dict[str, LayerAdapter]
     settings = read_settings(file, key)
     adapters: dict[str, LayerAdapter] = {}
     for name, part in parts_of(tensors, file, key).items():
+        if part.magnitude is not None and not dora:
+            raise UserError(
+                f"{key}: {file} holds DoRA, for example in {name}. Give a plain LoRA of the "
+                "transformer."
+            )
         a, b = part.a, part.b
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
             raise UserError(f"{key}: {file} is damaged: the matrices of {name} do not fit.")
         scale = part.alpha / len(a) if part.alpha is not None else settings.scale(name, len(a))
-        adapters |= layers.from_file(name, LayerAdapter(a.float(), b.float(), scale), key)
+        adapter = LayerAdapter(a.float(), b.float(), scale, part.magnitude)
+        adapters |= layers.from_file(name, adapter, key)
     return adapters
 
 
@@ -121,17 +139,28 @@ class AdapterSettings:
     square_root: bool = False
     """True for rsLoRA, whose scale is alpha over the square root of the rank."""
 
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any]) -> "AdapterSettings":
+        """Return the settings of a PEFT configuration by its keys."""
+        alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
+        return cls(
+            alpha=None if alpha is None else float(alpha),
+            alphas={name: float(value) for name, value in alphas.items()},
+            square_root=bool(values.get("use_rslora")),
+        )
+
     def scale(self, layer: str, rank: int) -> float:
         """Return the factor of B A; 1 if nothing is known."""
-        matching = (
-            alpha
-            for pattern, alpha in self.alphas.items()
-            if re.match(rf"(.*\.)?({pattern})$", layer)
-        )
+        matching = (alpha for key, alpha in self.alphas.items() if matches(key, layer))
         alpha = next(matching, self.alpha)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.square_root else rank)
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """True if a key of `rank_pattern` or `alpha_pattern` stands for a layer, as PEFT reads it."""
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
 
 def read_settings(file: Path, key: str) -> AdapterSettings:
@@ -149,12 +178,7 @@ def read_settings(file: Path, key: str) -> AdapterSettings:
     try:
         written = json.loads(metadata.get(METADATA_KEY) or beside.read_text(encoding="utf-8"))
         values = {name.removeprefix(PREFIX): value for name, value in written.items()}
-        alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
-        return AdapterSettings(
-            alpha=None if alpha is None else float(alpha),
-            alphas={name: float(value) for name, value in alphas.items()},
-            square_root=bool(values.get("use_rslora")),
-        )
+        return AdapterSettings.from_peft(values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{key}: PEFT's settings of {file} cannot be read: {error}. Save the adapter again."
@@ -166,7 +190,7 @@ def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _
     parts: dict[str, _Part] = defaultdict(_Part)
     for name, tensor in tensors.items():
         short = name.removeprefix(PEFT_PREFIX).removeprefix(PREFIX).removeprefix(KOHYA_PREFIX)
-        for endings, entry in ((A_ENDINGS, "a"), (B_ENDINGS, "b"), ((ALPHA_ENDING,), "alpha")):
+        for entry, endings in ENDINGS.items():
             if ending := next((end for end in endings if short.endswith(end)), None):
                 value = tensor.flatten()[0].item() if entry == "alpha" else tensor
                 setattr(parts[short.removesuffix(ending)], entry, value)

@@ -14,6 +14,8 @@ class LayerAdapter:
     a: Tensor  # (rank, in)
     b: Tensor  # (out, rank)
     scale: float
+    magnitude: Tensor | None = None  # (out,)
+    """Lengths of the rows of the changed weight, if they are trained (DoRA)."""
 
     @property
     def rank(self) -> int:
@@ -24,6 +26,13 @@ class LayerAdapter:
     def change(self) -> Tensor:
         """Return what is added to the weight, (out, in)."""
         return self.scale * self.b @ self.a
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """Return the changed weight (out, in)."""
+        changed = weight + self.change
+        if self.magnitude is None:
+            return changed
+        return changed * (self.magnitude / changed.norm(dim=1))[:, None]
 
     def padded(self, a: Tensor) -> "LayerAdapter":
         """Return the same change at the rank of `a` (rank, in), whose rows fill up A.

@@ -18,8 +18,8 @@ from flowalign.models.given_adapters import read_adapter
 from flowalign.models.hub import read_index
 from flowalign.models.layer_adapter import LayerAdapter, total
 from flowalign.models.layer_names import Layers
-from flowalign.models.lora import KOHYA_PREFIX
-from flowalign.runs.adapter import with_sorted_header
+from flowalign.models.lora import ADAPTER_FILE, KOHYA_PREFIX
+from flowalign.runs.adapter import read_header, with_sorted_header
 from flowalign.runs.adapter_card import CARD, model_card
 
 Adapters = Mapping[str, LayerAdapter]
@@ -52,6 +52,7 @@ def write_comfyui(trained: Path, file: Path, config: Config) -> None:
         raise UserError(
             f"ComfyUI maps no names of the family {config.model.name}. Choose --format diffusers."
         )
+    _refuse_dora(trained)
     tensors = {}
     for layer, adapter in _sums(read_all(trained, config)[1]).items():
         folded = adapter.folded()
@@ -65,6 +66,7 @@ def write_kohya(trained: Path, file: Path, config: Config) -> None:
 
     Raises UserError if a layer has no such name, or if the file exists with other content.
     """
+    _refuse_dora(trained)
     layers, adapters = read_all(trained, config)
     tensors = {}
     for name, adapter in layers.to_original(_sums(adapters)).items():
@@ -100,7 +102,16 @@ def read_all(trained: Path, config: Config) -> tuple[Layers, list[Adapters]]:
     family = family_of(config.model.name)
     layers = family.layers_of(family.empty_transformer(config.model))
     merged = [read_adapter(path, layers, "model.merge") for path in config.model.merge]
-    return layers, [*merged, read_adapter(str(trained), layers, "the trained adapter")]
+    return layers, [*merged, read_adapter(str(trained), layers, "the trained adapter", dora=True)]
+
+
+def _refuse_dora(trained: Path) -> None:
+    """Raise UserError if an adapter is a DoRA."""
+    if read_header(trained / ADAPTER_FILE).lora.use_dora:
+        raise UserError(
+            "The adapter is a DoRA, which not all tools of this format read. "
+            "Choose --format diffusers or merged."
+        )
 
 
 def copy_other_parts(source: Path, target: Path) -> None:
@@ -142,7 +153,10 @@ def add_to_files(adapters: Sequence[Adapters], source: Path, target: Path) -> No
 
 def _changed(weight: Tensor, changes: Sequence[LayerAdapter]) -> Tensor:
     """Return a weight with changes, rounded to its dtype once."""
-    return (weight.float() + sum(each.change for each in changes)).to(weight.dtype)
+    changed = weight.float()
+    for each in changes:
+        changed = each.added_to(changed)
+    return changed.to(weight.dtype)
 
 
 def _sums(adapters: Sequence[Adapters]) -> dict[str, LayerAdapter]:

@@ -152,12 +152,11 @@ def test_a_merged_model_keeps_shards_and_dtype_and_rounds_once(tmp_path):
         for folder in (base, tmp_path / "whole")
     )
     layer = "transformer_blocks.0.attn.to_k"
-    total = 0
+    weight = before[f"{layer}.weight"].float()
     for policy in policies:
         state = policy.state()
-        total = total + 3 * (state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"])
-    weight = before[f"{layer}.weight"]
-    assert torch.equal(after[f"{layer}.weight"], (weight.float() + total).to(torch.bfloat16))
+        weight = weight + 3 * state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"]
+    assert torch.equal(after[f"{layer}.weight"], weight.to(torch.bfloat16))
     assert torch.equal(after["proj_out.weight"], before["proj_out.weight"])
     files, others = (
         sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
