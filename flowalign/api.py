@@ -40,6 +40,8 @@ class SampleOptions(TypedDict, total=False):
     guidance: float | None
     model: str | None
     rewards: Iterable[str]
+    adapters: Iterable[str | Path]
+    strengths: Iterable[float]
 
 
 class LabelOptions(TypedDict, total=False):
@@ -217,8 +219,10 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     guidance: float | None = None,
     model: str | None = None,
     rewards: Iterable[str] = (),
+    adapters: Iterable[str | Path] = (),
+    strengths: Iterable[float] = (),
 ) -> "SampleResult":
-    """Make pictures with a model, and with its adapter from the same noise.
+    """Make pictures with a model, and with its adapters from the same noise.
 
     Args:
         source: The folder of a run, checkpoint, adapter or model, or a model on Hugging Face's hub.
@@ -229,9 +233,14 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
         model: The base model of an adapter whose model card does not name it.
         rewards: Rewards that score the pictures, as for `load_reward`. No others are loaded.
+        adapters: Further adapters, which are added: runs, folders or files of diffusers, PEFT or
+            kohya's scripts, such as "style" or "style:0.7" with a strength.
+        strengths: Factors of the adapters' effect. Each gives pictures of the same prompts and
+            noise, in `result.strip`.
 
     Returns:
-        Pictures, prompts and scores; in `result.before` the same without the adapter, if any.
+        Pictures, prompts and scores; in `result.before` the same without the adapters, if any. With
+        `strengths`, the pictures are those of the last one.
 
     Raises:
         UserError: The source is none of these, its adapter does not fit, or it needs no `model`.
@@ -243,11 +252,18 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     with screen.shown() as console:
         _import_sampling()
         from flowalign.sampling import generate, sources
+        from flowalign.sampling.adapters import read_mixed
 
         settings = generate.SampleSettings(
-            images=images, seed=seed, steps=steps, guidance=guidance, rewards=tuple(rewards)
+            images=images,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            rewards=tuple(rewards),
+            strengths=tuple(dict.fromkeys(strengths)),
         )
         origin, texts = sources.find_source(str(source), model), sources.read_texts(prompts)
+        origin = replace(origin, mixed=tuple(map(read_mixed, adapters)))
         _check_launch(origin.model)
         facts = generate.describe_source(origin, texts, settings)
         screen.print_facts(console, "flowalign sample", facts)
@@ -283,43 +299,56 @@ def sample_to_folder(
     if console.quiet:
         return folder
     sheet = result.save(folder)
+    if result.strip:
+        screen.print_strip({s: each.means for s, each in result.strip.items()}, console)
     if result.difference:
         assert result.before is not None
         base = Baseline(label="base", means=result.before.means, difference=result.difference)
         screen.print_differences(result.means, [base], result.prompt_count)
-    pictures = plural(len(result.images), "picture")
+    pictures = plural(len(result.images) * max(1, len(result.strip)), "picture")
     console.print(f"Pictures: {sheet} and {pictures} in {folder}", soft_wrap=True)
     return folder
 
 
-def export(run: str | Path, step: int | None = None, output: str | Path | None = None) -> Path:
+def export(
+    run: str | Path,
+    step: int | None = None,
+    output: str | Path | None = None,
+    format: str = "diffusers",
+) -> Path:
     """Write the adapter of a step that a run keeps, and print where it is.
 
-    Every loader applies it at full strength, because alpha / rank is part of its weights. A README
-    shows how to load it. The adapter in `RUN/adapter` stays as it is.
+    Every loader applies it at full strength, because alpha / rank is part of its weights. The
+    adapter in `RUN/adapter` stays as it is.
 
     Args:
         run: A run folder, finished or not.
         step: The training step; the last one that is kept by default.
-        output: A new folder; `adapter-step-000100` in the run folder by default.
+        output: A new folder, or a new file for "comfyui" and "kohya". By default a name in the run
+            folder with the step, such as `adapter-step-000100`.
+        format: "diffusers" is a folder with a README that shows how to load it. "comfyui" and
+            "kohya" are single files. "merged" is a whole model that needs no adapter.
 
     Returns:
-        The folder of the adapter.
+        The folder or the file.
 
     Raises:
-        UserError: The step is not kept, or the folder holds other files.
+        UserError: The step is not kept, the output exists, or the format cannot hold the adapter.
 
     Example:
         >>> flowalign.export("outputs/crd", step=100).name
         'adapter-step-000100'
+        >>> flowalign.export("outputs/crd", step=100, format="comfyui").name
+        'adapter-step-000100-comfyui.safetensors'
     """
     with screen.shown():
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.runs.export import export_step
         target = Path(output).expanduser() if output else None
-        folder = export_step(Path(run).expanduser(), step, target)
-        progress.say(f"Adapter: {folder}")
-        return folder
+        written = export_step(Path(run).expanduser(), step, target, format)
+        label = "Model" if format == "merged" else "Adapter"
+        progress.say(f"{label}: {written}")
+        return written
 
 
 def label(

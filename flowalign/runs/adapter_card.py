@@ -21,7 +21,7 @@ from flowalign.reporting.console import format_difference, format_mean, interval
 from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
-CARD, MERGED = "README.md", "merged_adapters"
+CARD, MERGED, MERGED_FOLDER = "README.md", "merged_adapters", "merged"
 WITH_PIPELINE = """# A LoRA adapter for {title}
 
 ```python
@@ -29,6 +29,15 @@ WITH_PIPELINE = """# A LoRA adapter for {title}
 
 pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
 {merging}pipe.load_lora_weights({folder!r})
+pipe({prompt!r}{calling}).images[0].save("picture.png")
+```
+"""
+OF_A_MODEL = """# {title} with an adapter in its weights
+
+```python
+{torch}from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({folder!r}{loading}){move}
 pipe({prompt!r}{calling}).images[0].save("picture.png")
 ```
 """
@@ -48,22 +57,36 @@ def adapter_card(config: Config, folder: Path) -> str:
 
     Args:
         config: The configuration of the run.
-        folder: Where the adapter will stand, as the code of the card names it.
+        folder: Where the adapter will stand, as the code of the card names it. Adapters that are
+            merged first stand in it too, as `merged_names` says.
     """
-    model, sampler = config.model, config.evaluation_sampler
-    path = portable(model.path)
-    merged = [portable(adapter) for adapter in model.merge]
+    path, merged = portable(config.model.path), merged_names(config)
     head = card_head(path, merged)
-    call = family_of(model.name).pipeline_call(
-        model, sampler.steps, sampler.guidance, sampler.embedded_guidance
-    )
-    if call:
-        return head + _with_pipeline(config, call, path, merged, str(folder))
+    if call := _pipeline_call(config):
+        merging = "".join(MERGING.format(adapter=str(folder / name)) for name in merged)
+        values = _values(config, call, folder)
+        return head + WITH_PIPELINE.format(path=path, merging=merging, **values)
     return head + WITHOUT_PIPELINE.format(
         title=markdown_code(path),
-        family=markdown_code(model.name),
+        family=markdown_code(config.model.name),
         folder=markdown_code(str(folder)),
     )
+
+
+def model_card(config: Config, folder: Path) -> str:
+    """Return the card of a model with the adapter of a run in its weights.
+
+    `folder` is where the model will stand. The model must be a pipeline of diffusers.
+    """
+    call = _pipeline_call(config)
+    assert call is not None
+    head = card_head(portable(config.model.path), tags=("text-to-image", "flowalign"))
+    return head + OF_A_MODEL.format(**_values(config, call, folder))
+
+
+def merged_names(config: Config) -> list[str]:
+    """Return where an exported adapter keeps its copies of `model.merge`, within its folder."""
+    return [f"{MERGED_FOLDER}/{number}" for number in range(1, len(config.model.merge) + 1)]
 
 
 def card_results(summary: Summary) -> str:
@@ -86,7 +109,11 @@ def card_results(summary: Summary) -> str:
     return f"\n{table}\nBase is the model without the adapter. {note}{intervals}\n"
 
 
-def card_head(model: str, merged: Sequence[str] = ()) -> str:
+def card_head(
+    model: str,
+    merged: Sequence[str] = (),
+    tags: Sequence[str] = ("lora", "text-to-image", "flowalign"),
+) -> str:
     """Return the head of an adapter's README: the model card of the Hugging Face hub.
 
     `merged` are adapters that belong to the model, because they were added to its weights.
@@ -94,7 +121,7 @@ def card_head(model: str, merged: Sequence[str] = ()) -> str:
     entries: dict[str, object] = {
         "base_model": model,
         "library_name": "diffusers",
-        "tags": ["lora", "text-to-image", "flowalign"],
+        "tags": [*tags],
     }
     if merged:
         entries[MERGED] = [*merged]
@@ -141,23 +168,27 @@ def _entries(folder: Path) -> Mapping[str, object]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _with_pipeline(
-    config: Config, call: PipelineCall, path: str, merged: Sequence[str], folder: str
-) -> str:
+def _pipeline_call(config: Config) -> PipelineCall | None:
+    model, sampler = config.model, config.evaluation_sampler
+    return family_of(model.name).pipeline_call(
+        model, sampler.steps, sampler.guidance, sampler.embedded_guidance
+    )
+
+
+def _values(config: Config, call: PipelineCall, folder: Path) -> dict[str, str]:
+    """Return what the code of a card is made of, by the names in its template."""
     model = config.model
     half = model.dtype != "float32"
-    return WITH_PIPELINE.format(
-        title=markdown_code(path),
-        path=path,
-        torch="import torch\n" if half else "",
-        pipeline=call.pipeline,
-        loading=_keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
-        move='.to("cuda")' if half else "",
-        merging="".join(MERGING.format(adapter=adapter) for adapter in merged),
-        folder=folder,
-        prompt=_first_prompt(config),
-        calling=_keywords(call.calling),
-    )
+    return {
+        "title": markdown_code(portable(model.path)),
+        "torch": "import torch\n" if half else "",
+        "pipeline": call.pipeline,
+        "loading": _keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
+        "move": '.to("cuda")' if half else "",
+        "folder": str(folder),
+        "prompt": _first_prompt(config),
+        "calling": _keywords(call.calling),
+    }
 
 
 def _keywords(arguments: Mapping[str, object]) -> str:

@@ -236,6 +236,11 @@ def check_sharding(config: Config, plan: BatchPlan) -> None:
             "distributed.shard is true, but only weights in their own dtype, on the device, can be "
             "split. Set it to false, or set model.quantize to none and model.offload to false."
         )
+    if config.model.lora.use_dora:
+        raise UserError(
+            "distributed.shard is true, but DoRA needs whole weights. Set it to false, or set "
+            "model.lora.use_dora to false."
+        )
     if config.objective.learns_from is Prompts:
         raise UserError(
             f"distributed.shard is true, but {config.objective_name} passes gradients through the "
