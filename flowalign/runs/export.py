@@ -1,4 +1,4 @@
-"""Results of a run: the summary, the pictures, the report, and adapters for other tools."""
+"""Results of a run: the summary, the pictures, and adapters for other tools."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +9,13 @@ from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.errors import UserError
 from flowalign.files import to_json, write_file, write_folder
-from flowalign.reporting.html import write_report
 from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import ADAPTER_FILE, export_weights
 from flowalign.runs.adapter_card import adapter_card, CARD, card_results
 from flowalign.runs.checkpoint import find_checkpoint, trained_weights, verify_checkpoint
+from flowalign.runs.report import ADAPTER
 
-ADAPTER = "adapter"
-"""Name of the exported adapter's folder in a run folder."""
 PICTURES = Path("pictures") / "before-after.png"
 
 
@@ -29,7 +27,7 @@ def write_summary(run: Path, summary: Summary) -> None:
 def write_results(
     run: Path, summary: Summary, pictures: Mapping[str, Tensor], captions: Sequence[str]
 ) -> None:
-    """Write the sheet of pictures, `summary.json` and `report.html`.
+    """Write the sheet of pictures and `summary.json`.
 
     Args:
         run: The run folder.
@@ -39,7 +37,6 @@ def write_results(
     """
     save_sheet(pictures, captions, run / PICTURES)
     write_summary(run, summary)
-    write_report(run, summary, captions)
 
 
 def export_step(run: Path, step: int | None = None, folder: Path | None = None) -> Path:
