@@ -24,7 +24,7 @@ TAGS = {
     *("table", "tr", "th", "td", "ul", "ol", "li", "img", "code", "a", "details", "summary"),
     *("figure", "figcaption", "span", "strong", "header", "main", "nav", "section", "thead"),
     *("tbody", "small", "label", "select", "option", "button", "input", "script"),
-    *("svg", "path", "circle", "line", "rect", "text"),
+    *("svg", "path", "circle", "line", "rect", "text", "wbr"),
 }
 """Tags that a page of the package may hold."""
 

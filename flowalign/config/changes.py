@@ -1,4 +1,4 @@
-"""What a run changes in the YAML file that its own extends, for the report to show."""
+"""The settings that a run changes in the YAML file that its own extends, for its report."""
 
 from dataclasses import dataclass
 from pathlib import Path

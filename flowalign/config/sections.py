@@ -208,7 +208,7 @@ class Config:
     notes: list[str] = field(default_factory=list)
     """Sentences on settings for the user to read, such as those without effect in this run."""
     changes: Changes | None = None
-    """What differs from the file that the YAML extends; None for the file of a run folder."""
+    """The differences to the file that the YAML extends; None for the file of a run folder."""
 
     @property
     def objective_name(self) -> str:

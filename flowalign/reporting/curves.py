@@ -43,7 +43,7 @@ class Line(NamedTuple):
     path: str
     """The line as an SVG path."""
     marks: Sequence[tuple[float, float]]
-    """Where points are marked."""
+    """The places of points that are marked."""
 
 
 class Tick(NamedTuple):
@@ -77,7 +77,7 @@ class Curve:
 
     @property
     def data(self) -> dict[str, object]:
-        """What the script of the page needs."""
+        """The content that the script of the page reads."""
         return {
             "axis": self.axis,
             "lines": [
@@ -218,9 +218,9 @@ def _ticks(low: float, high: float, scale: _Scale) -> list[Tick]:
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
     values = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    # As many decimals as tell neighbours apart.
-    digits = max(0, 1 - math.floor(math.log10(step)))
-    texts = [f"{x:,.{digits}f}" if step >= 1e-4 else f"{x:.3g}" for x in values]
-    cut = step >= 1e-4 and digits and all(text.endswith("0") for text in texts)
-    texts = [text[:-1].rstrip(".") if cut else text for text in texts]
-    return [Tick(scale(x), text) for x, text in zip(values, texts, strict=True)]
+    if max(map(abs, values)) < 1e-3:
+        return [Tick(scale(x), f"{x:.3g}") for x in values]
+    # As many decimals as tell neighbours apart: one more for a step of 2.5.
+    digits = max(0, -math.floor(math.log10(step)))
+    digits += any(round(x, digits) != round(x, digits + 1) for x in values)
+    return [Tick(scale(x), f"{x:,.{digits}f}") for x in values]

@@ -28,7 +28,7 @@ from flowalign.reporting.verdict import verdict
 
 TRAINED = "trained"
 RUNNING = "running"
-"""What `stopped` of a summary says while a run trains."""
+"""The value of `stopped` in a summary while a run trains."""
 
 
 def write_report(
@@ -61,6 +61,7 @@ def report_page(
         notes=_notes(summary),
         remarks=result_notes(run, summary),
         sides=[side.label for side in sides],
+        left=0,
         rewards=list(sides[-1].result.rewards) if sides else [],
         cards=make_cards(sides, record.prompts),
         tags=tag_tables(sides, _contrasts(sides), record.prompts),

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import escape, Markup
 
 from flowalign.config.changes import Changes
 from flowalign.evaluation.results import EvaluationResult
@@ -35,7 +36,7 @@ class Gallery(NamedTuple):
 
 
 class RunSections(NamedTuple):
-    """What a page has once for each run."""
+    """The parts that a page has once for each run."""
 
     name: str
     model: str
@@ -56,11 +57,13 @@ class Page:
     """The first sentences."""
     scores: Table
     notes: Sequence[str]
-    """What the columns and intervals mean."""
+    """Sentences about the columns and intervals."""
     remarks: Sequence[str]
     """Sentences that ask the reader to do something, such as to export a better step."""
     sides: Sequence[str]
-    """The labels of what the cards compare; the first two that differ stand side by side."""
+    """The labels of what the cards compare."""
+    left: int
+    """The side that stands left at first; the last one stands right."""
     rewards: Sequence[str]
     cards: Sequence[Card]
     tags: Sequence[Table]
@@ -73,7 +76,7 @@ class Page:
 
     @property
     def data(self) -> dict[str, object]:
-        """What the script of the page reads."""
+        """The content that the script of the page reads."""
         return {
             "curves": [curve.data for _, group in self.groups for curve in group],
             "width": curves.WIDTH,
@@ -89,6 +92,7 @@ def render(page: Page) -> bytes:
     templates = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    templates.filters["breakable"] = _breakable
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = templates.get_template(TEMPLATE).render(
@@ -101,6 +105,11 @@ def render(page: Page) -> bytes:
     )
     # Prompts may hold halves of characters, which no encoding has.
     return text.encode("utf-8", "replace")
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that a browser may break after a dot, a line or a stroke."""
+    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
 
 
 def sections_of(record: RunRecord) -> RunSections:

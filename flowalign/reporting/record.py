@@ -1,4 +1,4 @@
-"""What a page shows of one run, and the tables and sides that its sections are made of."""
+"""The content of a page about one run, and the tables and sides that its sections are made of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class RunRecord:
     environment: str = ""
     """The text of `environment.json`."""
     changes: Changes | None = None
-    """What differs from the file that the run's YAML extends."""
+    """The differences to the file that the run's YAML extends."""
     metrics: Sequence[Mapping[str, float]] = ()
     """The lines of `metrics.jsonl`."""
     metrics_before: Mapping[str, float] = field(default_factory=dict)
@@ -66,17 +66,22 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: the first column has names, the others figures."""
+    """A table: the first columns have names, the others figures."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    names: int = 1
+    """How many columns have names."""
 
 
 def mood_of(interval: Interval, name: str, less_is_better: frozenset[str] = LESS_IS_BETTER) -> str:
-    """Return "better" or "worse" if an interval of a difference leaves out zero, else nothing."""
-    low, _, high = interval
-    if low <= 0 <= high or low != low:
+    """Return "better" or "worse" if an interval of a difference leaves out zero, else nothing.
+
+    A difference that is written as 0.000 is neither.
+    """
+    low, mean, high = interval
+    if low <= 0 <= high or abs(mean) < 0.0005 or mean != mean:
         return ""
     return "better" if (low > 0) != (name in less_is_better) else "worse"
 

@@ -29,7 +29,7 @@ class Bar(NamedTuple):
 
 
 class Votes(NamedTuple):
-    """What held-out pairs say about a run."""
+    """The votes of held-out pairs about a run."""
 
     run: str
     agree: int
@@ -70,7 +70,7 @@ def count_votes(
         agree=int((scored > 0).sum()),
         ties=int((scored == 0).sum()),
         disagree=int((scored < 0).sum()),
-        margin=f"{number(mean)} ± {number(spread)}" if math.isfinite(spread) else number(mean),
+        margin=f"{mean:.2g}" + (f" ± {spread:.2g}" if math.isfinite(spread) else ""),
         bars=_histogram(scored),
     )
 
