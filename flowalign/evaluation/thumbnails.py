@@ -6,7 +6,7 @@ import math
 from PIL import Image
 from torch import Tensor
 
-MOST = 400
+MOST = 600
 """The most prompts of an evaluation that have a thumbnail, spread over all of them."""
 FEW, LARGE, SMALL = 100, 512, 256
 """Pixels of the longer side: `LARGE` for up to `FEW` prompts, `SMALL` for more."""
