@@ -122,11 +122,13 @@ def _figures(tensors: dict[str, Tensor]) -> dict[str, float]:
 def _thumbnails(tensors: dict[str, Tensor]) -> dict[int, bytes]:
     """Return the thumbnails of a file, by row; another program may have written odd names."""
     rows, thumbnails = len(tensors["prompt"]), _with_prefix(tensors, "thumbnail/")
-    return {
+    known = {
         int(row): bytes(file.numpy())
         for row, file in thumbnails.items()
         if row.isdecimal() and int(row) < rows and file.dtype == torch.uint8
     }
+    # The names in a file are sorted as text.
+    return dict(sorted(known.items()))
 
 
 def _scored(scores: dict[str, Tensor], count: int) -> Tensor:

@@ -32,16 +32,17 @@ def test_every_prompt_has_a_thumbnail_up_to_a_bound_and_beyond_it_every_nth():
 
 
 def test_a_file_keeps_thumbnails_and_figures_and_drops_what_belongs_to_no_image(tmp_path):
-    scores, nothing = {"r": torch.tensor([0.5, 0.25])}, torch.zeros(0)
+    scores, nothing = {"r": torch.tensor([0.5, 0.25] * 6)}, torch.zeros(0)
+    thumbnails = {row: b"picture %d" % row for row in range(12)}
     result = EvaluationResult(
-        prompt=torch.tensor([0, 1]),
+        prompt=torch.arange(12),
         rewards=scores,
         images=nothing,
         shown=nothing.long(),
         figures={"diversity": 0.125},
-        thumbnails={0: b"first", 1: b"second", 7: b"of another evaluation"},
+        thumbnails={**thumbnails, 12: b"of another evaluation"},
     )
     result.save(tmp_path / "result.safetensors")
     loaded = EvaluationResult.load(tmp_path / "result.safetensors")
-    assert loaded.thumbnails == {0: b"first", 1: b"second"}
+    assert list(loaded.thumbnails.items()) == list(thumbnails.items())
     assert loaded.metrics == {"eval/r": 0.375, "eval/diversity": 0.125}
