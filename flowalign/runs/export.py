@@ -1,4 +1,4 @@
-"""Results of a run: the summary, the pictures, the report, and adapters for other tools."""
+"""Results of a run: the summary, the pictures, and adapters for other tools."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ from flowalign.config.sections import Config
 from flowalign.errors import UserError
 from flowalign.files import to_json, write_file, write_folder
 from flowalign.models.given_adapters import find_file
-from flowalign.reporting.html import write_report
 from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import ADAPTER_FILE, export_weights
@@ -24,9 +23,8 @@ from flowalign.runs.adapter_card import (
 )
 from flowalign.runs.checkpoint import find_checkpoint, trained_weights, verify_checkpoint
 from flowalign.runs.formats import FORMATS
+from flowalign.runs.report import ADAPTER
 
-ADAPTER = "adapter"
-"""Name of the exported adapter's folder in a run folder."""
 DIFFUSERS = "diffusers"
 """The format that training exports, and that is exported by default."""
 PICTURES = Path("pictures") / "before-after.png"
@@ -40,7 +38,7 @@ def write_summary(run: Path, summary: Summary) -> None:
 def write_results(
     run: Path, summary: Summary, pictures: Mapping[str, Tensor], captions: Sequence[str]
 ) -> None:
-    """Write the sheet of pictures, `summary.json` and `report.html`.
+    """Write the sheet of pictures and `summary.json`.
 
     Args:
         run: The run folder.
@@ -50,7 +48,6 @@ def write_results(
     """
     save_sheet(pictures, captions, run / PICTURES)
     write_summary(run, summary)
-    write_report(run, summary, captions)
 
 
 def export_step(

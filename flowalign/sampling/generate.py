@@ -160,6 +160,7 @@ def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettin
         images_per_pass=images_per_pass,
         seed=settings.seed,
         shown=count,
+        pictured=0,
     )
 
 
