@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from flowalign.models.config import Lora, ModelConfig
     from flowalign.objectives.base import Loss, Max, Mean, Objective
     from flowalign.policy import Decay, Policy, Sampler
-    from flowalign.reporting.trackers import Tracker
     from flowalign.rewards.base import LearnedReward, Reward, traits
     from flowalign.rewards.registry import load_reward
     from flowalign.sampling.result import SampleResult
+    from flowalign.tracking.base import TrackedRun, Tracker
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,8 @@ _HOMES = {
     "RunError": "errors",
     "SampleResult": "sampling.result",
     "Sampler": "policy",
-    "Tracker": "reporting.trackers",
+    "TrackedRun": "tracking.base",
+    "Tracker": "tracking.base",
     "UserError": "errors",
     "compare": "api",
     "evaluate": "api",
@@ -105,6 +106,7 @@ __all__ = [
     "RunError",
     "SampleResult",
     "Sampler",
+    "TrackedRun",
     "Tracker",
     "UserError",
     "__version__",

@@ -32,6 +32,7 @@ from flowalign.policy import Sampler
 from flowalign.rewards import REWARDS
 from flowalign.rewards.combine import COMBINE
 from flowalign.settings.by_name import imported
+from flowalign.tracking import TRACKERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -84,6 +85,14 @@ the deviation is that of the prompt's images or of all images of the step.
 
 STOP_NOTE = """A rule of `stop` has one or more of `above`, `below`, `falling` and `rising`: see
 [over-optimisation](reliability.md#over-optimisation).
+"""
+
+TRACKING = """## tracking
+
+Where a run is recorded, besides `metrics.jsonl` and TensorBoard: names, such as `[wandb, mlflow]`,
+or names with settings, such as `{wandb: {project: my_project}}`. Default: nowhere else.
+[Your own](running.md#your-own-tracker) is named by its path: `my_tracker.py:MyTracker`.
+
 """
 
 OUTPUT = """## output
@@ -141,6 +150,7 @@ def configuration_page() -> str:
         STOP_NOTE,
         section("evaluation", Evaluation),
         section("distributed", Distributed),
+        TRACKING + "\n".join(map(tracker_settings, TRACKERS)) + "\n",
         OUTPUT,
     ]
     return "\n".join(filter(None, [HEAD, *sections]))
@@ -180,6 +190,13 @@ def reward_settings() -> str:
         if rows:
             lines += [f"- `{name}`: {about(reward)}", *rows]
     return "### Settings of built-in rewards\n\n" + "\n".join(lines) + "\n"
+
+
+def tracker_settings(name: str) -> str:
+    """A built-in tracker: what it is and its settings."""
+    tracker = imported(TRACKERS[name], f"tracking.{name}", TRACKERS)
+    rows = [f"    {entry(row)}" for row in all_settings(tracker)]
+    return "\n".join([f"- `{name}`: {about(tracker)}", *rows])
 
 
 def about(value: object) -> str:

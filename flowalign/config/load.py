@@ -33,6 +33,7 @@ from flowalign.settings.merging import (
 )
 from flowalign.settings.types import build
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
+from flowalign.tracking.registry import checked_tracking
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ("raw", "notes"))
 REQUIRED = ("model", "data")
@@ -89,6 +90,7 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
         rewards=checked_rewards(values.get("rewards", {}), "rewards"),
         evaluation=evaluation,
         distributed=build(Distributed, values.get("distributed", {}), "distributed"),
+        tracking=checked_tracking(values.get("tracking", {})),
         output=check_output(values.get("output", str(Path("outputs") / path.stem))),
     )
     # Importing torch takes seconds, so it waits until the sections above are right.

@@ -29,6 +29,7 @@ from flowalign.rewards.combine import COMBINE
 from flowalign.settings.by_name import imported
 from flowalign.settings.merging import Section
 from flowalign.settings.types import arguments_class, dataclass_in, defaults_of
+from flowalign.tracking import TRACKERS
 
 REFERENCE: Section = {"type": "string", "pattern": r"\$\{"}
 """Any value may be a reference, such as ${train.steps}."""
@@ -68,6 +69,7 @@ def json_schema() -> Section:
         "train": closed(properties_of(Train), summary(Train)),
         "evaluation": closed(evaluation, summary(Evaluation)),
         "distributed": closed(properties_of(Distributed), summary(Distributed)),
+        "tracking": tracking_section(),
         "output": {"type": "string", "description": "The run folder; outputs/FILE by default."},
     }
     return {
@@ -136,6 +138,24 @@ def reward_map() -> Section:
         "type": "object",
         "properties": properties,
         "additionalProperties": {"anyOf": [weight, {"type": "object"}, REFERENCE]},
+    }
+
+
+def tracking_section() -> Section:
+    """Return the schema of the section `tracking`: names, or names with settings."""
+    properties: Section = {}
+    for name, entry in TRACKERS.items():
+        tracker = imported(entry, f"tracking.{name}", TRACKERS)
+        settings = closed(properties_of(tracker), summary(tracker))
+        properties[name] = {"description": summary(tracker), "anyOf": [settings, {"type": "null"}]}
+    choice: Section = {"anyOf": [{"enum": list(TRACKERS)}, {"type": "string", "pattern": ":"}]}
+    return {
+        "description": "Where the run is recorded, besides metrics.jsonl and TensorBoard.",
+        "anyOf": [
+            {"type": "object", "properties": properties},
+            {"type": "array", "items": choice},
+            choice,
+        ],
     }
 
 

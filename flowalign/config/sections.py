@@ -179,6 +179,7 @@ class PlainSections:
     evaluation: Evaluation
     rewards: dict[str, object]
     distributed: Distributed
+    tracking: dict[str, dict[str, object]]
     output: str
 
 
@@ -200,6 +201,8 @@ class Config:
     train: Train
     evaluation: Evaluation
     distributed: Distributed
+    tracking: dict[str, dict[str, object]]
+    """The settings of trackers by name, besides those that every run has."""
     output: str
     """The run folder."""
     raw: Section
