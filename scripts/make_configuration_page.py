@@ -23,6 +23,7 @@ from flowalign.advantages import ADVANTAGES
 from flowalign.bundled import ROOT as PACKAGE_ROOT
 from flowalign.config.schema import field_docs, summary
 from flowalign.config.sections import Data, Distributed, Evaluation, Train
+from flowalign.data.source import DataSource
 from flowalign.dynamics import DYNAMICS
 from flowalign.models import MODELS
 from flowalign.models.config import ModelConfig
@@ -87,6 +88,14 @@ STOP_NOTE = """A rule of `stop` has one or more of `above`, `below`, `falling` a
 [over-optimisation](reliability.md#over-optimisation).
 """
 
+SOURCES = """### Files, folders and data sets
+
+`prompts` and `pairs` are a path, such as `my_prompts.csv` or `owner/name` for a data set of the
+Hugging Face hub, or a mapping with details, such as
+`{path: owner/name, split: train, columns: {prompt: caption}}`:
+
+"""
+
 TRACKING = """## tracking
 
 Where a run is recorded, besides `metrics.jsonl` and TensorBoard: names, such as `[wandb, mlflow]`,
@@ -145,6 +154,7 @@ def configuration_page() -> str:
         reward_settings(),
         alternatives("combine", COMBINE),
         section("data", Data),
+        SOURCES + "\n".join(entry(row) for row in settings(DataSource)) + "\n",
         "[Preference data](preference-data.md) describes the formats of `pairs`.\n",
         section("train", Train),
         STOP_NOTE,

@@ -21,6 +21,7 @@ from flowalign.config.sections import (
     PlainSections,
     Train,
 )
+from flowalign.data.source import data_source
 from flowalign.errors import did_you_mean, naming, UserError
 from flowalign.rewards.registry import checked_rewards
 from flowalign.settings.merging import (
@@ -81,6 +82,7 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
     check_written(values)
     values = interpolate(merge(DEFAULTS, values))
     values = locate_files(values, folders)
+    check_sources(values)
     evaluation = build(Evaluation, values.get("evaluation", {}), "evaluation")
     if evaluation.rewards:
         evaluation.rewards = checked_rewards(evaluation.rewards, "evaluation.rewards")
@@ -112,6 +114,15 @@ def check_names(values: Section) -> None:
     for key in REQUIRED:
         if key not in values:
             raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
+
+
+def check_sources(values: Section) -> None:
+    """Refuse prompts and pairs that are neither a path nor a mapping with one."""
+    for name in ("data", "evaluation"):
+        section = values.get(name)
+        for key in ("prompts", "pairs"):
+            if isinstance(section, dict) and key in section:
+                data_source(section[key], f"{name}.{key}")
 
 
 def check_output(output: object) -> str:

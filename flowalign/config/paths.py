@@ -18,6 +18,10 @@ FILES = (
     ("data", "pairs"),
     ("evaluation", "prompts"),
     ("evaluation", "pairs"),
+    ("data", "prompts", "path"),
+    ("data", "pairs", "path"),
+    ("evaluation", "prompts", "path"),
+    ("evaluation", "pairs", "path"),
 )
 """Keys whose value is a file or folder, or a list of them."""
 SPECS = (

@@ -19,6 +19,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from flowalign.advantages import ADVANTAGES
 from flowalign.config.checks import EVALUATION_SAMPLER
 from flowalign.config.sections import Data, DEFAULTS, Distributed, Evaluation, Train
+from flowalign.data.source import DataSource
 from flowalign.dynamics import DYNAMICS
 from flowalign.models import ALIASES, MODELS
 from flowalign.models.families import family_of
@@ -56,6 +57,9 @@ def json_schema() -> Section:
     evaluation["sampler"] = closed(
         {key: sampler[key] for key in EVALUATION_SAMPLER}, field_docs(Evaluation)["sampler"]
     )
+    data = properties_of(Data)
+    for section in (data, evaluation):
+        section |= {key: source_section(section[key]) for key in ("prompts", "pairs")}
     # The order of a shipped file: editors list keys in the order of the schema.
     sections: Section = {
         "extends": {"type": "string", "description": "A YAML file that this one is merged over."},
@@ -65,7 +69,7 @@ def json_schema() -> Section:
         "advantage": named_section(ADVANTAGES, "How rewards become advantages.", "advantage"),
         "combine": named_section(COMBINE, "How several rewards become one.", "combine"),
         "rewards": rewards,
-        "data": closed(properties_of(Data), summary(Data)),
+        "data": closed(data, summary(Data)),
         "train": closed(properties_of(Train), summary(Train)),
         "evaluation": closed(evaluation, summary(Evaluation)),
         "distributed": closed(properties_of(Distributed), summary(Distributed)),
@@ -139,6 +143,13 @@ def reward_map() -> Section:
         "properties": properties,
         "additionalProperties": {"anyOf": [weight, {"type": "object"}, REFERENCE]},
     }
+
+
+def source_section(written: object) -> Section:
+    """Return the schema of prompts or pairs: a path, or a mapping with details."""
+    assert isinstance(written, dict)
+    details = closed(properties_of(DataSource), summary(DataSource))
+    return {**written, "anyOf": [{"type": "string"}, details]}
 
 
 def tracking_section() -> Section:

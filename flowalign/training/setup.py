@@ -15,6 +15,7 @@ from flowalign.config.sections import Config, Train
 from flowalign.data.held_out import hold_out
 from flowalign.data.preferences import check_pictures, Example, read_examples
 from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
+from flowalign.data.source import Written
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
@@ -174,8 +175,8 @@ def _share(examples: list[Example]) -> list[Example]:
     return examples[distributed.rank() :: distributed.count()]
 
 
-def _read_examples(path: str, key: str, paired: bool) -> list[Example]:
-    return read_examples(path, key, paired) if path else []
+def _read_examples(source: Written, key: str, paired: bool) -> list[Example]:
+    return read_examples(source, key, paired) if source else []
 
 
 def _check_weights(config: Config, pairs: list[Example]) -> None:
@@ -188,8 +189,8 @@ def _check_weights(config: Config, pairs: list[Example]) -> None:
         )
 
 
-def _read_prompts(path: str, key: str) -> list[Prompt]:
-    return read_prompts(path, key) if path else []
+def _read_prompts(source: Written, key: str) -> list[Prompt]:
+    return read_prompts(source, key) if source else []
 
 
 def _prompts_of(examples: list[Example]) -> list[Prompt]:
