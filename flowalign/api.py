@@ -37,6 +37,7 @@ class SampleOptions(TypedDict, total=False):
     seed: int
     steps: int | None
     guidance: float | None
+    negative_prompt: str | None
     model: str | None
     rewards: Iterable[str]
 
@@ -201,6 +202,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     model: str | None = None,
     rewards: Iterable[str] = (),
 ) -> "SampleResult":
@@ -213,6 +215,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         seed: The noise depends on it, on the prompt's position and on the picture's number alone.
         steps: Sampler steps; those of the run's evaluation, or 28.
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
+        negative_prompt: What guidance leads away from; that of the run's evaluation, or nothing.
         model: The base model of an adapter whose model card does not name it.
         rewards: Rewards that score the pictures, as for `load_reward`. No others are loaded.
 
@@ -231,7 +234,12 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         from flowalign.sampling import generate, sources
 
         settings = generate.SampleSettings(
-            images=images, seed=seed, steps=steps, guidance=guidance, rewards=tuple(rewards)
+            images=images,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            rewards=tuple(rewards),
         )
         origin, texts = sources.find_source(str(source), model), sources.read_texts(prompts)
         _check_launch(origin.model)

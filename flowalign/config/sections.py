@@ -144,7 +144,7 @@ class Evaluation(Settings):
     sampler: dict[str, object] = field(default_factory=dict)
     """Keys that differ from `sampler` in evaluations, as in {guidance: 4.5}.
 
-    They are steps, guidance and embedded_guidance.
+    They are steps, guidance, embedded_guidance and negative_prompt.
     """
     guidance_sweep: list[Guidance] = field(default_factory=lambda: [2.0, 3.0, 4.5, 7.0])
     """Guidance scales to try without the adapter; the best is a second baseline. Empty for none."""

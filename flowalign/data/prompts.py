@@ -1,6 +1,7 @@
 """Read prompt files, and choose the prompts of a step as a pure function of the step."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,23 @@ from flowalign.files import read_text
 
 Metadata = dict[str, Any]
 """The fields beside the prompt in a line of a prompt file. Values are what JSON holds."""
+
+
+NEGATIVE = "negative_prompt"
+"""The field of a prompt that guidance leads away from."""
+
+
+def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
+    """Return the negative prompt in some metadata, or the default without one."""
+    own = metadata.get(NEGATIVE)
+    return default if own is None else own
+
+
+def guidance_texts(prompts: Iterable["Prompt"], default: str) -> list[str]:
+    """Return the texts of the prompts, and then each of their negative prompts once."""
+    prompts = list(prompts)
+    negative = dict.fromkeys(negative_prompt(prompt.metadata, default) for prompt in prompts)
+    return [*(prompt.text for prompt in prompts), *filter(None, negative)]
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,8 @@ def _prompt(entry: Metadata, where: str) -> Prompt:
             f'{where} has no text in the field "prompt". '
             'Write for example {"prompt": "a red circle"}.'
         )
+    if not isinstance(entry.get(NEGATIVE), str | None):
+        raise UserError(f"{where} has the {NEGATIVE} {entry[NEGATIVE]!r}. Write a text.")
     metadata = {name: value for name, value in entry.items() if name != "prompt"}
     return Prompt(entry["prompt"], metadata)
 

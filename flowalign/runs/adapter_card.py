@@ -6,6 +6,7 @@ that nothing in it can become code or markup of the card.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -57,6 +58,9 @@ def adapter_card(config: Config, folder: Path) -> str:
     call = family_of(model.name).pipeline_call(
         model, sampler.steps, sampler.guidance, sampler.embedded_guidance
     )
+    if call and sampler.negative_prompt and sampler.guidance != 1:
+        negative = {"negative_prompt": sampler.negative_prompt}
+        call = replace(call, calling={**call.calling, **negative})
     if call:
         return head + _with_pipeline(config, call, path, merged, str(folder))
     return head + WITHOUT_PIPELINE.format(

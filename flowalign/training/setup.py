@@ -14,7 +14,7 @@ from flowalign.batch import EVALUATION_STEP, Pairs, Prompts
 from flowalign.config.sections import Config, Train
 from flowalign.data.held_out import hold_out
 from flowalign.data.preferences import check_pictures, Example, read_examples
-from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
+from flowalign.data.prompts import guidance_texts, Prompt, prompts_of_step, read_prompts
 from flowalign.data.source import Written
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
@@ -247,7 +247,8 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     # All prompts of the training steps, in an order of the data alone. Encoded later, in a batch
     # with others that are missing then, they would be rounded in a way that depends on resuming.
     prompts = [*inputs.prompts, *(example.prompt for example in inputs.examples)]
-    model.remember([prompt.text for prompt in prompts])
+    negative = config.sampler.negative_prompt
+    model.remember(guidance_texts(prompts, negative))
     scorer = make_scorer(config, plan, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
         policy=policy,
@@ -292,7 +293,8 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     config, held_out = inputs.config, make_held_out(inputs, context)
     # Here and not in an evaluation: which prompts are encoded together must not depend on the
     # evaluations that were made before a run was resumed.
-    context.policy.model.remember([prompt.text for prompt in inputs.evaluation_prompts])
+    negative = config.evaluation_sampler.negative_prompt
+    context.policy.model.remember(guidance_texts(inputs.evaluation_prompts, negative))
     return Evaluator(
         prompts=inputs.evaluation_prompts,
         images_per_prompt=config.evaluation.images_per_prompt,
