@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING
 # Type checkers and editors read these imports; at run time the table below replaces them.
 if TYPE_CHECKING:
     from flowalign.advantages import RewardTable
-    from flowalign.api import compare, evaluate, export, load_config, load_model, sample, train
+    from flowalign.api import (
+        compare,
+        evaluate,
+        export,
+        label,
+        load_config,
+        load_model,
+        reward_accuracy,
+        sample,
+        train,
+    )
     from flowalign.batch import Batch, Cond, Examples, Keys, Pairs, Prompts, Rollout
     from flowalign.config.sections import Config
     from flowalign.data.prompts import Prompt
@@ -28,10 +38,10 @@ if TYPE_CHECKING:
     from flowalign.models.config import Lora, ModelConfig
     from flowalign.objectives.base import Loss, Max, Mean, Objective
     from flowalign.policy import Decay, Policy, Sampler
-    from flowalign.reporting.trackers import Tracker
     from flowalign.rewards.base import LearnedReward, Reward, traits
     from flowalign.rewards.registry import load_reward
     from flowalign.sampling.result import SampleResult
+    from flowalign.tracking.base import TrackedRun, Tracker
 
 __version__ = "0.1.0"
 
@@ -63,7 +73,8 @@ _HOMES = {
     "RunError": "errors",
     "SampleResult": "sampling.result",
     "Sampler": "policy",
-    "Tracker": "reporting.trackers",
+    "TrackedRun": "tracking.base",
+    "Tracker": "tracking.base",
     "UserError": "errors",
     "compare": "api",
     "evaluate": "api",
@@ -107,6 +118,7 @@ __all__ = [
     "RunError",
     "SampleResult",
     "Sampler",
+    "TrackedRun",
     "Tracker",
     "UserError",
     "__version__",

@@ -38,6 +38,7 @@ class SampleOptions(TypedDict, total=False):
     seed: int
     steps: int | None
     guidance: float | None
+    negative_prompt: str | None
     model: str | None
     rewards: Iterable[str]
     adapters: Iterable[str | Path]
@@ -217,6 +218,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     model: str | None = None,
     rewards: Iterable[str] = (),
     adapters: Iterable[str | Path] = (),
@@ -231,6 +233,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         seed: The noise depends on it, on the prompt's position and on the picture's number alone.
         steps: Sampler steps; those of the run's evaluation, or 28.
         guidance: Guidance scale; that of the run's evaluation, or the default of the model family.
+        negative_prompt: What guidance leads away from; that of the run's evaluation, or nothing.
         model: The base model of an adapter whose model card does not name it.
         rewards: Rewards that score the pictures, as for `load_reward`. No others are loaded.
         adapters: Further adapters, which are added: runs, folders or files of diffusers, PEFT or
@@ -259,6 +262,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
             seed=seed,
             steps=steps,
             guidance=guidance,
+            negative_prompt=negative_prompt,
             rewards=tuple(rewards),
             strengths=tuple(dict.fromkeys(strengths)),
         )

@@ -90,7 +90,7 @@ class Cond:
     inputs: Mapping[str, Tensor]
     """Inputs of the network that belong to the prompts, such as embeddings and masks, by name."""
     null: Mapping[str, Tensor]
-    """The same inputs for the empty prompt, which classifier-free guidance starts from."""
+    """The same inputs for the empty or the negative prompt, which guidance leads away from."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 means none, and the null inputs are not used."""
     null_gradient: bool = True

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowalign.batch import Batch, Cond
+from flowalign.data.prompts import negative_prompt
 from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage
@@ -56,6 +57,8 @@ class Sampler(Settings):
     """Scale of classifier-free guidance; 1 means none."""
     embedded_guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
     """Guidance scale that a model with distilled guidance takes as an input."""
+    negative_prompt: str = ""
+    """Text that guidance leads away from; a prompt's own field `negative_prompt` comes first."""
     window: Window = field(default_factory=Window)
     """Which steps of the path are stochastic."""
     same_noise: bool = False
@@ -313,13 +316,23 @@ class Policy:
             return 1.0
         return 2.0 ** round(math.log2(math.prod(self.model.latent_shape) * max(1, passes)))
 
-    def encode(self, prompts: list[str], upcoming: Iterable[str] = ()) -> Cond:
+    def encode(
+        self,
+        prompts: list[str],
+        upcoming: Iterable[str] = (),
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Cond:
         """Return the inputs of the prompts under the sampler's guidance, one row per prompt.
 
-        Text encoders that are needed also encode prompts of `upcoming`, which come next.
+        Args:
+            prompts: One prompt per image.
+            upcoming: The prompts that come next. Text encoders that are needed encode them too.
+            metadata: The metadata of each prompt, which may hold its `negative_prompt`.
         """
-        cond = self.model.encode(prompts, self.sampler.embedded_guidance, upcoming)
-        return cond.guided(self.sampler.guidance)
+        sampler, rows = self.sampler, metadata or [{}] * len(prompts)
+        negative = [negative_prompt(row, sampler.negative_prompt) for row in rows]
+        cond = self.model.encode(prompts, sampler.embedded_guidance, upcoming, negative)
+        return cond.guided(sampler.guidance)
 
     def velocity(self, x: Latent, t: PerImage, cond: Cond) -> Latent:
         """Return v_θ(x, t), guided as `cond` says.

@@ -23,6 +23,7 @@ from flowalign.advantages import ADVANTAGES
 from flowalign.bundled import ROOT as PACKAGE_ROOT
 from flowalign.config.schema import field_docs, summary
 from flowalign.config.sections import Data, Distributed, Evaluation, Train
+from flowalign.data.source import DataSource
 from flowalign.dynamics import DYNAMICS
 from flowalign.models import MODELS
 from flowalign.models.config import ModelConfig
@@ -32,6 +33,7 @@ from flowalign.policy import Sampler
 from flowalign.rewards import REWARDS
 from flowalign.rewards.combine import COMBINE
 from flowalign.settings.by_name import imported
+from flowalign.tracking import TRACKERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -86,6 +88,22 @@ STOP_NOTE = """A rule of `stop` has one or more of `above`, `below`, `falling` a
 [over-optimisation](reliability.md#over-optimisation).
 """
 
+SOURCES = """### Files, folders and data sets
+
+`prompts` and `pairs` are a path, such as `my_prompts.csv` or `owner/name` for a data set of the
+Hugging Face hub, or a mapping with details, such as
+`{path: owner/name, split: train, columns: {prompt: caption}}`:
+
+"""
+
+TRACKING = """## tracking
+
+Where a run is recorded, besides `metrics.jsonl` and TensorBoard: names, such as `[wandb, mlflow]`,
+or names with settings, such as `{wandb: {project: my_project}}`. Default: nowhere else.
+[Your own](running.md#your-own-tracker) is named by its path: `my_tracker.py:MyTracker`.
+
+"""
+
 OUTPUT = """## output
 
 The run folder. Default: `outputs/` and the name of the YAML file without its ending.
@@ -136,11 +154,13 @@ def configuration_page() -> str:
         reward_settings(),
         alternatives("combine", COMBINE),
         section("data", Data),
+        SOURCES + "\n".join(entry(row) for row in settings(DataSource)) + "\n",
         "[Preference data](preference-data.md) describes the formats of `pairs`.\n",
         section("train", Train),
         STOP_NOTE,
         section("evaluation", Evaluation),
         section("distributed", Distributed),
+        TRACKING + "\n".join(map(tracker_settings, TRACKERS)) + "\n",
         OUTPUT,
     ]
     return "\n".join(filter(None, [HEAD, *sections]))
@@ -180,6 +200,13 @@ def reward_settings() -> str:
         if rows:
             lines += [f"- `{name}`: {about(reward)}", *rows]
     return "### Settings of built-in rewards\n\n" + "\n".join(lines) + "\n"
+
+
+def tracker_settings(name: str) -> str:
+    """A built-in tracker: what it is and its settings."""
+    tracker = imported(TRACKERS[name], f"tracking.{name}", TRACKERS)
+    rows = [f"    {entry(row)}" for row in all_settings(tracker)]
+    return "\n".join([f"- `{name}`: {about(tracker)}", *rows])
 
 
 def about(value: object) -> str:

@@ -13,7 +13,7 @@ ORDER = [
     *("errors", "progress", "bundled", "files", "distributed", "flow"),
     *("global_state", "settings"),
     *("dynamics", "advantages", "batch"),
-    *("worlds", "models", "data", "rewards"),
+    *("worlds", "models", "data", "rewards", "tracking"),
     "policy",
     *("objectives", "rollouts"),
     *("evaluation", "config", "reporting", "runs"),

@@ -82,6 +82,11 @@ def _add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance scale (default: that of the run's evaluation, or of the model family)",
     )
     parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what guidance leads away from (default: that of the run's evaluation, or nothing)",
+    )
+    parser.add_argument(
         "--model", metavar="MODEL", help="base model of an adapter (default: read from its card)"
     )
     parser.add_argument(
@@ -101,6 +106,7 @@ def _sample(options: argparse.Namespace) -> int:
         seed=options.seed,
         steps=options.steps,
         guidance=options.guidance,
+        negative_prompt=options.negative_prompt,
         model=options.model,
         rewards=options.reward,
         adapters=options.adapter,

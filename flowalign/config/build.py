@@ -30,6 +30,7 @@ def build_objects(values: Section, plain: PlainSections) -> Config:
         train=plain.train,
         evaluation=complete(plain.evaluation, plain.rewards),
         distributed=plain.distributed,
+        tracking=plain.tracking,
         output=plain.output,
         raw=values,
     )

@@ -13,7 +13,7 @@ from flowalign.rewards.combine import COMBINE
 from flowalign.rewards.registry import reward_entry, reward_name
 from flowalign.settings.types import build
 
-EVALUATION_SAMPLER = ("steps", "guidance", "embedded_guidance")
+EVALUATION_SAMPLER = ("steps", "guidance", "embedded_guidance", "negative_prompt")
 """The keys of evaluation.sampler."""
 
 

@@ -22,6 +22,7 @@ from flowalign.config.sections import (
     PlainSections,
     Train,
 )
+from flowalign.data.source import data_source
 from flowalign.errors import did_you_mean, naming, UserError
 from flowalign.rewards.registry import checked_rewards
 from flowalign.settings.merging import (
@@ -34,6 +35,7 @@ from flowalign.settings.merging import (
 )
 from flowalign.settings.types import build
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
+from flowalign.tracking.registry import checked_tracking
 
 OTHER_FIELDS = ("raw", "notes", "changes")
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OTHER_FIELDS)
@@ -85,6 +87,7 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
     check_written(values)
     values = interpolate(merge(DEFAULTS, values))
     values = locate_files(values, folders)
+    check_sources(values)
     evaluation = build(Evaluation, values.get("evaluation", {}), "evaluation")
     if evaluation.rewards:
         evaluation.rewards = checked_rewards(evaluation.rewards, "evaluation.rewards")
@@ -94,6 +97,7 @@ def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> C
         rewards=checked_rewards(values.get("rewards", {}), "rewards"),
         evaluation=evaluation,
         distributed=build(Distributed, values.get("distributed", {}), "distributed"),
+        tracking=checked_tracking(values.get("tracking", {})),
         output=check_output(values.get("output", str(Path("outputs") / path.stem))),
     )
     # Importing torch takes seconds, so it waits until the sections above are right.
@@ -115,6 +119,15 @@ def check_names(values: Section) -> None:
     for key in REQUIRED:
         if key not in values:
             raise UserError(f"the section {key!r} is missing; write {key}: {{...}}.")
+
+
+def check_sources(values: Section) -> None:
+    """Refuse prompts and pairs that are neither a path nor a mapping with one."""
+    for name in ("data", "evaluation"):
+        section = values.get(name)
+        for key in ("prompts", "pairs"):
+            if isinstance(section, dict) and key in section:
+                data_source(section[key], f"{name}.{key}")
 
 
 def check_output(output: object) -> str:

@@ -78,6 +78,12 @@ def others(config: Config) -> list[Setting]:
     sweep = config.evaluation.guidance_sweep
     return [
         Setting(
+            "sampler.negative_prompt",
+            sampler.negative_prompt != "",
+            is_guided(config),
+            "without guidance: sampler.guidance is 1",
+        ),
+        Setting(
             "data.ranking.top",
             ranking.top != 1 and ranking.by != "reward" and generates,
             False,
@@ -104,6 +110,27 @@ def others(config: Config) -> list[Setting]:
             "for a local folder",
         ),
     ]
+
+
+def is_guided(config: Config) -> bool:
+    """Return True if guidance away from a negative prompt occurs somewhere in a run."""
+    # An embedded guidance leads away from nothing. The sweep varies the guidance that is the
+    # model's own, and objectives may guide the reference alone.
+    sweeps = bool(config.evaluation.guidance_sweep) and not config.model.embeds_guidance
+    scales = guidance_scales(settings_of(config.objective))
+    scales += [config.sampler.guidance, config.evaluation_sampler.guidance]
+    return sweeps or any(scale > 1 for scale in scales)
+
+
+def guidance_scales(settings: dict[str, object]) -> list[float]:
+    """Return every guidance scale among an objective's settings."""
+    scales: list[float] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            scales += guidance_scales(value)
+        elif name == "guidance" and isinstance(value, int | float):
+            scales.append(float(value))
+    return scales
 
 
 def advantage_changed(config: Config) -> bool:

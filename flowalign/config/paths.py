@@ -18,6 +18,10 @@ FILES = (
     ("data", "pairs"),
     ("evaluation", "prompts"),
     ("evaluation", "pairs"),
+    ("data", "prompts", "path"),
+    ("data", "pairs", "path"),
+    ("evaluation", "prompts", "path"),
+    ("evaluation", "pairs", "path"),
 )
 """Keys whose value is a file or folder, or a list of them."""
 SPECS = (
@@ -62,6 +66,8 @@ def _with_files(
         values = with_text(values, key, spec)
     changed = dict(values)
     evaluation = values.get("evaluation")
+    if "tracking" in values:
+        changed["tracking"] = with_specs(values["tracking"], spec)
     if "rewards" in values:
         changed["rewards"] = rewards(values["rewards"])
     if isinstance(evaluation, dict) and "rewards" in evaluation:
@@ -80,6 +86,15 @@ def with_text(values: Section, key: Sequence[str], change: Callable[[str], str])
     if not rest and isinstance(value, list):
         return values | {name: [change(v) if isinstance(v, str) else v for v in value]}
     return values
+
+
+def with_specs(names: object, change: Callable[[str], str]) -> object:
+    """Return one name, or the names of a list or a mapping, each changed."""
+    if isinstance(names, dict):
+        return {change(str(name)): settings for name, settings in names.items()}
+    if isinstance(names, list):
+        return [with_specs(name, change) for name in names]
+    return change(names) if isinstance(names, str) else names
 
 
 def belongs_to_run(path: Path) -> bool:

@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "model.attention",
     "model.compile",
     "distributed",
+    # Where the run is recorded.
+    "tracking",
 )
 """Keys that may change, with all below them, when a run is resumed."""
 
@@ -53,6 +55,7 @@ def resolve(config: Config) -> Section:
         "train": asdict(config.train),
         "evaluation": asdict(config.evaluation),
         "distributed": asdict(config.distributed),
+        "tracking": config.tracking,
         "output": config.output,
     }
     # Escaping also makes lists of tuples: this must equal what a run's file is read back as.

@@ -19,6 +19,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from flowalign.advantages import ADVANTAGES
 from flowalign.config.checks import EVALUATION_SAMPLER
 from flowalign.config.sections import Data, DEFAULTS, Distributed, Evaluation, Train
+from flowalign.data.source import DataSource
 from flowalign.dynamics import DYNAMICS
 from flowalign.models import ALIASES, MODELS
 from flowalign.models.families import family_of
@@ -29,6 +30,7 @@ from flowalign.rewards.combine import COMBINE
 from flowalign.settings.by_name import imported
 from flowalign.settings.merging import Section
 from flowalign.settings.types import arguments_class, dataclass_in, defaults_of
+from flowalign.tracking import TRACKERS
 
 REFERENCE: Section = {"type": "string", "pattern": r"\$\{"}
 """Any value may be a reference, such as ${train.steps}."""
@@ -55,6 +57,9 @@ def json_schema() -> Section:
     evaluation["sampler"] = closed(
         {key: sampler[key] for key in EVALUATION_SAMPLER}, field_docs(Evaluation)["sampler"]
     )
+    data = properties_of(Data)
+    for section in (data, evaluation):
+        section |= {key: source_section(section[key]) for key in ("prompts", "pairs")}
     # The order of a shipped file: editors list keys in the order of the schema.
     sections: Section = {
         "extends": {"type": "string", "description": "A YAML file that this one is merged over."},
@@ -64,10 +69,11 @@ def json_schema() -> Section:
         "advantage": named_section(ADVANTAGES, "How rewards become advantages.", "advantage"),
         "combine": named_section(COMBINE, "How several rewards become one.", "combine"),
         "rewards": rewards,
-        "data": closed(properties_of(Data), summary(Data)),
+        "data": closed(data, summary(Data)),
         "train": closed(properties_of(Train), summary(Train)),
         "evaluation": closed(evaluation, summary(Evaluation)),
         "distributed": closed(properties_of(Distributed), summary(Distributed)),
+        "tracking": tracking_section(),
         "output": {"type": "string", "description": "The run folder; outputs/FILE by default."},
     }
     return {
@@ -136,6 +142,31 @@ def reward_map() -> Section:
         "type": "object",
         "properties": properties,
         "additionalProperties": {"anyOf": [weight, {"type": "object"}, REFERENCE]},
+    }
+
+
+def source_section(written: object) -> Section:
+    """Return the schema of prompts or pairs: a path, or a mapping with details."""
+    assert isinstance(written, dict)
+    details = closed(properties_of(DataSource), summary(DataSource))
+    return {**written, "anyOf": [{"type": "string"}, details]}
+
+
+def tracking_section() -> Section:
+    """Return the schema of the section `tracking`: names, or names with settings."""
+    properties: Section = {}
+    for name, entry in TRACKERS.items():
+        tracker = imported(entry, f"tracking.{name}", TRACKERS)
+        settings = closed(properties_of(tracker), summary(tracker))
+        properties[name] = {"description": summary(tracker), "anyOf": [settings, {"type": "null"}]}
+    choice: Section = {"anyOf": [{"enum": list(TRACKERS)}, {"type": "string", "pattern": ":"}]}
+    return {
+        "description": "Where the run is recorded, besides metrics.jsonl and TensorBoard.",
+        "anyOf": [
+            {"type": "object", "properties": properties},
+            {"type": "array", "items": choice},
+            choice,
+        ],
     }
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from flowalign.policy import Sampler
     from flowalign.rewards.combine import Combine
 
+Source = str | dict[str, object]
+"""A file, a folder or a data set: its path, or a mapping with the keys of `DataSource`."""
+
 DEFAULTS: Section = {
     "sampler": {"dynamics": {"name": "ode"}},
     "objective": {"name": "flow_grpo"},
@@ -128,18 +131,21 @@ class Train(Settings):
 class Evaluation(Settings):
     """Evaluation before, during and after training, on fixed prompts and noise, by the ODE."""
 
-    prompts: str = ""
-    """A prompt file; if empty, all training prompts (every caption of `data.pairs`)."""
+    prompts: Source = ""
+    """Prompts, written as `data.prompts`.
+
+    If empty, all training prompts (every caption of `data.pairs`).
+    """
     images_per_prompt: Count = 1
     """Images generated for each prompt."""
     rewards: dict[str, object] = field(default_factory=dict)
     """Rewards to report, written as the section `rewards`; the training rewards if empty."""
-    pairs: str = ""
+    pairs: Source = ""
     """Held-out pairs or pictures, written as `data.pairs`; a tenth of `data.pairs` if empty."""
     sampler: dict[str, object] = field(default_factory=dict)
     """Keys that differ from `sampler` in evaluations, as in {guidance: 4.5}.
 
-    They are steps, guidance and embedded_guidance.
+    They are steps, guidance, embedded_guidance and negative_prompt.
     """
     guidance_sweep: list[Guidance] = field(default_factory=lambda: [2.0, 3.0, 4.5, 7.0])
     """Guidance scales to try without the adapter; the best is a second baseline. Empty for none."""
@@ -149,13 +155,17 @@ class Evaluation(Settings):
 class Data:
     """The training data: prompts to generate images for, or given pictures."""
 
-    prompts: str = ""
-    """A .txt file with a prompt per line, or a .jsonl, .csv, .tsv or .parquet file.
+    prompts: Source = ""
+    """A .txt file with a prompt per line, a .jsonl, .csv, .tsv or .parquet file, or owner/name.
 
-    Other fields and columns than `prompt` are metadata for rewards.
+    With details: {path: owner/name, split: train, columns: {prompt: caption}}. Other fields and
+    columns than `prompt` are metadata for rewards.
     """
-    pairs: str = ""
-    """A .jsonl file, a folder or a data set of chosen and rejected pictures, or of single ones."""
+    pairs: Source = ""
+    """A file, a folder, or owner/name of chosen and rejected pictures, or of single ones.
+
+    With details, written as `prompts`.
+    """
     ranking: Ranking = field(default_factory=Ranking)
     """Which pairs there are, and how much each counts, for objectives that learn from pairs."""
 
@@ -180,6 +190,7 @@ class PlainSections:
     evaluation: Evaluation
     rewards: dict[str, object]
     distributed: Distributed
+    tracking: dict[str, dict[str, object]]
     output: str
 
 
@@ -201,6 +212,8 @@ class Config:
     train: Train
     evaluation: Evaluation
     distributed: Distributed
+    tracking: dict[str, dict[str, object]]
+    """The settings of trackers by name, besides those that every run has."""
     output: str
     """The run folder."""
     raw: Section

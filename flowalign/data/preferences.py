@@ -1,9 +1,10 @@
 """Read preference data: a chosen and a rejected image for each prompt, or single images.
 
-Accepted are a `.jsonl` file, a folder with `metadata.jsonl`, a vote file (see `data/votes.py`), and
-a Hugging Face dataset on disk (parquet, or `save_to_disk`) with the columns of Pick-a-Pic: caption,
-jpg_0, jpg_1, label_0. An example holds functions that read the bytes of its images when they are
-used. `check_pictures` reads and decodes all of them once.
+Accepted are files that name pictures (`.jsonl`, `.json`, `.csv`, `.tsv`), a folder with
+`metadata.jsonl`, a vote file (see `data/votes.py`), and data sets with the columns of a known
+layout: parquet files, a split that was saved on disk, or a data set of the hub. An example holds
+functions that read the bytes of its images when they are used. `check_pictures` reads and decodes
+all of them once.
 """
 
 import math
@@ -11,14 +12,17 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowalign.data.examples import beside, Drawn, Example, picture_reader, ReadBytes
+from flowalign.data.hub import folder_of, open_dataset, quiet_datasets, renamed_columns
+from flowalign.data.layouts import examples_of
 from flowalign.data.pictures import named_picture
-from flowalign.data.prompts import Metadata, Prompt, read_objects
+from flowalign.data.prompts import Metadata, Prompt, read_array, read_objects
+from flowalign.data.source import data_source, DataSource, Written
+from flowalign.data.tables import read_rows, SEPARATORS
 from flowalign.data.votes import is_vote_file, liked_examples, pair_examples, read_votes
 from flowalign.errors import similar_file, UserError
 from flowalign.progress import task
@@ -26,13 +30,12 @@ from flowalign.progress import task
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CHOSEN_FIELDS = ("chosen", "chosen_file_name", "image", "file_name")
-REJECTED_FIELDS = ("rejected", "rejected_file_name")
+LISTINGS = (".jsonl", ".json", *SEPARATORS)
+"""Files that name pictures, which are relative to the file."""
+CHOSEN_FIELDS = ("chosen", "chosen_file_name", "path1", "image", "file_name")
+"""The names of a chosen picture; path1 is that of HPDv3."""
+REJECTED_FIELDS = ("rejected", "rejected_file_name", "path2")
 LIKED_FIELDS = ("liked", "label")
-PICK_A_PIC = ("caption", "jpg_0", "jpg_1", "label_0")
-WINNERS = {1.0: ("jpg_0", "jpg_1"), 0.0: ("jpg_1", "jpg_0")}
-"""The columns of the chosen and the rejected image, by the label of the first."""
-TIE = 0.5
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -40,7 +43,10 @@ SPLITS = {
 }
 """Words in names of files and folders by which datasets tells splits, and the split of each."""
 OPENED_AT_ONCE = 256
-FORMATS = "a .jsonl file, a folder with metadata.jsonl, parquet files, or a split saved by datasets"
+FORMATS = (
+    "a .jsonl file, a folder with metadata.jsonl, parquet files, a split saved by datasets, or "
+    "owner/name of the hub"
+)
 
 
 @dataclass(frozen=True)
@@ -62,42 +68,61 @@ ANY = Reading(likes=True)
 """Everything, for the prompts alone."""
 
 
-def read_examples(path: str, key: str, reading: Reading = PICTURES) -> list[Example]:
-    """Read the examples of a file or folder.
+def read_examples(written: Written, key: str, reading: Reading = PICTURES) -> list[Example]:
+    """Read the examples of a file, a folder or a data set.
 
     Raises UserError with `key`, the file and the entry if the data cannot be used.
     """
-    location = Path(path)
-    if not os.path.exists(location):
+    source = data_source(written, key)
+    if not source.is_on_hub and not os.path.exists(source.location):
         raise UserError(
-            f"{key}: there is no file or folder {path}. Correct the path.{similar_file(path)}"
+            f"{key}: there is no file or folder {source.path}. Correct the path."
+            f"{similar_file(source.location)}"
         )
-    examples = _examples_of(location, key, reading)
+    examples = _examples_of(source, key, reading)
     if reading.paired and not reading.likes:
-        _require_pairs(examples, path, key)
+        _require_pairs(examples, str(source), key)
     if reading.paired:
         examples = [example for example in examples if example.gap or example.tie]
     if not reading.likes:
         examples = [example for example in examples if example.liked]
     if not examples:
         raise UserError(
-            f"{key}: {path} has no {'pairs' if reading.paired else 'images'}. Ties are left out of "
-            "pairs."
+            f"{key}: {source} has no {'pairs' if reading.paired else 'images'}. Ties are left out "
+            "of pairs."
         )
     return examples
 
 
-def _examples_of(location: Path, key: str, reading: Reading) -> list[Example]:
+def _examples_of(source: DataSource, key: str, reading: Reading) -> list[Example]:
+    location = source.location
     listing = location / "metadata.jsonl" if location.is_dir() else location
+    where = f"{key}: {source}"
+    if source.is_dataset:
+        return examples_of(open_dataset(source, key), where, folder_of(source))
     if is_vote_file(listing):
         file = read_votes(listing, key)
         if reading.paired and not reading.likes:
             return pair_examples(file, reading.ties)
         return liked_examples(file)
-    if listing.suffix == ".jsonl" and listing.is_file():
-        objects = read_objects(listing, key)
-        return [_example_of_object(entry, listing, where) for entry, where in objects]
-    return _examples_of_dataset(location, key)
+    if listing.suffix in LISTINGS and listing.is_file():
+        rows = _listed(replace(source, path=str(listing)), key)
+        return [_example_of_object(entry, listing, where) for entry, where in rows]
+    return examples_of(_open_folder(source, key), where, folder_of(source))
+
+
+def _listed(source: DataSource, key: str) -> list[tuple[Metadata, str]]:
+    """Return the rows of a file that names pictures, each with the words that name it."""
+    location = source.location
+    if location.suffix in SEPARATORS:
+        return [(_without_empty(row), where) for row, where in read_rows(source, key)]
+    entries = read_array if location.suffix == ".json" else read_objects
+    return [(source.renamed(entry), where) for entry, where in entries(location, key)]
+
+
+def _without_empty(row: Metadata) -> Metadata:
+    """Return a row of a table without its empty cells: a single picture has none to reject."""
+    return {name: value for name, value in row.items() if value not in ("", None)}
 
 
 def _require_pairs(examples: list[Example], path: str, key: str) -> None:
@@ -165,55 +190,9 @@ def _score(value: object) -> float:
     return float(value) if math.isfinite(value) else math.nan
 
 
-def _examples_of_dataset(location: Path, key: str) -> list[Example]:
-    """Make examples from a dataset with Pick-a-Pic's columns, without rows that have no winner."""
-    table = _open_dataset(location, key)
-    missing = sorted(set(PICK_A_PIC) - set(table.column_names))
-    if missing:
-        raise UserError(
-            f"{key}: {location} has no column {', '.join(missing)}; "
-            f"it has {', '.join(table.column_names)}. Rename its columns as in Pick-a-Pic."
-        )
-    # A column alone, because reading a row decodes all its columns.
-    columns = {name: table.select_columns([name]) for name in ("jpg_0", "jpg_1")}
-    examples = []
-    for row, (label, caption) in enumerate(zip(table["label_0"], table["caption"], strict=True)):
-        where = f"{key}: {location}, row {row + 1}"
-        if not _has_winner(label, where):
-            continue
-        if not isinstance(caption, str):
-            raise UserError(f"{where} has the caption {caption!r}. Write a text, or remove it.")
-        chosen, rejected = WINNERS[label]
-        examples.append(
-            Example(
-                prompt=Prompt(caption),
-                chosen=partial(_cell_bytes, columns[chosen], row, where),
-                rejected=partial(_cell_bytes, columns[rejected], row, where),
-                where=where,
-            )
-        )
-    return examples
-
-
-def _has_winner(label: object, where: str) -> bool:
-    """Return False for a tie or a row without a label. Raises UserError for another value."""
-    # A float column holds NaN where the label is missing.
-    if label is None or label == TIE or (isinstance(label, float) and math.isnan(label)):
-        return False
-    if not isinstance(label, int | float) or label not in WINNERS:
-        raise UserError(
-            f"{where} has label_0 {label!r}. Write 1 if jpg_0 is better, 0 if jpg_1 is, and 0.5 "
-            "for a tie."
-        )
-    return True
-
-
-def _open_dataset(location: Path, key: str) -> "Dataset":
-    import datasets  # slow to import, and used here only
-
-    datasets.disable_progress_bars()
-    # `datasets` logs an error before it raises it, and the message below already says what failed.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+def _open_folder(source: DataSource, key: str) -> "Dataset":
+    """Open a split that `datasets` saved, a parquet file, or the parquet files of a folder."""
+    datasets, location = quiet_datasets(), source.location
     try:
         if (location / "state.json").is_file():
             table = datasets.load_from_disk(str(location))
@@ -227,11 +206,7 @@ def _open_dataset(location: Path, key: str) -> "Dataset":
         raise UserError(
             f"{key}: {location} cannot be opened as a dataset: {error}. Use {FORMATS}."
         ) from error
-    assert isinstance(table, datasets.Dataset)
-    for column in ("jpg_0", "jpg_1"):
-        if isinstance(table.features.get(column), datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-    return table
+    return renamed_columns(table, source, key)
 
 
 def _parquet_files(location: Path, key: str) -> list[str]:
@@ -256,20 +231,6 @@ def _split_of(file: Path) -> str:
     words = re.split(r"[^a-z]+", file.with_suffix("").as_posix().lower())
     known = [SPLITS[word] for word in words if word in SPLITS]
     return shard[1] if shard else "".join(known[:1])
-
-
-def _cell_bytes(table: "Dataset", row: int, where: str) -> bytes:
-    """Return the bytes of an image file in a table of one column."""
-    (column,) = table.column_names
-    # An image column holds {"bytes", "path"}; a binary column the bytes alone.
-    cell = table[row][column]
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not isinstance(content, bytes):
-        held = "no bytes" if isinstance(cell, dict) else repr(cell)[:80]
-        raise UserError(
-            f"{where}: {column} holds {held}. Store the bytes of an image file there, or remove it."
-        )
-    return content
 
 
 def check_pictures(examples: Sequence[Example]) -> None:

@@ -1,6 +1,7 @@
 """Read prompt files, and choose the prompts of a step as a pure function of the step."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -8,11 +9,29 @@ from random import Random
 from typing import Any
 
 from flowalign.data import tables
+from flowalign.data.source import data_source, Written
 from flowalign.errors import UserError
 from flowalign.files import read_text
 
 Metadata = dict[str, Any]
 """The fields beside the prompt in a line of a prompt file. Values are what JSON holds."""
+
+
+NEGATIVE = "negative_prompt"
+"""The field of a prompt that guidance leads away from."""
+
+
+def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
+    """Return the negative prompt in some metadata, or the default without one."""
+    own = metadata.get(NEGATIVE)
+    return default if own is None else own
+
+
+def guidance_texts(prompts: Iterable["Prompt"], default: str) -> list[str]:
+    """Return the texts of the prompts, and then each of their negative prompts once."""
+    prompts = list(prompts)
+    negative = dict.fromkeys(negative_prompt(prompt.metadata, default) for prompt in prompts)
+    return [*(prompt.text for prompt in prompts), *filter(None, negative)]
 
 
 @dataclass(frozen=True)
@@ -23,25 +42,30 @@ class Prompt:
     metadata: Metadata = field(default_factory=dict)
 
 
-def read_prompts(path: str | Path, key: str = "data.prompts") -> list[Prompt]:
-    """Read a `.txt` file (one prompt per line), a `.jsonl` file (objects), or a table.
+def read_prompts(written: Written | Path, key: str = "data.prompts") -> list[Prompt]:
+    """Read a `.txt` file (one prompt per line), a `.jsonl` file (objects), a table or a data set.
 
-    Objects have a field `prompt`, and tables (`.csv`, `.tsv`, `.parquet`) a column `prompt`,
-    `caption` or `text`. Other fields and columns become metadata.
+    Objects have a field `prompt`, and tables (`.csv`, `.tsv`, `.parquet`) and data sets a column
+    `prompt`, `caption` or `text`. Other fields and columns become metadata.
 
     Raises UserError with `key`, the file and the line if the file cannot be used.
     """
-    path = Path(path)
-    if path.suffix == ".txt":
+    source = data_source(written, key)
+    path = source.location
+    if source.is_dataset:
+        prompts = [_prompt(entry, where) for entry, where in tables.read_dataset(source, key)]
+    elif path.suffix == ".txt":
         prompts = [Prompt(line.strip()) for line, _ in _lines(path, key)]
     elif path.suffix == ".jsonl":
-        prompts = [_prompt(entry, where) for entry, where in read_objects(path, key)]
+        objects = read_objects(path, key)
+        prompts = [_prompt(source.renamed(entry), where) for entry, where in objects]
     elif path.suffix in tables.SUFFIXES:
-        prompts = [_prompt(entry, where) for entry, where in tables.read_rows(path, key)]
+        prompts = [_prompt(entry, where) for entry, where in tables.read_rows(source, key)]
     else:
         raise UserError(
             f"{key}: {path} cannot be read as prompts. Give a .txt file with one prompt per line, "
-            f"a .jsonl file, or a table ({', '.join(tables.SUFFIXES)})."
+            f"a .jsonl file, a table ({', '.join(tables.SUFFIXES)}), or a data set as "
+            "{path: FOLDER, split: train}."
         )
     if not prompts:
         raise UserError(f"{key}: {path} has no prompts. Write one per line.")
@@ -64,6 +88,20 @@ def read_objects(path: Path, key: str) -> list[tuple[Metadata, str]]:
     return objects
 
 
+def read_array(path: Path, key: str) -> list[tuple[Metadata, str]]:
+    """Read the objects of a `.json` file that holds one list, as `read_objects`."""
+    try:
+        values = json.loads(read_text(path, key))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key}: {path} is not JSON: {error}. Write a list of objects.") from None
+    if not isinstance(values, list):
+        raise UserError(f"{key}: {path} does not hold a list. Write a list of objects.")
+    return [
+        (value if isinstance(value, dict) else {}, f"{key}: {path}, entry {number}")
+        for number, value in enumerate(values, 1)
+    ]
+
+
 def _lines(path: Path, key: str) -> list[tuple[str, str]]:
     """Return the lines that are not empty, each with the words that name it in an error."""
     # Not `splitlines`: it also splits at characters that may stand inside a prompt (U+2028).
@@ -78,6 +116,8 @@ def _prompt(entry: Metadata, where: str) -> Prompt:
             f'{where} has no text in the field "prompt". '
             'Write for example {"prompt": "a red circle"}.'
         )
+    if not isinstance(entry.get(NEGATIVE), str | None):
+        raise UserError(f"{where} has the {NEGATIVE} {entry[NEGATIVE]!r}. Write a text.")
     metadata = {name: value for name, value in entry.items() if name != "prompt"}
     return Prompt(entry["prompt"], metadata)
 

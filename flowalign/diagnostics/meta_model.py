@@ -282,7 +282,11 @@ class MetaModel(FlowModel):
         return self.family.encode_texts(texts)
 
     def encode(
-        self, prompts: list[str], embedded_guidance: float = 1.0, upcoming: Iterable[str] = ()
+        self,
+        prompts: list[str],
+        embedded_guidance: float = 1.0,
+        upcoming: Iterable[str] = (),
+        negative: Sequence[str] | None = None,
     ) -> Cond:
         """Return a number for each prompt, in place of its embeddings."""
         different, index = distinct(prompts)

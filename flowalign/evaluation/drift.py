@@ -45,7 +45,7 @@ def velocity_drift(policy: Policy, rollout: Rollout) -> tuple[float, float]:
     Returns:
         The means of ‖v‖ / ‖v_ref‖ and of ‖v - v_ref‖² / ‖v_ref‖² over images and fixed times.
     """
-    cond = policy.encode(rollout.prompts)
+    cond = policy.encode(rollout.prompts, metadata=rollout.metadata)
     # The latents of an evaluation are on the CPU.
     rollout = replace(rollout, x0=rollout.x0.to(cond.device))
     reference = policy.at("reference")

@@ -139,6 +139,7 @@ class GuidanceSweep:
         facts = {
             "format": FORMAT,
             "sampler": [sampler.steps, sampler.guidance, sampler.embedded_guidance],
+            "negative_prompt": sampler.negative_prompt,
             "candidates": [self.setting, *self.candidates],
             "target": [self.target, self.sign],
             "rewards": list(self.rewards),

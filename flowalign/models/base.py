@@ -159,7 +159,11 @@ class FlowModel(ABC, Generic[C]):
         return {}
 
     def encode(
-        self, prompts: list[str], embedded_guidance: float = 1.0, upcoming: Iterable[str] = ()
+        self,
+        prompts: list[str],
+        embedded_guidance: float = 1.0,
+        upcoming: Iterable[str] = (),
+        negative: Sequence[str] | None = None,
     ) -> Cond:
         """Return the inputs of the prompts on the model's device. Equal prompts are encoded once.
 
@@ -168,10 +172,12 @@ class FlowModel(ABC, Generic[C]):
             embedded_guidance: Scale for a model with distilled guidance; other models ignore it.
             upcoming: Prompts that will be needed next, the soonest first. If prompts are missing,
                 as many of these as fit are encoded in the same visit to the device.
+            negative: What guidance leads away from, one text per image; the empty prompt if None.
         """
-        rows = self._texts.rows(prompts, self._encode_chunks, upcoming)
-        different, places = distinct(prompts)
-        index = places.to(self.device)
+        negative = [""] * len(prompts) if negative is None else list(negative)
+        # The cache gives the empty prompt to every call.
+        texts = [*prompts, *filter(None, negative)]
+        rows = self._texts.rows(texts, self._encode_chunks, upcoming)
 
         def table(texts: Iterable[str]) -> dict[str, Tensor]:
             chosen = [rows[text] for text in texts]
@@ -180,7 +186,11 @@ class FlowModel(ABC, Generic[C]):
             scale = self.guidance_inputs(len(chosen), embedded_guidance)
             return {name: values.to(self.device) for name, values in stacked.items()} | scale
 
-        return Cond(Rows(table(different), index), Rows(table([""]), torch.zeros_like(index)))
+        def side(texts: Sequence[str]) -> Rows:
+            different, places = distinct(texts)
+            return Rows(table(different), places.to(self.device))
+
+        return Cond(side(prompts), side(negative))
 
     def remember(self, prompts: list[str], together: int = ENCODE_AT_ONCE) -> None:
         """Encode prompts in advance and keep them, if the cache holds all of them.

@@ -40,18 +40,23 @@ def is_local(path: str) -> bool:
 
 def explain_loading(key: str, path: str, error: BaseException) -> str:
     """Return why a model could not be opened and what to do about it."""
-    # Libraries wrap the hub's errors in their own, so every cause in the chain is searched.
-    causes, cause = [], error
-    while cause is not None:
-        causes.append(f"{type(cause).__name__} {cause}")
-        cause = cause.__cause__ or cause.__context__
-    chain = "\n".join(causes)
+    chain = causes_of(error)
     # Class names and phrases, because digits such as 404 also occur in paths and request numbers.
     if not os.path.isdir(path):
         for phrases, explanation in EXPLANATIONS:
             if any(phrase in chain for phrase in phrases):
                 return f"{key}: {explanation.format(path=path)}"
     return f"{key}: {path} cannot be opened as a model: {error}"
+
+
+def causes_of(error: BaseException) -> str:
+    """Return an error and its causes, a line each: libraries wrap the hub's errors in their own."""
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__} {cause}")
+        cause = cause.__cause__ or cause.__context__
+    return "\n".join(causes)
 
 
 # The class is untyped: Auto classes of transformers return instances of other classes.

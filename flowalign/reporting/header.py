@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from flowalign.config.sections import Config
+from flowalign.data.source import data_source
 from flowalign.models.config import ModelConfig
 from flowalign.rewards.registry import reward_entry
 
@@ -47,8 +48,9 @@ def plural(count: int, noun: str) -> str:
 
 def _data_facts(config: Config) -> dict[str, str]:
     if config.data.pairs:
-        return {"data": config.data.pairs}
-    return {"rewards": _weights(config.rewards), "prompts": config.data.prompts}
+        return {"data": str(data_source(config.data.pairs, "data.pairs"))}
+    prompts = str(data_source(config.data.prompts, "data.prompts"))
+    return {"rewards": _weights(config.rewards), "prompts": prompts}
 
 
 def _weights(rewards: Mapping[str, object]) -> str:

@@ -38,13 +38,21 @@ def save_sheet(rows: Mapping[str, Tensor], prompts: Sequence[str], path: Path) -
         prompts: One text per picture.
         path: The PNG file. Missing folders are created.
     """
+    sheet, legend = draw_sheet(rows, prompts)
+    if legend:
+        write_file(path.with_suffix(".txt"), "".join(f"{line}\n" for line in legend).encode())
+    _save(sheet, path)
+
+
+def draw_sheet(rows: Mapping[str, Tensor], prompts: Sequence[str]) -> tuple[Image.Image, list[str]]:
+    """Return the sheet of `save_sheet`, and the prompts by number if no font can draw them."""
     texts = [drawable(prompt) for prompt in prompts]
     font = font_for([*texts, *rows])
-    if font is None:
-        font, texts = default_font(), [str(number) for number in range(1, len(texts) + 1)]
-        lines = (f"{text}  {prompt}" for text, prompt in zip(texts, prompts, strict=True))
-        write_file(path.with_suffix(".txt"), "".join(f"{line}\n" for line in lines).encode())
-    _save(_draw_sheet(rows, texts, font), path)
+    if font is not None:
+        return _draw_sheet(rows, texts, font), []
+    numbers = [str(number) for number in range(1, len(texts) + 1)]
+    legend = [f"{number}  {text}" for number, text in zip(numbers, texts, strict=True)]
+    return _draw_sheet(rows, numbers, default_font()), legend
 
 
 def _draw_sheet(rows: Mapping[str, Tensor], texts: Sequence[str], font: Font) -> Image.Image:

@@ -1,37 +1,23 @@
-"""Trackers record a run while it trains: metrics as JSON lines, TensorBoard, and picture files."""
+"""Trackers that every run has: metrics as JSON lines, TensorBoard, and picture files."""
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from flowalign.files import to_json, write_file
-from flowalign.reporting.images import save_grid
-
-Metrics = Mapping[str, float]
-
-
-class Tracker(Protocol):
-    """A record of a run. Only the main process has trackers."""
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Record the metrics of a training step."""
-        ...
-
-    def images(self, step: int, name: str, images: Tensor, captions: Sequence[str]) -> None:
-        """Record pictures (B, 3, H, W) in bytes, with one caption each. `name` names the series."""
-        ...
-
-    def close(self) -> None:
-        """Write what is still in memory."""
-        ...
+from flowalign.reporting.images import draw_sheet, save_grid
+from flowalign.tracking.base import flat, Metrics, Tracker
+from flowalign.tracking.named import start_trackers
 
 
-class JsonLines:
+class JsonLines(Tracker):
     """Append metrics to `metrics.jsonl`, one object per step. Pictures are not recorded."""
 
     def __init__(self, run: Path, step: int):
@@ -46,19 +32,16 @@ class JsonLines:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(to_json({"step": step, **metrics}) + "\n")
 
-    def images(self, step: int, name: str, images: Tensor, captions: Sequence[str]) -> None:
-        """Record nothing: the file holds numbers only."""
 
-    def close(self) -> None:
-        """Do nothing: every line is written at once."""
+class TensorBoard(Tracker):
+    """Write metrics, pictures and hyper-parameters to the event files in `tensorboard/`."""
 
-
-class TensorBoard:
-    """Write metrics and pictures to the event files in `tensorboard/`."""
-
-    def __init__(self, run: Path, step: int):
+    def __init__(self, run: Path, step: int, settings: Mapping[str, Any] | None = None):
         # Curves of a resumed run would double back without `purge_step`.
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        # Not `add_hparams`, which would put them into a folder that looks like a run of its own.
+        for summary in hparams(flat(settings), {}) if settings else ():
+            self.writer._get_file_writer().add_summary(summary)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Add one scalar per metric."""
@@ -67,16 +50,19 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, images: Tensor, captions: Sequence[str]) -> None:
-        """Add a grid of the pictures."""
-        # TensorBoard has no captions; the grids in `pictures/` follow the order of the prompts.
-        self.writer.add_images(name, images, step)
+        """Add a sheet of the pictures under their captions."""
+        # Drawn into the picture, because TensorBoard has no captions.
+        sheet, legend = draw_sheet({"": images}, captions)
+        self.writer.add_image(name, np.asarray(sheet), step, dataformats="HWC")
+        if legend:
+            self.writer.add_text(name, "  \n".join(legend), step)
 
     def close(self) -> None:
         """Flush the event file."""
         self.writer.close()
 
 
-class PictureFiles:
+class PictureFiles(Tracker):
     """Save pictures as one grid per step: `pictures/step-000100.png` for the series "pictures"."""
 
     def __init__(self, run: Path):
@@ -88,9 +74,6 @@ class PictureFiles:
     def images(self, step: int, name: str, images: Tensor, captions: Sequence[str]) -> None:
         """Save the grid."""
         save_grid(images, self.run / name / f"step-{step:06d}.png", columns=6)
-
-    def close(self) -> None:
-        """Do nothing: every file is complete."""
 
 
 class Trackers:
@@ -121,9 +104,25 @@ class Trackers:
         self.close()
 
 
-def open_trackers(run: Path, step: int) -> Trackers:
-    """Open the trackers of a run folder. Records of steps after `step` are dropped."""
-    return Trackers([JsonLines(run, step), TensorBoard(run, step), PictureFiles(run)])
+def open_trackers(
+    run: Path,
+    step: int,
+    settings: dict[str, Any] | None = None,
+    named: Mapping[str, Tracker] | None = None,
+) -> Trackers:
+    """Open the trackers of a run folder. Records of steps after `step` are dropped.
+
+    Args:
+        run: The run folder.
+        step: The step that the run resumes from; 0 for a new one.
+        settings: The configuration with every default.
+        named: The trackers of the section `tracking`. They cannot drop steps that they have
+            recorded. A resumed run repeats these exactly, so they are not recorded again.
+    """
+    last = max((int(line["step"]) for line in read_metrics(run)), default=0)
+    own = [JsonLines(run, step), TensorBoard(run, step, settings), PictureFiles(run)]
+    recorded = range(step, max(step, last) + 1)
+    return Trackers([*own, *start_trackers(named or {}, run, recorded, settings or {})])
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

@@ -18,12 +18,12 @@ def make_prompts(
 
     Text encoders that are needed also encode prompts of `upcoming`, which come next.
     """
-    texts = [prompt.text for prompt in prompts]
+    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     return Prompts(
         prompts=texts,
-        metadata=[prompt.metadata for prompt in prompts],
+        metadata=metadata,
         keys=keys,
-        cond=policy.encode(texts, upcoming),
+        cond=policy.encode(texts, upcoming, metadata),
         weight=torch.ones(len(texts)),
     )
 

@@ -170,9 +170,13 @@ def _entries(folder: Path) -> Mapping[str, object]:
 
 def _pipeline_call(config: Config) -> PipelineCall | None:
     model, sampler = config.model, config.evaluation_sampler
-    return family_of(model.name).pipeline_call(
+    call = family_of(model.name).pipeline_call(
         model, sampler.steps, sampler.guidance, sampler.embedded_guidance
     )
+    if not call or not sampler.negative_prompt or sampler.guidance == 1:
+        return call
+    negative = {"negative_prompt": sampler.negative_prompt}
+    return replace(call, calling={**call.calling, **negative})
 
 
 def _values(config: Config, call: PipelineCall, folder: Path) -> dict[str, str]:

@@ -64,6 +64,8 @@ class FinishedRun:
         values = {
             **{f"model.{k}": value for k, value in model.items() if k not in OWN_SETTINGS},
             **{f"evaluation.sampler.{key}": sampler.get(key) for key in SAMPLER},
+            # Runs of earlier versions have none.
+            "evaluation.sampler.negative_prompt": sampler.get("negative_prompt") or "",
             "evaluation.images_per_prompt": evaluation.get("images_per_prompt"),
             # The noise of evaluations is drawn from this seed.
             "train.seed": _value(self.config, "train.seed"),

@@ -18,6 +18,7 @@ from flowalign.config.paths import (
 from flowalign.config.resolved import differing, may_change, resolve
 from flowalign.config.sections import Config
 from flowalign.data.prompts import Prompt
+from flowalign.data.source import data_source
 from flowalign.errors import UserError
 from flowalign.files import sha256, to_json, write_file
 from flowalign.progress import say
@@ -155,7 +156,8 @@ def input_checksums(config: Config) -> dict[str, str]:
         "evaluation.prompts": config.evaluation.prompts,
         "evaluation.pairs": config.evaluation.pairs,
     }
-    return {key: sha256(Path(path)) for key, path in paths.items() if Path(path).is_file()}
+    files = {key: data_source(path, key).location for key, path in paths.items()}
+    return {key: sha256(file) for key, file in files.items() if file.is_file()}
 
 
 def _on_main(folder: Path, work: Callable[[], None]) -> None:

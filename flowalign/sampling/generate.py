@@ -44,6 +44,8 @@ class SampleSettings(Settings):
     """Sampler steps; those of the source if None."""
     guidance: float | None = None
     """Guidance scale; that of the source if None."""
+    negative_prompt: str | None = None
+    """Text that guidance leads away from; that of the source if None."""
     rewards: tuple[str, ...] = ()
     """Rewards that score the pictures, as the command line names them."""
     strengths: tuple[Annotated[float, Field(ge=-100, le=100)], ...] = ()
@@ -129,9 +131,20 @@ def describe_source(
 
 def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
     """Return the sampler of a source with the settings of the user."""
-    changes = {"steps": settings.steps, guidance_key(source.model): settings.guidance}
+    key = guidance_key(source.model)
+    changes = {
+        "steps": settings.steps,
+        key: settings.guidance,
+        "negative_prompt": settings.negative_prompt,
+    }
     changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(source.sampler, **changes)
+    sampler = replace(source.sampler, **changes)
+    if settings.negative_prompt and sampler.guidance == 1:
+        reason = "guidance is 1. Give a guidance above 1, or leave out the negative prompt."
+        if key != "guidance":
+            reason = f"{source.model.name} models take guidance as an input. Leave it out."
+        raise UserError(f"The negative prompt would have no effect, because {reason}")
+    return sampler
 
 
 def load_policy(source: Source, settings: SampleSettings) -> Policy:

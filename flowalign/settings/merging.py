@@ -21,7 +21,7 @@ Section = dict[str, object]
 Key = tuple[str | int, ...]
 """Names of sections and positions in lists, from the top to a value."""
 
-REPLACED = ("rewards",)
+REPLACED = ("rewards", "tracking")
 """Maps that a child or an override replaces as a whole."""
 MISSING = "???"
 """OmegaConf's mark for a value that must still be written."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowalign import distributed
 from flowalign.batch import Batch
+from flowalign.config.resolved import resolve
 from flowalign.config.sections import Config
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation.early_stopping import best_step, stop_reason, within_limits
@@ -41,6 +42,8 @@ from flowalign.runs.folder import (
 )
 from flowalign.runs.interrupt import Interrupt
 from flowalign.runs.lock import FolderLock
+from flowalign.tracking.base import Tracker
+from flowalign.tracking.registry import load_trackers
 from flowalign.training.preflight import require_preflight
 from flowalign.training.setup import assemble, load, read_inputs
 
@@ -71,6 +74,8 @@ class Run:
     """How far the run has come."""
     interrupt: Interrupt = field(default_factory=Interrupt)
     """The request to stop after the present step."""
+    trackers: dict[str, Tracker] = field(default_factory=dict)
+    """The trackers of the section `tracking`; only the main process has any."""
     rewards_before: tuple[int, dict[str, Tensor]] = (-1, {})
     """The step that began last, and the state of the rewards at that time."""
     last_evaluation: tuple[int, EvaluationResult] | None = None
@@ -338,7 +343,7 @@ class Run:
         """Open the trackers of the run; only the main process has any."""
         if not distributed.is_main():
             return Trackers()
-        return open_trackers(self.folder, self.progress.step)
+        return open_trackers(self.folder, self.progress.step, resolve(self.config), self.trackers)
 
 
 def prepare(config: Config) -> Run:
@@ -348,6 +353,9 @@ def prepare(config: Config) -> Run:
         UserError: Something cannot work. The message says what to write instead.
     """
     # Everything that costs little is checked first: the model may take minutes to load.
+    trackers = distributed.raise_everywhere(
+        lambda: load_trackers(config.tracking if distributed.is_main() else {})
+    )
     inputs = distributed.raise_everywhere(lambda: read_inputs(config))
     assembly = assemble(inputs, load(config))
     require_preflight(assembly)
@@ -362,4 +370,5 @@ def prepare(config: Config) -> Run:
         folder=folder,
         lock=lock,
         progress=progress,
+        trackers=trackers,
     )

@@ -15,14 +15,15 @@ from flowalign.config.sections import Config, Train
 from flowalign.data.examples import Example
 from flowalign.data.held_out import hold_out
 from flowalign.data.preferences import check_pictures, read_examples, Reading
-from flowalign.data.prompts import Prompt, prompts_of_step, read_prompts
+from flowalign.data.prompts import guidance_texts, Prompt, prompts_of_step, read_prompts
+from flowalign.data.source import Written
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.models.text_cache import ENCODE_AT_ONCE
-from flowalign.policy import Policy
+from flowalign.policy import Policy, Sampler
 from flowalign.progress import say, task
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards
@@ -179,8 +180,8 @@ def _share(examples: list[Example]) -> list[Example]:
     return examples[distributed.rank() :: distributed.count()]
 
 
-def _read_examples(config: Config, key: str, path: str) -> list[Example]:
-    if not path:
+def _read_examples(config: Config, key: str, source: Written) -> list[Example]:
+    if not source:
         return []
     objective = config.objective
     reading = Reading(
@@ -188,7 +189,7 @@ def _read_examples(config: Config, key: str, path: str) -> list[Example]:
         likes=objective.learns_from_likes,
         ties=objective.learns_from_ties,
     )
-    examples = read_examples(path, key, reading)
+    examples = read_examples(source, key, reading)
     check_paths(config, examples, key)
     return examples
 
@@ -203,8 +204,8 @@ def _check_weights(config: Config, pairs: list[Example]) -> None:
         )
 
 
-def _read_prompts(path: str, key: str) -> list[Prompt]:
-    return read_prompts(path, key) if path else []
+def _read_prompts(source: Written, key: str) -> list[Prompt]:
+    return read_prompts(source, key) if source else []
 
 
 def _prompts_of(examples: list[Example]) -> list[Prompt]:
@@ -271,7 +272,8 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     policy = Policy(model, config.sampler, snapshots, plan.images_per_pass)
     # All prompts of the training steps, in an order of the data alone. Encoded later, in a batch
     # with others that are missing then, they would be rounded in a way that depends on resuming.
-    remember(model, inputs, [*inputs.prompts, *(one.prompt for one in inputs.examples)])
+    prompts = [*inputs.prompts, *(one.prompt for one in inputs.examples)]
+    remember(model, inputs, prompts, config.sampler)
     scorer = make_scorer(config, plan, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
         policy=policy,
@@ -297,11 +299,12 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     )
 
 
-def remember(model: FlowModel, inputs: Inputs, prompts: list[Prompt]) -> None:
-    """Encode prompts in advance."""
+def remember(model: FlowModel, inputs: Inputs, prompts: list[Prompt], sampler: Sampler) -> None:
+    """Encode prompts, and the negative prompts of a sampler, in advance."""
     # Pictures of votes are made again from the embeddings that made them, of each prompt alone.
     votes = drawn_pictures([*inputs.examples, *inputs.held_out])
-    model.remember([prompt.text for prompt in prompts], together=1 if votes else ENCODE_AT_ONCE)
+    texts = guidance_texts(prompts, sampler.negative_prompt)
+    model.remember(texts, together=1 if votes else ENCODE_AT_ONCE)
 
 
 def make_scorer(
@@ -324,7 +327,7 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     config, held_out = inputs.config, make_held_out(inputs, context)
     # Here and not in an evaluation: which prompts are encoded together must not depend on the
     # evaluations that were made before a run was resumed.
-    remember(context.policy.model, inputs, inputs.evaluation_prompts)
+    remember(context.policy.model, inputs, inputs.evaluation_prompts, config.evaluation_sampler)
     return Evaluator(
         prompts=inputs.evaluation_prompts,
         images_per_prompt=config.evaluation.images_per_prompt,
@@ -341,7 +344,8 @@ def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
         return None
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
     # In chunks that are the same on any number of processes.
-    remember(context.policy.model, inputs, [example.prompt for example in inputs.held_out])
+    held_out = [example.prompt for example in inputs.held_out]
+    remember(context.policy.model, inputs, held_out, inputs.config.sampler)
     entries = len(inputs.held_out)
     share = {slot: slot % entries for slot in distributed.share(entries)}
     single = make is make_pairs and any(one.rejected is None for one in inputs.held_out)

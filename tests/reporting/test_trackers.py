@@ -5,6 +5,7 @@ import math
 
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowalign.reporting.trackers import JsonLines, open_trackers, read_metrics, Trackers
 
@@ -62,12 +63,24 @@ def test_a_run_folder_without_metrics_has_none(tmp_path):
 
 
 def test_pictures_are_saved_as_a_grid_and_sent_to_tensorboard(tmp_path):
-    with open_trackers(tmp_path, 0) as trackers:
+    with open_trackers(tmp_path, 0, {"train": {"steps": 3}}) as trackers:
         trackers.log(100, {"step": 100, "reward/a": 1.0})
         trackers.images(100, "pictures", torch.full((7, 3, 8, 8), 255).byte(), ["a"] * 7)
     grid = Image.open(tmp_path / "pictures" / "step-000100.png")
     assert grid.size == (6 * 10 + 2, 2 * 10 + 2)
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    content = events.read_bytes()
-    assert b"reward/a" in content
-    assert b"pictures" in content
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(file)).Reload()
+    assert [scalar.value for scalar in events.Scalars("reward/a")] == [1.0]
+    (picture,) = events.Images("pictures")
+    assert (picture.step, picture.width) == (100, 8 + 6 * (128 + 8))
+    begin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"train.steps" in begin
+
+
+def test_captions_that_no_font_has_become_a_text_in_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowalign.reporting.images.font_for", lambda texts: None)
+    with open_trackers(tmp_path, 0) as trackers:
+        trackers.images(1, "pictures", torch.zeros(2, 3, 8, 8).byte(), ["ein Kreis", "b"])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    (text,) = EventAccumulator(str(file)).Reload().Tensors("pictures/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "1  ein Kreis  \n2  b"

@@ -35,6 +35,7 @@ from flowalign.models import load_model
 from flowalign.models.compiled import uncompiled
 from flowalign.rewards.inspection import Finding
 from flowalign.runs.advice import advise_on_out_of_memory
+from flowalign.tracking.registry import load_trackers
 from flowalign.training.preflight import preflight_findings
 from flowalign.training.setup import assemble, read_inputs
 
@@ -63,6 +64,7 @@ def check(config: Config, say: Callable[[str], None] = print) -> bool:
 
 def findings(config: Config) -> Iterator[Finding]:
     """Yield the findings of all checks, cheapest first."""
+    load_trackers(config.tracking)
     inputs = read_inputs(config)
     yield describe_step(inputs)
     yield describe_run(inputs)
