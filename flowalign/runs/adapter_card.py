@@ -6,6 +6,7 @@ that nothing in it can become code or markup of the card.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
