@@ -286,7 +286,14 @@ def sample_to_folder(
     return folder
 
 
-def export(run: str | Path, step: int | None = None, output: str | Path | None = None) -> Path:
+def export(
+    run: str | Path,
+    step: int | None = None,
+    output: str | Path | None = None,
+    *,
+    push: str | None = None,
+    public: bool = False,
+) -> Path:
     """Write the adapter of a step that a run keeps, and print where it is.
 
     Every loader applies it at full strength, because alpha / rank is part of its weights. A README
@@ -296,12 +303,14 @@ def export(run: str | Path, step: int | None = None, output: str | Path | None =
         run: A run folder, finished or not.
         step: The training step; the last one that is kept by default.
         output: A new folder; `adapter-step-000100` in the run folder by default.
+        push: A repository of the Hugging Face hub, as owner/name, to upload the adapter to.
+        public: True to let everybody see a new repository.
 
     Returns:
         The folder of the adapter.
 
     Raises:
-        UserError: The step is not kept, or the folder holds other files.
+        UserError: The step is not kept, the folder holds other files, or the upload fails.
 
     Example:
         >>> flowalign.export("outputs/crd", step=100).name
@@ -310,9 +319,15 @@ def export(run: str | Path, step: int | None = None, output: str | Path | None =
     with screen.shown():
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.runs.export import export_step
+            from flowalign.runs.push import check_repository, push_adapter
+        if push:
+            check_repository(push)
         target = Path(output).expanduser() if output else None
         folder = export_step(Path(run).expanduser(), step, target)
         progress.say(f"Adapter: {folder}")
+        if push:
+            address = push_adapter(Path(run).expanduser(), step, folder, push, public)
+            progress.say(f"Hub:     {address}")
         return folder
 
 

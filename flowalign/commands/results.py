@@ -12,7 +12,8 @@ def add_export(commands: Commands) -> None:
         name="export",
         summary="write the adapter of a step that a run keeps, for other tools",
         examples="  flowalign export outputs/crd --step 50\n"
-        "  flowalign export outputs/crd --step 50 --output my_adapter",
+        "  flowalign export outputs/crd --step 50 --output my_adapter\n"
+        "  flowalign export outputs/crd --push my_name/my_adapter",
         action=_export,
     )
     parser = command.add_to(commands)
@@ -28,10 +29,20 @@ def add_export(commands: Commands) -> None:
         metavar="FOLDER",
         help="where to write (default: adapter-step-000100 in the run folder)",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload it to this repository of the Hugging Face hub (default: no upload)",
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="with --push: let everybody see a new repository (default: private)",
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
-    api.export(options.run, options.step, options.output)
+    api.export(options.run, options.step, options.output, push=options.push, public=options.public)
     return 0
 
 

@@ -23,6 +23,8 @@ from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
 CARD, MERGED = "README.md", "merged_adapters"
+LICENCE = ("license", "license_name", "license_link")
+"""Entries of a card that say what others may do with a model."""
 WITH_PIPELINE = """# A LoRA adapter for {title}
 
 ```python
@@ -54,7 +56,7 @@ def adapter_card(config: Config, folder: Path) -> str:
     model, sampler = config.model, config.evaluation_sampler
     path = portable(model.path)
     merged = [portable(adapter) for adapter in model.merge]
-    head = card_head(path, merged)
+    head = card_head(path, merged, _details(config))
     call = family_of(model.name).pipeline_call(
         model, sampler.steps, sampler.guidance, sampler.embedded_guidance
     )
@@ -90,19 +92,35 @@ def card_results(summary: Summary) -> str:
     return f"\n{table}\nBase is the model without the adapter. {note}{intervals}\n"
 
 
-def card_head(model: str, merged: Sequence[str] = ()) -> str:
-    """Return the head of an adapter's README: the model card of the Hugging Face hub.
+def card_head(
+    model: str, merged: Sequence[str] = (), details: Mapping[str, str] | None = None
+) -> str:
+    """Return the head of an adapter's README: the metadata of a model card of the hub.
 
-    `merged` are adapters that belong to the model, because they were added to its weights.
+    Args:
+        model: The base model.
+        merged: Adapters that belong to the model, because they were added to its weights.
+        details: Further entries, such as the licence.
     """
-    entries: dict[str, object] = {
-        "base_model": model,
-        "library_name": "diffusers",
-        "tags": ["lora", "text-to-image", "flowalign"],
-    }
-    if merged:
-        entries[MERGED] = [*merged]
-    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
+    from huggingface_hub import ModelCardData  # takes a second, and reading a card needs none
+
+    entries = ModelCardData(
+        base_model=model,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "text-to-image", "flowalign"],
+        **{**(details or {}), **({MERGED: [*merged]} if merged else {})},
+    )
+    # Not by its `to_yaml`, which writes every character as it is: some would be read as others.
+    return f"---\n{yaml.safe_dump(entries.to_dict(), sort_keys=False)}---\n"
+
+
+def _details(config: Config) -> dict[str, str]:
+    """Return a prompt for the hub's pages, and the licence that the base model's own card names."""
+    path = Path(config.model.path)
+    entries = _entries(path) if path.is_dir() else {}
+    licence = {key: entries[key] for key in LICENCE if isinstance(entries.get(key), str)}
+    return {"instance_prompt": _first_prompt(config)} | {k: str(v) for k, v in licence.items()}
 
 
 def markdown_code(text: str) -> str:
