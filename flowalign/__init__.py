@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING
 # Type checkers and editors read these imports; at run time the table below replaces them.
 if TYPE_CHECKING:
     from flowalign.advantages import RewardTable
-    from flowalign.api import compare, evaluate, export, load_config, load_model, sample, train
+    from flowalign.api import (
+        compare,
+        evaluate,
+        export,
+        label,
+        load_config,
+        load_model,
+        reward_accuracy,
+        sample,
+        train,
+    )
     from flowalign.batch import Batch, Cond, Examples, Keys, Pairs, Prompts, Rollout
     from flowalign.config.sections import Config
     from flowalign.data.prompts import Prompt
@@ -69,9 +79,11 @@ _HOMES = {
     "compare": "api",
     "evaluate": "api",
     "export": "api",
+    "label": "api",
     "load_config": "api",
     "load_model": "api",
     "load_reward": "rewards.registry",
+    "reward_accuracy": "api",
     "sample": "api",
     "train": "api",
     "traits": "rewards.base",
@@ -113,9 +125,11 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "label",
     "load_config",
     "load_model",
     "load_reward",
+    "reward_accuracy",
     "sample",
     "train",
     "traits",

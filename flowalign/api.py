@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING, TypedDict, Unpack
+from typing import Any, Literal, TYPE_CHECKING, TypedDict, Unpack
 
 from flowalign import progress
 from flowalign.bundled import locate
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
     from flowalign.models.config import ModelConfig
     from flowalign.reporting.summary import Summary
+    from flowalign.rewards.accuracy import Accuracy
     from flowalign.sampling.result import SampleResult
 
 
@@ -40,6 +41,21 @@ class SampleOptions(TypedDict, total=False):
     negative_prompt: str | None
     model: str | None
     rewards: Iterable[str]
+    adapters: Iterable[str | Path]
+    strengths: Iterable[float]
+
+
+class LabelOptions(TypedDict, total=False):
+    """Keyword arguments of `label`."""
+
+    mode: Literal["pair", "group", "thumbs"]
+    pictures: int
+    questions: int
+    prompts: str
+    votes: str
+    voter: str
+    seed: int
+    stores: bool
 
 
 Overrides = Iterable[str] | Mapping[str, Any]
@@ -205,8 +221,10 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     negative_prompt: str | None = None,
     model: str | None = None,
     rewards: Iterable[str] = (),
+    adapters: Iterable[str | Path] = (),
+    strengths: Iterable[float] = (),
 ) -> "SampleResult":
-    """Make pictures with a model, and with its adapter from the same noise.
+    """Make pictures with a model, and with its adapters from the same noise.
 
     Args:
         source: The folder of a run, checkpoint, adapter or model, or a model on Hugging Face's hub.
@@ -218,9 +236,14 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
         negative_prompt: What guidance leads away from; that of the run's evaluation, or nothing.
         model: The base model of an adapter whose model card does not name it.
         rewards: Rewards that score the pictures, as for `load_reward`. No others are loaded.
+        adapters: Further adapters, which are added: runs, folders or files of diffusers, PEFT or
+            kohya's scripts, such as "style" or "style:0.7" with a strength.
+        strengths: Factors of the adapters' effect. Each gives pictures of the same prompts and
+            noise, in `result.strip`.
 
     Returns:
-        Pictures, prompts and scores; in `result.before` the same without the adapter, if any.
+        Pictures, prompts and scores; in `result.before` the same without the adapters, if any. With
+        `strengths`, the pictures are those of the last one.
 
     Raises:
         UserError: The source is none of these, its adapter does not fit, or it needs no `model`.
@@ -232,6 +255,7 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
     with screen.shown() as console:
         _import_sampling()
         from flowalign.sampling import generate, sources
+        from flowalign.sampling.adapters import read_mixed
 
         settings = generate.SampleSettings(
             images=images,
@@ -240,8 +264,10 @@ def sample(  # noqa: PLR0913 - keyword arguments, as in the call of a diffusers 
             guidance=guidance,
             negative_prompt=negative_prompt,
             rewards=tuple(rewards),
+            strengths=tuple(dict.fromkeys(strengths)),
         )
         origin, texts = sources.find_source(str(source), model), sources.read_texts(prompts)
+        origin = replace(origin, mixed=tuple(map(read_mixed, adapters)))
         _check_launch(origin.model)
         facts = generate.describe_source(origin, texts, settings)
         screen.print_facts(console, "flowalign sample", facts)
@@ -277,58 +303,109 @@ def sample_to_folder(
     if console.quiet:
         return folder
     sheet = result.save(folder)
+    if result.strip:
+        screen.print_strip({s: each.means for s, each in result.strip.items()}, console)
     if result.difference:
         assert result.before is not None
         base = Baseline(label="base", means=result.before.means, difference=result.difference)
         screen.print_differences(result.means, [base], result.prompt_count)
-    pictures = plural(len(result.images), "picture")
+    pictures = plural(len(result.images) * max(1, len(result.strip)), "picture")
     console.print(f"Pictures: {sheet} and {pictures} in {folder}", soft_wrap=True)
     return folder
 
 
-def export(
+def export(  # noqa: PLR0913 - keyword arguments, one for each option of the command
     run: str | Path,
     step: int | None = None,
     output: str | Path | None = None,
+    format: str = "diffusers",
     *,
     push: str | None = None,
     public: bool = False,
 ) -> Path:
     """Write the adapter of a step that a run keeps, and print where it is.
 
-    Every loader applies it at full strength, because alpha / rank is part of its weights. A README
-    shows how to load it. The adapter in `RUN/adapter` stays as it is.
+    Every loader applies it at full strength, because alpha / rank is part of its weights. The
+    adapter in `RUN/adapter` stays as it is.
 
     Args:
         run: A run folder, finished or not.
         step: The training step; the last one that is kept by default.
-        output: A new folder; `adapter-step-000100` in the run folder by default.
-        push: A repository of the Hugging Face hub, as owner/name, to upload the adapter to.
+        output: A new folder, or a new file for "comfyui" and "kohya". By default a name in the run
+            folder with the step, such as `adapter-step-000100`.
+        format: "diffusers" is a folder with a README that shows how to load it. "comfyui" and
+            "kohya" are single files. "merged" is a whole model that needs no adapter.
+        push: A repository of the Hugging Face hub, as owner/name, to upload the folder to.
         public: True to let everybody see a new repository.
 
     Returns:
-        The folder of the adapter.
+        The folder or the file.
 
     Raises:
-        UserError: The step is not kept, the folder holds other files, or the upload fails.
+        UserError: The step is not kept, the output exists, the format cannot hold the adapter, or
+            the upload fails.
 
     Example:
         >>> flowalign.export("outputs/crd", step=100).name
         'adapter-step-000100'
+        >>> flowalign.export("outputs/crd", step=100, format="comfyui").name
+        'adapter-step-000100-comfyui.safetensors'
     """
     with screen.shown():
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.runs.export import export_step
-            from flowalign.runs.push import check_repository, push_adapter
+            from flowalign.runs.push import check_push, push_adapter
         if push:
-            check_repository(push)
+            check_push(push, format)
         target = Path(output).expanduser() if output else None
-        folder = export_step(Path(run).expanduser(), step, target)
-        progress.say(f"Adapter: {folder}")
+        written = export_step(Path(run).expanduser(), step, target, format)
+        label = "Model" if format == "merged" else "Adapter"
+        progress.say(f"{label}: {written}")
         if push:
-            address = push_adapter(Path(run).expanduser(), step, folder, push, public)
+            address = push_adapter(Path(run).expanduser(), step, written, push, public)
             progress.say(f"Hub:     {address}")
-        return folder
+        return written
+
+
+def label(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    port: int = 0,
+    opens: bool = True,
+    **settings: Unpack[LabelOptions],
+) -> None:
+    """Open a page on which people choose among pictures, until Ctrl-C ends it.
+
+    The page is served on this machine alone. Every vote is stored at once, and a later call
+    continues with the next question. `data.pairs` trains on the vote file.
+
+    Args:
+        source: A run folder, a YAML file, an adapter or a model, which make the pictures; or a
+            folder of pictures.
+        model: The base model of an adapter whose model card does not name it.
+        port: The port on 127.0.0.1; 0 for a free one.
+        opens: True to open the page in a browser.
+        settings: See `flowalign.labelling.label.LabelSettings`.
+
+    Raises:
+        UserError: The source is none of these, there are no prompts, or the vote file belongs to
+            other pictures.
+    """
+    with screen.shown():
+        try:
+            with progress.task("importing PyTorch and diffusers"):
+                import fastapi  # noqa: F401 - needed below, and missing from most installations
+
+                from flowalign.labelling import label as labelling
+        except ImportError as error:
+            raise UserError(
+                f"{error.name} is not installed, and the voting page needs it. "
+                "Install it: pip install 'flowalign[serve]'."
+            ) from None
+        options = labelling.LabelSettings(**settings)
+        session = labelling.open_session(str(source), options, model)
+        labelling.serve(session, options.voter, port, opens)
 
 
 def compare(runs: Iterable[str | Path], output: str | Path | None = None) -> "Comparison":
@@ -383,6 +460,38 @@ def inspect_reward(spec: str, images: str | Path | None = None) -> bool:
         samples = samples_from(str(images)) if images else bundled_samples()
         reward = load_reward(spec)
     return print_inspection(reward, samples)
+
+
+def reward_accuracy(rewards: Iterable[str], votes: str | Path) -> "dict[str, Accuracy]":
+    """Measure how often rewards agree with people on which of two pictures is better.
+
+    Args:
+        rewards: Built-in names, `my_rewards.py:redness`, or YAML maps with settings.
+        votes: A vote file with stored pictures, or pairs as `data.pairs` has them.
+
+    Returns:
+        By reward: the share of pairs in the same order, with a 95 % interval. Ties of voters do
+        not count, and equal scores count as half.
+
+    Example:
+        >>> scores = flowalign.reward_accuracy(["scene_match"], "assets/pairs/evaluation.parquet")
+        >>> scores["scene_match"].share > 0.9
+        True
+    """
+    # Standard output is for the figures alone.
+    with screen.shown(screen.make_console(stderr=True)):
+        with progress.task("importing PyTorch"):
+            from flowalign.data.preferences import PAIRS, read_examples
+            from flowalign.rewards.accuracy import reward_accuracy
+            from flowalign.rewards.registry import load_specs
+
+        examples = read_examples(locate(str(votes)), "votes", PAIRS)
+        accuracies = {}
+        for reward in load_specs(list(rewards)):
+            with progress.task(f"scoring with {reward.name}"):
+                accuracies[reward.name] = reward_accuracy(reward, examples)
+            print(f"{reward.name:24}{accuracies[reward.name]}")
+    return accuracies
 
 
 def config_schema() -> dict[str, Any]:

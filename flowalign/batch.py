@@ -416,8 +416,21 @@ class Pairs(Batch):
     rejected_log_prob: Tensor  # (B, S)
     gap: PerImage  # (B,)
     """The reward of the chosen minus that of the rejected image; 1 if only their order is known."""
+    preference: PerImage  # (B,)
+    """Share of the decided votes that prefer the chosen image; 1 without votes."""
+    tie: PerImage  # (B,)
+    """Share of all votes that are ties; 0 without votes."""
+    voted: Tensor  # (B, 2)  bool
+    """False for the image that is missing where a single one was liked (chosen) or disliked."""
     steps: range = field(default=range(0), metadata=PER_BATCH)
     """The stochastic steps of the paths."""
+
+    @property
+    def votes(self) -> tuple[PerImage, PerImage]:
+        """Share of voters for whom each image, chosen and rejected, is at least as good."""
+        won = (1 - self.tie) * self.preference + self.tie
+        lost = (1 - self.tie) * (1 - self.preference) + self.tie
+        return won, lost
 
     def padding(self, count: int) -> Self:
         """Return `count` rows for passes of weight 0, with a finite gap."""

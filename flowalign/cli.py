@@ -11,6 +11,7 @@ import warnings
 from typing import NoReturn
 
 from flowalign import __version__
+from flowalign.commands.label import add_label
 from flowalign.commands.output import keep_writing
 from flowalign.commands.results import add_compare, add_export
 from flowalign.commands.reward import add_reward
@@ -72,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_sample(commands)
     add_export(commands)
     add_compare(commands)
+    add_label(commands)
     add_reward(commands)
     add_config(commands)
     return parser

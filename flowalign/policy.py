@@ -20,7 +20,8 @@ from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage
 from flowalign.models.base import FlowModel
-from flowalign.models.given_adapters import LayerAdapter
+from flowalign.models.given_adapters import matches
+from flowalign.models.layer_adapter import LayerAdapter
 from flowalign.settings.types import (
     Count,
     CountOrZero,
@@ -162,7 +163,7 @@ class Policy:
         start = model.read_adapter(given, "model.adapter") if given else {}
         self._layers = self._add_adapters()
         self._train_policy_only()
-        self._begin_as(start)
+        self.begin_as(start)
         for name in self.snapshots:
             self.update_copy(name, 0.0)
 
@@ -191,7 +192,7 @@ class Policy:
                 parameter.requires_grad_(name == "policy")
 
     @torch.no_grad()
-    def _begin_as(self, start: Mapping[str, LayerAdapter]) -> None:
+    def begin_as(self, start: Mapping[str, LayerAdapter]) -> None:
         """Give the policy the adapters of some layers. Raises UserError if they do not fit."""
         lora = self.model.config.lora
         modules = dict(self.model.transformer.named_modules())
@@ -207,21 +208,39 @@ class Policy:
             )
         for name, given in start.items():
             layer: Any = modules[name]
-            if given.rank > lora.rank:
+            rank = layer.r["policy"]
+            if given.rank > rank:
                 raise UserError(
-                    f"model.adapter has the rank {given.rank}, but model.lora.rank is {lora.rank}. "
+                    f"model.adapter has the rank {given.rank}, but model.lora.rank is {rank}. "
                     f"Set model.lora.rank to {given.rank} or more."
                 )
             a, b = layer.lora_A["policy"].weight, layer.lora_B["policy"].weight
             padded = given.padded(a.cpu())
             a.copy_(padded.a)
             b.copy_(padded.b * (padded.scale / layer.scaling["policy"]))
+        self._renew_magnitudes("policy")
+
+    @torch.no_grad()
+    def _renew_magnitudes(self, name: str) -> None:
+        """Set DoRA's lengths of rows to those of the weight with the change of the adapter.
+
+        PEFT computes them in the dtype of the model. Only in float32, as in a forward, do they
+        leave the weight as it is.
+        """
+        layers: list[Any] = [*self._layers] if self.lora.use_dora else []
+        for layer in layers:
+            dora, a, b = (
+                part[name] for part in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B)
+            )
+            weight = layer.get_base_layer().weight.to(a.weight.dtype)
+            change = dora.get_lora_weight(lora_A=a, lora_B=b)
+            dora.weight.copy_(dora.get_weight_norm(weight, change, layer.scaling[name]))
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
         """Return the matrices of an adapter, in a fixed order."""
         parameters = self.model.transformer.named_parameters()
         matrices = [parameter for key, parameter in parameters if f".{name}." in key]
-        if len(matrices) != 2 * len(self._layers):
+        if len(matrices) != (3 if self.lora.use_dora else 2) * len(self._layers):
             raise RuntimeError(
                 f"{len(matrices)} matrices of adapter {name!r} on {len(self._layers)} layers"
             )
@@ -266,6 +285,26 @@ class Policy:
         finally:
             for layer in self._layers:
                 layer._disable_adapters, layer._active_adapter = False, ["policy"]
+
+    @contextmanager
+    def at_strength(self, factor: float) -> Iterator[None]:
+        """Multiply the effect of the policy's adapter while the block runs; 0 is the reference.
+
+        Raises UserError for DoRA, whose effect does not grow in proportion to a factor.
+        """
+        if self.lora.use_dora and factor != 1:
+            raise UserError(
+                "The adapter is a DoRA, which has no strengths but 1. Leave out --strength."
+            )
+        layers: list[Any] = [*self._layers]
+        scales = [layer.scaling["policy"] for layer in layers]
+        try:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling["policy"] = factor * scale
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scaling["policy"] = scale
 
     def loss_scale(self, passes: int) -> float:
         """Return the power of two that a loss is multiplied by before `backward`.
@@ -457,12 +496,34 @@ def lora_config(model: FlowModel) -> "LoraConfig":
                 f"model.lora.targets: no layer's name ends with {target!r}; "
                 f"the layers end with {', '.join(endings)}."
             )
+    adapted = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(f"model.lora.{key}", getattr(lora, key), adapted)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=targets,
         init_lora_weights=True if lora.init == "default" else "gaussian",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
     )
     # The only way PEFT has to choose the class of a layer; its documentation describes it.
     config._register_custom_module({nn.Linear: AdaptedLinear})
     return config
+
+
+def _check_pattern(key: str, pattern: Mapping[str, int], layers: Sequence[str]) -> None:
+    """Raise UserError if an entry of a pattern stands for no adapted layer."""
+    for name in pattern:
+        try:
+            if any(matches(name, layer) for layer in layers):
+                continue
+        except re.error as error:
+            raise UserError(f"{key}: {name!r} is not a regular expression: {error}.") from None
+        endings = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
+        raise UserError(
+            f"{key}: no adapted layer's name ends with {name!r}; they end with "
+            f"{', '.join(endings)}. Correct the name, or add it to model.lora.targets."
+        )

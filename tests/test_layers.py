@@ -18,6 +18,7 @@ ORDER = [
     *("objectives", "rollouts"),
     *("evaluation", "config", "reporting", "runs"),
     *("training", "diagnostics", "sampling"),
+    "labelling",
     *("api", "commands", "cli"),
     *("train", "sample"),
 ]

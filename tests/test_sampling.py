@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,15 +13,18 @@ import yaml
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.functional import pil_to_tensor
 
 import flowalign
 from flowalign import distributed
 from flowalign.cli import main
 from flowalign.errors import RunError, UserError
 from flowalign.evaluation.evaluator import Evaluator
+from flowalign.models.config import Lora
 from flowalign.runs.adapter import load_adapter, lora_settings, save_adapter
 from flowalign.runs.adapter_card import base_model
-from flowalign.sampling.generate import output_folder
+from flowalign.sampling.adapters import MixedAdapter, read_mixed
+from flowalign.sampling.generate import load_policy, output_folder, SampleSettings
 from flowalign.sampling.result import next_folder, SampleResult
 from flowalign.sampling.sources import (
     evaluation_prompts,
@@ -186,18 +190,11 @@ def test_alpha_is_read_from_the_header_and_is_the_rank_without_it(written, alpha
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("use_rslora", True),
-        ("alpha_pattern", {"to_q": 8}),
-        ("rank_pattern", {"to_q": 8}),
-        ("lora_alpha", 22.6),
-        ("lora_alpha", float("inf")),
-        ("lora_alpha", 0),
-    ],
+    [("alpha_pattern", {"to_q": 8.5}), *(("lora_alpha", each) for each in (22.6, math.inf, 0))],
 )
-def test_an_adapter_with_another_rule_of_scaling_is_refused(key, value, tmp_path):
-    with pytest.raises(UserError, match=f"safetensors (was made with|has) {key}"):
-        lora_settings(make_adapter(tmp_path, **{key: value}))
+def test_an_alpha_that_is_no_whole_number_is_refused(key, value, tmp_path):
+    with pytest.raises(UserError, match=f"safetensors has {key}"):
+        lora_settings(make_adapter(tmp_path, **{"lora_alpha": 2, key: value}))
 
 
 def test_an_adapter_is_loaded_at_its_own_strength_whatever_alpha_the_policy_has(tmp_path):
@@ -374,3 +371,78 @@ def test_prompts_are_texts_or_one_file(tmp_path):
 def test_evaluating_a_run_gives_what_its_summary_says(trained):
     result = flowalign.evaluate(trained)
     assert result.means == pytest.approx(read_json(trained / "summary.json")["after"], abs=1e-6)
+
+
+def test_a_strip_begins_with_the_base_and_reaches_the_run_bit_for_bit(run):
+    command = ["sample", str(run), PROMPT, "a square", *FEW_STEPS, "--strength", "0,0.5,1"]
+    assert main([*command, "--reward", "brightness"]) == 0
+    plain = flowalign.sample(run, [PROMPT, "a square"], steps=2)
+    assert plain.before is not None
+    folder = run / "samples"
+    entries = read_json(folder / "scores.json")
+    assert [(entry["strength"], entry["prompt"]) for entry in entries] == [
+        (strength, prompt) for strength in (0, 0.5, 1) for prompt in (PROMPT, "a square")
+    ]
+    pictures = [pil_to_tensor(Image.open(folder / entry["file"])) for entry in entries]
+    assert torch.equal(torch.stack(pictures[:2]), plain.before.images)
+    assert torch.equal(torch.stack(pictures[4:]), plain.images)
+    assert not torch.equal(pictures[2], pictures[0])
+    assert not torch.equal(pictures[2], pictures[4])
+    # Three rows of pictures that are shown at twice their size.
+    assert Image.open(folder / "strengths.png").height > 3 * 128
+
+
+def latents(source, adapters, strength=1.0):
+    """x0 of two images that the sum of adapters makes."""
+    origin = replace(find_source(str(source)), mixed=tuple(map(read_mixed, adapters)))
+    policy = load_policy(origin, SampleSettings(steps=2))
+    with policy.at_strength(strength):
+        return policy.at("policy").generate(two_groups(policy, 1)).x0
+
+
+def test_adapters_are_added_at_their_strengths(adapter, tmp_path):
+    model = "assets/tiny-sd3"
+    other = make_policy(lora=Lora(rank=2, alpha=8, targets=["attn.to_q", "ff.net.2"]))
+    stir(other)
+    save_adapter(other, tmp_path / "other")
+    one, base = latents(model, [adapter]), latents(model, [f"{adapter}:0"])
+    assert torch.equal(base, latents(model, [adapter], strength=0))
+    assert (one - base).abs().max() > 1e-2
+    halves = latents(model, [f"{adapter}:0.5", f"{adapter}:0.5"])
+    assert (halves - one).abs().max() < 1e-4
+    # The adapter of the source counts in full.
+    both = latents(adapter, [f"{tmp_path / 'other'}:0.7"])
+    assert (latents(model, [f"{tmp_path / 'other'}:0.7", adapter]) - both).abs().max() < 1e-4
+    assert (both - one).abs().max() > 1e-2
+
+
+def test_a_mixture_takes_runs_and_every_format_and_says_what_it_is(run, tmp_path):
+    file = tmp_path / "kohya.safetensors"
+    assert main(["export", str(run), "--format", "kohya", "--output", str(file)]) == 0
+    kohya = latents("assets/tiny-sd3", [file])
+    assert (kohya - latents("assets/tiny-sd3", [run])).abs().max() < 1e-4
+    command = ["sample", "assets/tiny-sd3", PROMPT, "--adapter", f"{run}:0.5", *FEW_STEPS]
+    assert main([*command, "--output", str(tmp_path / "pictures")]) == 0
+    assert read_json(tmp_path / "pictures" / "rewards.json")["adapter"] == f"{run}/adapter at 0.5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0,1"], "There is no adapter whose strength could change"),
+        (["--adapter", "nowhere:0.5"], "adapter: there is no adapter nowhere"),
+        (["--adapter", "{merged}"], "was trained on a model with other adapters in it"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_answered(arguments, message, tmp_path, capsys):
+    merged = make_adapter(tmp_path / "merged")
+    (merged / "README.md").write_text("---\nmerged_adapters: [merged/1]\n---\n")
+    filled = [argument.format(merged=merged) for argument in arguments]
+    assert main(["sample", "assets/tiny-sd3", PROMPT, *filled]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_strength_follows_the_last_colon_of_a_path():
+    for text, strength in (("a:0.5", 0.5), ("a:-1", -1), ("a", 1), ("a:b", 1), ("a:nan", 1)):
+        path = text if strength == 1 else "a"
+        assert read_mixed(text) == MixedAdapter(path, strength)

@@ -49,6 +49,11 @@ def positive(text: str) -> int:
     return number
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Convert numbers with commas between them on the command line."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def port(text: str) -> int:
     """Convert a TCP port on the command line."""
     number = int(text)

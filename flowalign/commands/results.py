@@ -13,6 +13,7 @@ def add_export(commands: Commands) -> None:
         summary="write the adapter of a step that a run keeps, for other tools",
         examples="  flowalign export outputs/crd --step 50\n"
         "  flowalign export outputs/crd --step 50 --output my_adapter\n"
+        "  flowalign export outputs/crd --format comfyui --output my_adapter.safetensors\n"
         "  flowalign export outputs/crd --push my_name/my_adapter",
         action=_export,
     )
@@ -25,9 +26,16 @@ def add_export(commands: Commands) -> None:
         help="training step whose checkpoint is kept (default: the last one)",
     )
     parser.add_argument(
+        "--format",
+        choices=["diffusers", "comfyui", "kohya", "merged"],
+        default="diffusers",
+        help="a folder for diffusers, a file for ComfyUI or kohya's scripts, or a whole model with "
+        "the adapter in its weights (default: diffusers)",
+    )
+    parser.add_argument(
         "--output",
-        metavar="FOLDER",
-        help="where to write (default: adapter-step-000100 in the run folder)",
+        metavar="PATH",
+        help="the folder or file to write (default: adapter-step-000100 and the like in the run)",
     )
     parser.add_argument(
         "--push",
@@ -42,7 +50,14 @@ def add_export(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    api.export(options.run, options.step, options.output, push=options.push, public=options.public)
+    api.export(
+        options.run,
+        options.step,
+        options.output,
+        options.format,
+        push=options.push,
+        public=options.public,
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Commands about rewards: reward test, reward serve, and reward list."""
+"""Commands about rewards: test, accuracy, serve and list."""
 
 import argparse
 
@@ -17,12 +17,13 @@ def add_reward(commands: Commands) -> None:
     # The action of the group is never called: argparse requires one of the actions below.
     command = Command(
         name="reward",
-        summary="try a reward, serve it over HTTP, or list the built-in rewards",
+        summary="try a reward, compare it with votes, serve it, or list the built-in ones",
         examples="  flowalign reward list\n  flowalign reward test scene_match",
         action=_reward_list,
     )
     actions = command.add_to(commands).add_subparsers(required=True, metavar="ACTION")
     _add_reward_test(actions)
+    _add_reward_accuracy(actions)
     _add_reward_serve(actions)
     Command(
         name="list",
@@ -51,6 +52,29 @@ def _add_reward_test(actions: Commands) -> None:
 
 def _reward_test(options: argparse.Namespace) -> int:
     return 0 if api.inspect_reward(options.spec, options.images) else 1
+
+
+def _add_reward_accuracy(actions: Commands) -> None:
+    command = Command(
+        name="accuracy",
+        summary="measure how often rewards agree with people's choices among two pictures",
+        examples="  flowalign reward accuracy scene_match clip_score --votes assets/pairs\n"
+        "  flowalign reward accuracy pick_score hps --votes my_votes.jsonl",
+        action=_reward_accuracy,
+    )
+    parser = command.add_to(actions)
+    parser.add_argument("specs", metavar="REWARD", nargs="+", help=REWARD_SPEC)
+    parser.add_argument(
+        "--votes",
+        required=True,
+        metavar="FILE",
+        help="a vote file with stored pictures, or pairs as data.pairs has them",
+    )
+
+
+def _reward_accuracy(options: argparse.Namespace) -> int:
+    api.reward_accuracy(options.specs, options.votes)
+    return 0
 
 
 def _add_reward_serve(actions: Commands) -> None:

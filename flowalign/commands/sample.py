@@ -3,7 +3,7 @@
 import argparse
 
 from flowalign import api
-from flowalign.commands.command import Command, Commands, positive
+from flowalign.commands.command import Command, Commands, numbers, positive
 from flowalign.commands.reward import REWARD_SPEC
 
 
@@ -15,7 +15,9 @@ def add_sample(commands: Commands) -> None:
         examples='  flowalign sample outputs/crd "a red circle left of a blue square" --images 4\n'
         "  flowalign sample outputs/crd/checkpoints/step-000050 prompts.txt\n"
         '  flowalign sample my_adapter "a red circle" --model assets/tiny-sd3\n'
-        '  flowalign sample assets/tiny-sd3 "a red circle" --steps 10 --output pictures',
+        '  flowalign sample assets/tiny-sd3 "a red circle" --steps 10 --output pictures\n'
+        '  flowalign sample assets/tiny-sd3 "a red circle" --adapter A:0.7 --adapter B:0.5\n'
+        '  flowalign sample outputs/crd "a red circle" --strength 0,0.5,1',
         action=_sample,
     )
     parser = command.add_to(commands)
@@ -43,7 +45,27 @@ def add_sample(commands: Commands) -> None:
         metavar="REWARD",
         help=f"score the pictures: {REWARD_SPEC}; may be repeated (default: no scores)",
     )
+    _add_adapter_arguments(parser)
     _add_sampler_arguments(parser)
+
+
+def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="ADAPTER[:STRENGTH]",
+        help="add an adapter of diffusers, PEFT or kohya's scripts, or of a run, at a strength "
+        "which is 1 if left out; may be repeated (default: no further adapter)",
+    )
+    parser.add_argument(
+        "--strength",
+        type=numbers,
+        default=(),
+        metavar="S,S,...",
+        help="make the same pictures with the adapters at each of these strengths, as one sheet "
+        "(default: before and after)",
+    )
 
 
 def _add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,5 +109,7 @@ def _sample(options: argparse.Namespace) -> int:
         negative_prompt=options.negative_prompt,
         model=options.model,
         rewards=options.reward,
+        adapters=options.adapter,
+        strengths=options.strength,
     )
     return 0

@@ -81,9 +81,7 @@ def check_data(config: Config) -> None:
 
 def may_use_pairs(config: Config) -> bool:
     """Return True if the objective can learn from data.pairs."""
-    objective = config.objective
-    # Given pictures have no path of sampler steps, so they have no step with a log-probability.
-    return objective.learns_from in (Pairs, Examples) and not objective.needs_stochastic_steps
+    return config.objective.learns_from in (Pairs, Examples)
 
 
 def check_pairs(config: Config) -> None:
@@ -98,6 +96,8 @@ def check_pairs(config: Config) -> None:
             f"train.images_per_prompt is {config.train.images_per_prompt}, but a step takes "
             "train.prompts_per_step entries of data.pairs as they are; write images_per_prompt: 1."
         )
+    # Paths of votes are made again, so the sampler must have the steps that the objective learns.
+    config.objective.check(config.sampler)
 
 
 def check_rewards(config: Config) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowalign.bundled import locate
+from flowalign.config.changes import changes_from
 from flowalign.config.paths import absolute_files, belongs_to_run, locate_files, started_in
 from flowalign.config.sections import (
     Config,
@@ -36,7 +37,8 @@ from flowalign.settings.types import build
 from flowalign.settings.yaml_files import parse_yaml, read_yaml
 from flowalign.tracking.registry import checked_tracking
 
-SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ("raw", "notes"))
+OTHER_FIELDS = ("raw", "notes", "changes")
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in OTHER_FIELDS)
 REQUIRED = ("model", "data")
 
 
@@ -65,7 +67,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 values = absolute_files(values, origin)
     with naming(path):
         values = overridden(values, list(overrides or ()), parse_yaml)
-        return build_config(values, path, folders)
+        config = build_config(values, path, folders)
+    if not belongs_to_run(path):
+        config.changes = changes_from(*(file.parent or (path, file.values)), values)
+    return config
 
 
 def build_config(values: Section, path: Path, folders: Sequence[Path] = ()) -> Config:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TYPE_CHECKING
 
 from pydantic import Field
 
+from flowalign.config.changes import Changes
 from flowalign.evaluation.early_stopping import StopRule
 from flowalign.rewards.registry import reward_name
 from flowalign.rollouts.ranking_settings import Ranking
@@ -219,6 +220,8 @@ class Config:
     """The merged YAML with references filled in and files located."""
     notes: list[str] = field(default_factory=list)
     """Sentences on settings for the user to read, such as those without effect in this run."""
+    changes: Changes | None = None
+    """The differences to the file that the YAML extends; None for the file of a run folder."""
 
     @property
     def objective_name(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from flowalign.data.preferences import Example
+from flowalign.data.examples import Example
 
 SHARE = 10
 """A tenth: one of this number of entries is held out."""

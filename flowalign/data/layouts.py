@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from flowalign.data.example import Example, file_reader, ReadBytes
+from flowalign.data.examples import Example, picture_reader, ReadBytes
 from flowalign.data.prompts import Prompt
 from flowalign.errors import UserError
 
@@ -125,7 +125,7 @@ class Pictures:
                 f"{where}: {column} holds {name!r}. Download the data set with its pictures, and "
                 "give the folder."
             )
-        return file_reader(self.folder / os.path.expanduser(name), where)
+        return picture_reader(self.folder / os.path.expanduser(name), where)
 
 
 def _cell_bytes(table: "Dataset", row: int, where: str) -> bytes:

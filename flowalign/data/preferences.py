@@ -1,9 +1,10 @@
 """Read preference data: a chosen and a rejected image for each prompt, or single images.
 
 Accepted are files that name pictures (`.jsonl`, `.json`, `.csv`, `.tsv`), a folder with
-`metadata.jsonl`, and data sets with the columns of a known layout: parquet files, a split that was
-saved on disk, or a data set of the hub. An example holds functions that read the bytes of its
-images when they are used. `check_pictures` reads and decodes all of them once.
+`metadata.jsonl`, a vote file (see `data/votes.py`), and data sets with the columns of a known
+layout: parquet files, a split that was saved on disk, or a data set of the hub. An example holds
+functions that read the bytes of its images when they are used. `check_pictures` reads and decodes
+all of them once.
 """
 
 import math
@@ -11,17 +12,18 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowalign.data.example import Example, file_reader, ReadBytes
+from flowalign.data.examples import beside, Drawn, Example, picture_reader, ReadBytes
 from flowalign.data.hub import folder_of, open_dataset, quiet_datasets, renamed_columns
 from flowalign.data.layouts import examples_of
 from flowalign.data.pictures import named_picture
 from flowalign.data.prompts import Metadata, Prompt, read_array, read_objects
 from flowalign.data.source import data_source, DataSource, Written
 from flowalign.data.tables import read_rows, SEPARATORS
+from flowalign.data.votes import is_vote_file, liked_examples, pair_examples, read_votes
 from flowalign.errors import similar_file, UserError
 from flowalign.progress import task
 
@@ -33,6 +35,7 @@ LISTINGS = (".jsonl", ".json", *SEPARATORS)
 CHOSEN_FIELDS = ("chosen", "chosen_file_name", "path1", "image", "file_name")
 """The names of a chosen picture; path1 is that of HPDv3."""
 REJECTED_FIELDS = ("rejected", "rejected_file_name", "path2")
+LIKED_FIELDS = ("liked", "label")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -46,8 +49,27 @@ FORMATS = (
 )
 
 
-def read_examples(written: Written, key: str, paired: bool) -> list[Example]:
-    """Read the examples of a file, a folder or a data set; with `paired`, pairs without ties only.
+@dataclass(frozen=True)
+class Reading:
+    """The kinds of examples that an objective learns from."""
+
+    paired: bool = False
+    """True if each example must have two pictures. Pairs whose scores are equal are left out."""
+    likes: bool = False
+    """True if single pictures that were liked or disliked are examples too."""
+    ties: bool = False
+    """True if pairs that voters call equal are examples too."""
+
+
+PICTURES = Reading()
+"""Pictures to imitate: single ones that are liked, and the chosen ones of pairs."""
+PAIRS = Reading(paired=True)
+ANY = Reading(likes=True)
+"""Everything, for the prompts alone."""
+
+
+def read_examples(written: Written, key: str, reading: Reading = PICTURES) -> list[Example]:
+    """Read the examples of a file, a folder or a data set.
 
     Raises UserError with `key`, the file and the entry if the data cannot be used.
     """
@@ -57,23 +79,32 @@ def read_examples(written: Written, key: str, paired: bool) -> list[Example]:
             f"{key}: there is no file or folder {source.path}. Correct the path."
             f"{similar_file(source.location)}"
         )
-    examples = _examples_of(source, key)
-    if paired:
+    examples = _examples_of(source, key, reading)
+    if reading.paired and not reading.likes:
         _require_pairs(examples, str(source), key)
-        examples = [example for example in examples if example.gap]
+    if reading.paired:
+        examples = [example for example in examples if example.gap or example.tie]
+    if not reading.likes:
+        examples = [example for example in examples if example.liked]
     if not examples:
         raise UserError(
-            f"{key}: {source} has no {'pairs' if paired else 'images'}. Ties are left out of pairs."
+            f"{key}: {source} has no {'pairs' if reading.paired else 'images'}. Ties are left out "
+            "of pairs."
         )
     return examples
 
 
-def _examples_of(source: DataSource, key: str) -> list[Example]:
+def _examples_of(source: DataSource, key: str, reading: Reading) -> list[Example]:
     location = source.location
     listing = location / "metadata.jsonl" if location.is_dir() else location
     where = f"{key}: {source}"
     if source.is_dataset:
         return examples_of(open_dataset(source, key), where, folder_of(source))
+    if is_vote_file(listing):
+        file = read_votes(listing, key)
+        if reading.paired and not reading.likes:
+            return pair_examples(file, reading.ties)
+        return liked_examples(file)
     if listing.suffix in LISTINGS and listing.is_file():
         rows = _listed(replace(source, path=str(listing)), key)
         return [_example_of_object(entry, listing, where) for entry, where in rows]
@@ -115,16 +146,22 @@ def _example_of_object(entry: Metadata, listing: Path, where: str) -> Example:
         )
     return Example(
         prompt=Prompt(prompt),
-        chosen=file_reader(_beside(listing, chosen), where),
-        rejected=file_reader(_beside(listing, str(rejected)), where) if rejected else None,
+        chosen=picture_reader(beside(listing, chosen), where),
+        rejected=picture_reader(beside(listing, str(rejected)), where) if rejected else None,
+        liked=_is_liked(entry, where),
         gap=_gap(entry, where),
         where=where,
     )
 
 
-def _beside(listing: Path, name: str) -> Path:
-    """Return the path of a picture: next to its listing, or in the home folder if it has a `~`."""
-    return listing.parent / os.path.expanduser(name)
+def _is_liked(entry: Metadata, where: str) -> bool:
+    """Return whether a single picture is liked. TRL's KTO calls the field `label`."""
+    liked = _first_field(entry, LIKED_FIELDS)
+    if liked is None:
+        return True
+    if not isinstance(liked, bool):
+        raise UserError(f"{where} has liked: {liked!r}. Write true or false.")
+    return liked
 
 
 def _first_field(entry: Metadata, names: tuple[str, ...]) -> object:
@@ -201,7 +238,13 @@ def check_pictures(examples: Sequence[Example]) -> None:
 
     Raises UserError that names the first entry with an image that cannot be opened.
     """
-    images = [(read, e.where) for e in examples for read in (e.chosen, e.rejected) if read]
+    # Pictures that are made again are checked when they are.
+    images = [
+        (picture, example.where)
+        for example in examples
+        for picture in example.pictures
+        if not isinstance(picture, Drawn)
+    ]
     # Most runs have no pictures, and need no line about them.
     if not images:
         return

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flowalign.batch import Batch
 from flowalign.config.sections import Config
+from flowalign.data.examples import Drawn, Example, ImageKey, Question, VoteSource
 from flowalign.data.latents import LatentCache
-from flowalign.data.preferences import Example
 from flowalign.data.prompts import Metadata, Prompt
 from flowalign.diagnostics.meta_model import (
     Cost,
@@ -39,6 +39,7 @@ from flowalign.rewards.registry import ADDRESSES, reward_entry, RewardEntry
 from flowalign.rollouts.collect import collect
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import source_of, SourceContext
+from flowalign.rollouts.voted import VotedPictures
 from flowalign.settings.by_name import imported
 from flowalign.training.gradient import split
 from flowalign.training.setup import batch_plan, make_optimizer
@@ -252,12 +253,11 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         plan.images_per_pass,
         policy.model.device,
     )
-    examples = [Example(prompt=prompt, chosen=bytes, rejected=bytes) for prompt in blank]
     return BlankContext(
         policy=policy,
         scorer=scorer,
         prompts=blank,
-        examples=examples if config.data.pairs else [],
+        examples=[blank_example(config, prompt) for prompt in blank] if config.data.pairs else [],
         plan=plan,
         seed=train.seed,
         sampling_weights=config.objective.sampling_weights,
@@ -265,7 +265,24 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         keeps_paths=config.objective.needs_stochastic_steps,
         null_gradient=config.objective.train_null_branch,
         ranking=config.data.ranking,
+        voted=VotedPictures(
+            policy.at("reference"),
+            lambda _source: policy.sampler,
+            keeps_paths=config.objective.needs_stochastic_steps,
+        ),
     )
+
+
+def blank_example(config: Config, prompt: Prompt) -> Example:
+    """Return a pair of blank pictures, or of pictures to sample if the objective needs paths."""
+    if not config.objective.needs_stochastic_steps:
+        return Example(prompt=prompt, chosen=bytes, rejected=bytes)
+    source = VoteSource(
+        model="", merge=[], weights="", height=0, width=0, sampler={}, environment={}
+    )
+    keys = tuple(ImageKey(0, 0, int(prompt.text), image) for image in range(2))
+    question = Question(prompt, keys, source)
+    return Example(prompt=prompt, chosen=Drawn(question, 0), rejected=Drawn(question, 1))
 
 
 def different_scores(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:

@@ -15,6 +15,7 @@ from flowalign.errors import RunError
 from flowalign.evaluation.drift import drift_metrics
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.evaluation.results import EvaluationResult
+from flowalign.evaluation.thumbnails import make_thumbnail, MOST, pictured_prompts
 from flowalign.flow import PerImage
 from flowalign.policy import Policy
 from flowalign.progress import task
@@ -41,6 +42,8 @@ class Evaluator:
     seed: int
     shown: int = SHOWN
     """How many images a result shows, spread over the prompts."""
+    pictured: int = MOST
+    """How many prompts have a thumbnail of their first image, spread over the prompts."""
     held_out: HeldOut | None = None
     """Pictures that are not trained on, or None."""
     purpose: str = "evaluation"
@@ -71,6 +74,7 @@ class Evaluator:
             images_per_prompt=min(TUNING_IMAGES, self.images_per_prompt),
             scorer=replace(self.scorer, rewards=rewards),
             held_out=None,
+            pictured=0,
             purpose="tuning",
         )
 
@@ -132,7 +136,11 @@ class Evaluator:
             )
         images, shown = self._shown_images(rollout)
         return EvaluationResult(
-            prompt=table[:, 0].long(), rewards=rewards, images=images, shown=shown
+            prompt=table[:, 0].long(),
+            rewards=rewards,
+            images=images,
+            shown=shown,
+            thumbnails=self._thumbnails(rollout),
         )
 
     def _shown_images(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -147,3 +155,14 @@ class Evaluator:
         table = table[table[:, 0].argsort()][: self.shown]
         prompt = table[:, 0].long() // self.images_per_prompt
         return table[:, 1:].byte().view(-1, *images.shape[1:]), prompt
+
+    def _thumbnails(self, rollout: Rollout) -> dict[int, bytes]:
+        """Make the thumbnails of this rank and gather those of all ranks, by row."""
+        prompts = pictured_prompts(len(self.prompts), self.pictured)
+        own = {
+            prompt * self.images_per_prompt: make_thumbnail(rollout.images[row], len(prompts))
+            for row, (prompt, image) in enumerate(self.members)
+            if image == 0 and prompt in prompts
+        }
+        shares = distributed.gather_objects(own)
+        return dict(sorted(entry for share in shares for entry in share.items()))

@@ -28,7 +28,7 @@ from flowalign.files import cache_folder, verify_checksums, write_checksums, wri
 from flowalign.policy import Policy, Sampler
 from flowalign.progress import say, task
 
-FORMAT = "1"
+FORMAT = "2"
 """Part of every key. Another value makes every kept baseline be measured again."""
 CHOICE, RESULT = "choice.json", "result.safetensors"
 """The two files of a baseline."""

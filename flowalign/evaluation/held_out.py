@@ -12,6 +12,21 @@ from flowalign.objectives.draws import Draw, ForwardTimes
 from flowalign.policy import Policy
 
 
+def share_of_other_kind(gain: PerImage, liked: Tensor) -> PerImage:
+    """Return for each picture (M,) the share of the other kind that its gain is right about.
+
+    A liked picture should have gained more than a disliked one; equal gains count as half. The mean
+    over the pictures of either kind is the area under the ROC curve. Without pictures of the other
+    kind the share is ½.
+    """
+    difference = gain[:, None] - gain
+    right = (difference > 0).float() + 0.5 * (difference == 0)
+    right = torch.where(liked[:, None], right, 1 - right)
+    others = (liked[:, None] != liked).float()
+    counted = (right * others).sum(1) / others.sum(1).clamp(min=1)
+    return torch.where(others.sum(1) > 0, counted, 0.5)
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The held-out pictures, compared at fixed times and noise, without guidance."""
@@ -20,6 +35,8 @@ class HeldOut:
     """The share of this rank, as `distributed.share` makes it."""
     entries: int
     """The number of entries on all ranks."""
+    single: bool = False
+    """True if entries are single pictures that were liked or disliked."""
     times: ForwardTimes = field(default_factory=lambda: ForwardTimes(count=8))
     """The times; with their noise, functions of the pictures' keys."""
 
@@ -31,15 +48,40 @@ class HeldOut:
         pair; less is better. `margin`, for pairs, is how much more the error of the rejected
         picture has risen than that of the chosen one, compared with the model without adapter.
         `chosen_preferred` is 1 if the margin is positive, ½ if it is 0, and 0 otherwise.
+
+        For a single picture, `margin` is how much its error has fallen if it is liked, or risen if
+        it is disliked. `chosen_preferred` is then the share of pictures of the other kind over
+        which, or under which, the fall of its error is.
         """
-        if isinstance(self.batch, Pairs):
-            figures = self._pair_figures(policy, *self.batch.x0)
-        else:
-            figures = self._picture_figures(policy, self.batch.x0)
+        figures = self._ordered(self._own_figures(policy))
+        if not self.single:
+            return figures
+        liked = figures.pop("liked") > 0
+        gain = torch.where(liked, figures["margin"], -figures["margin"])
+        return figures | {"chosen_preferred": share_of_other_kind(gain, liked)}
+
+    def _own_figures(self, policy: Policy) -> dict[str, PerImage]:
+        """Return the figures of this rank's entries."""
+        if not isinstance(self.batch, Pairs):
+            return self._picture_figures(policy, self.batch.x0)
+        if self.single:
+            return self._liked_figures(policy, self.batch.chosen, self.batch.voted[:, 0])
+        return self._pair_figures(policy, *self.batch.x0)
+
+    def _ordered(self, figures: dict[str, PerImage]) -> dict[str, Tensor]:
+        """Return the figures of all ranks in the order of the entries."""
         number = self.batch.group.to(self.batch.device)
         table = distributed.gather(torch.stack([number, *figures.values()], 1))
         ordered = table[table[:, 0].argsort()][: self.entries, 1:]
         return dict(zip(figures, ordered.T, strict=True))
+
+    def _liked_figures(self, policy: Policy, x0: Latent, liked: Tensor) -> dict[str, PerImage]:
+        error, before = torch.zeros(2, len(x0), device=x0.device)
+        for draw in self.times(self.batch):
+            error += self._error(policy, x0, draw) / self.times.count
+            before += self._error(policy.at("reference"), x0, draw) / self.times.count
+        margin = torch.where(liked, before - error, error - before)
+        return {"reconstruction_error": error, "margin": margin, "liked": liked.float()}
 
     def _pair_figures(
         self, policy: Policy, chosen: Latent, rejected: Latent

@@ -30,6 +30,8 @@ class EvaluationResult:
     """Figures (M,) of each entry of `evaluation.pairs`, by name."""
     figures: dict[str, float] = field(default_factory=dict)
     """Signs of over-optimisation: `diversity`, `velocity_norm` and `velocity_moved`."""
+    thumbnails: dict[int, bytes] = field(default_factory=dict)
+    """Small pictures of the first image of prompts, as WebP files, by its row in `prompt`."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -55,17 +57,20 @@ class EvaluationResult:
 
     @property
     def without_pictures(self) -> "EvaluationResult":
-        """The same scores without the pictures."""
+        """The same scores and thumbnails without the pictures at full size."""
         return replace(self, images=self.images[:0], shown=self.shown[:0])
 
     def save(self, path: Path) -> None:
-        """Write everything but `figures` into a safetensors file with a checksum."""
-        # Figures are logged but never compared with a later evaluation, so they are not saved.
+        """Write the result into a safetensors file with a checksum."""
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name, values in self.rewards.items():
             tensors[f"reward/{name}"] = values
         for name, values in self.held_out.items():
             tensors[f"held_out/{name}"] = values
+        for name, value in self.figures.items():
+            tensors[f"figure/{name}"] = torch.tensor(value, dtype=torch.float64)
+        for row, file in self.thumbnails.items():
+            tensors[f"thumbnail/{row}"] = torch.frombuffer(bytearray(file), dtype=torch.uint8)
         write_file(path, with_checksum(tensors))
 
     @classmethod
@@ -82,6 +87,8 @@ class EvaluationResult:
             images=tensors["images"],
             shown=tensors["shown"],
             held_out=_with_prefix(tensors, "held_out/"),
+            figures=_figures(tensors),
+            thumbnails=_thumbnails(tensors),
         )
 
 
@@ -101,6 +108,27 @@ def _require_rows(tensors: dict[str, Tensor], path: Path) -> None:
                 f"{path} is damaged: {name} has the shape {tuple(tensors[name].shape)} instead of "
                 f"{tuple(rows.shape[:1])}."
             )
+    prompt = tensors["prompt"]
+    # Every prompt has at least one image.
+    if len(prompt) and not 0 <= prompt.min() <= prompt.max() < len(prompt):
+        raise UserError(f"{path} is damaged: prompt holds a number that no prompt has.")
+
+
+def _figures(tensors: dict[str, Tensor]) -> dict[str, float]:
+    figures = _with_prefix(tensors, "figure/")
+    return {name: value.item() for name, value in figures.items() if value.numel() == 1}
+
+
+def _thumbnails(tensors: dict[str, Tensor]) -> dict[int, bytes]:
+    """Return the thumbnails of a file, by row; another program may have written odd names."""
+    rows, thumbnails = len(tensors["prompt"]), _with_prefix(tensors, "thumbnail/")
+    known = {
+        int(row): bytes(file.numpy())
+        for row, file in thumbnails.items()
+        if row.isdecimal() and int(row) < rows and file.dtype == torch.uint8
+    }
+    # The names in a file are sorted as text.
+    return dict(sorted(known.items()))
 
 
 def _scored(scores: dict[str, Tensor], count: int) -> Tensor:

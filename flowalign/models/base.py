@@ -1,8 +1,9 @@
 """The interface of a model family, which needs torch alone. `pipeline.py` builds on diffusers."""
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, Protocol, TYPE_CHECKING, TypeVar
@@ -14,16 +15,12 @@ from flowalign.batch import Cond, distinct, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
-from flowalign.models.given_adapters import (
-    FusedLayers,
-    LayerAdapter,
-    merge,
-    read_adapter,
-    require_diffusers,
-)
+from flowalign.models.given_adapters import merge, read_adapter, require_diffusers
+from flowalign.models.layer_adapter import LayerAdapter
+from flowalign.models.layer_names import FusedLayers, Layers, linear_layers
 from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
 from flowalign.models.sharding import shard
-from flowalign.models.text_cache import Row, TextCache
+from flowalign.models.text_cache import ENCODE_AT_ONCE, Row, TextCache
 from flowalign.progress import task
 
 if TYPE_CHECKING:
@@ -76,6 +73,8 @@ class FlowModel(ABC, Generic[C]):
     """Endings of the names of the linear layers that adapters are put on by default."""
     kohya_layers: ClassVar[FusedLayers] = {}
     """How adapters of kohya's scripts name the layers of the transformer."""
+    comfyui_prefix: ClassVar[str | None] = None
+    """Prefix under which ComfyUI maps diffusers' names of layers; None if it does not map them."""
     transformer: nn.Module
 
     def __init__(self, config: C, device: str = "cpu"):
@@ -193,12 +192,24 @@ class FlowModel(ABC, Generic[C]):
 
         return Cond(side(prompts), side(negative))
 
-    def remember(self, prompts: list[str]) -> None:
+    def remember(self, prompts: list[str], together: int = ENCODE_AT_ONCE) -> None:
         """Encode prompts in advance and keep them, if the cache holds all of them.
 
-        The text encoders move to the device once for all of them.
+        The text encoders move to the device once for all of them, and encode `together` prompts in
+        a call. Encoded alone (1), a prompt has the same embedding in every run.
         """
-        self._texts.keep(prompts, self._encode_chunks)
+        self._texts.keep(prompts, self._encode_chunks, together)
+
+    def weights_fingerprint(self) -> str:
+        """Return the SHA-256 of the transformer's weights as they are, without adapters.
+
+        Call it before adapters are put on the model. Merged adapters count.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.transformer.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def _encode_chunks(self, chunks: Sequence[list[str]]) -> Iterator[tuple[str, Row]]:
@@ -241,17 +252,42 @@ class FlowModel(ABC, Generic[C]):
 
         `key` is the key of the configuration. Raises UserError if the adapter does not fit.
         """
-        return read_adapter(path, self._linear_layers(), self.kohya_layers, key)
+        return read_adapter(path, self.layers_of(self.transformer), key)
 
     def merge_adapters(self) -> None:
         """Add the adapters of `model.merge` to the weights, before these are quantised."""
         for path in self.config.merge:
             require_diffusers(path, "model.merge")
-            merge(self.read_adapter(path, "model.merge"), self._linear_layers())
+            merge(self.read_adapter(path, "model.merge"), linear_layers(self.transformer))
 
-    def _linear_layers(self) -> dict[str, nn.Linear]:
-        modules = self.transformer.named_modules()
-        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    @classmethod
+    def layers_of(cls, transformer: nn.Module) -> Layers:
+        """Return the layers of a transformer without adapters, and their names elsewhere."""
+        linears = linear_layers(transformer)
+        return Layers(linears=linears, fused=cls.kohya_layers, swapped=cls.swapped(linears))
+
+    @classmethod
+    def empty_transformer(cls, config: C) -> nn.Module:
+        """Return the transformer on the meta device, built without reading weights."""
+        raise UserError(
+            f"{cls.__name__} does not say how its layers are named elsewhere. Choose "
+            "--format diffusers, or implement empty_transformer."
+        )
+
+    @classmethod
+    def model_folder(cls, config: C) -> Path:
+        """Return the folder with all weights of the model, which may be downloaded for it."""
+        raise UserError(
+            f"{cls.__name__} has no folder of a diffusers pipeline. Choose --format diffusers."
+        )
+
+    @classmethod
+    def swapped(cls, layers: Collection[str]) -> Collection[str]:
+        """Return the layers with a scale above a shift, if the original code has the shift first.
+
+        `layers` are the names of all linear layers.
+        """
+        return ()
 
     def add_adapter(self, lora: "LoraConfig", name: str) -> None:
         """Put an adapter on the transformer."""

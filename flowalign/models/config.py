@@ -11,6 +11,7 @@ from flowalign.settings.types import Count, Settings, WrongSetting
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "fp8", "nf4"]
+Rank = Annotated[int, Field(ge=1, le=4096)]
 Side = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -18,7 +19,7 @@ Side = Annotated[int, Field(ge=16, le=4096)]
 class Lora(Settings):
     """A low-rank adapter (arXiv 2106.09685) on linear layers of the transformer, in float32."""
 
-    rank: Annotated[int, Field(ge=1, le=4096)] = 32
+    rank: Rank = 32
     """Inner dimension of the two matrices of every adapted layer."""
     alpha: Count = 64
     """The output of the adapter is scaled by alpha / rank."""
@@ -26,6 +27,17 @@ class Lora(Settings):
     """Endings of the names of the adapted layers. An empty list means the family's own choice."""
     init: Literal["default", "gaussian"] = "gaussian"
     """How PEFT initialises the first matrix. The second one starts at zero in both cases."""
+    use_rslora: bool = False
+    """Scale by alpha over the square root of the rank (rsLoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the length of each row of a weight apart from its direction (DoRA, arXiv 2402.09353).
+
+    Each call of a layer then computes the whole weight, which costs time and memory.
+    """
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
+    """Ranks of layers that differ, by an ending of their names or a regular expression for one."""
+    alpha_pattern: dict[str, Count] = field(default_factory=dict)
+    """Values of alpha of layers that differ, likewise."""
 
 
 @dataclass(kw_only=True)
@@ -93,6 +105,11 @@ class ModelConfig(Settings):
             raise WrongSetting(
                 "compile is true, but compiled blocks would keep whole copies of weights that "
                 "quantize and offload store elsewhere. Set compile to false, or leave out the two."
+            )
+        if self.compile and self.lora.use_dora:
+            raise WrongSetting(
+                "compile is true, but adapters of DoRA are not compiled. Set compile to false, or "
+                "lora.use_dora to false."
             )
         # Back ends of diffusers are listed by importing it, so the default must not ask for them.
         if self.attention != "native":

@@ -23,28 +23,46 @@ SHIFT_DEFAULTS = {
     "max_shift": 1.15,
 }
 """Defaults of the pipeline for entries that the scheduler's configuration may lack, in order."""
-KOHYA_LAYERS = {
-    f"double_blocks_{{}}_{name}": [f"transformer_blocks.{{}}.{layer}" for layer in layers]
-    for name, layers in {
-        "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-        "img_attn_proj": ["attn.to_out.0"],
-        "img_mlp_0": ["ff.net.0.proj"],
-        "img_mlp_2": ["ff.net.2"],
-        "img_mod_lin": ["norm1.linear"],
-        "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-        "txt_attn_proj": ["attn.to_add_out"],
-        "txt_mlp_0": ["ff_context.net.0.proj"],
-        "txt_mlp_2": ["ff_context.net.2"],
-        "txt_mod_lin": ["norm1_context.linear"],
-    }.items()
-} | {
-    f"single_blocks_{{}}_{name}": [f"single_transformer_blocks.{{}}.{layer}" for layer in layers]
-    for name, layers in {
-        "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-        "linear2": ["proj_out"],
-        "modulation_lin": ["norm.linear"],
-    }.items()
-}
+KOHYA_LAYERS = (
+    {
+        f"double_blocks_{{}}_{name}": [f"transformer_blocks.{{}}.{layer}" for layer in layers]
+        for name, layers in {
+            "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+            "img_attn_proj": ["attn.to_out.0"],
+            "img_mlp_0": ["ff.net.0.proj"],
+            "img_mlp_2": ["ff.net.2"],
+            "img_mod_lin": ["norm1.linear"],
+            "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+            "txt_attn_proj": ["attn.to_add_out"],
+            "txt_mlp_0": ["ff_context.net.0.proj"],
+            "txt_mlp_2": ["ff_context.net.2"],
+            "txt_mod_lin": ["norm1_context.linear"],
+        }.items()
+    }
+    | {
+        f"single_blocks_{{}}_{name}": [
+            f"single_transformer_blocks.{{}}.{layer}" for layer in layers
+        ]
+        for name, layers in {
+            "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+            "linear2": ["proj_out"],
+            "modulation_lin": ["norm.linear"],
+        }.items()
+    }
+    | {
+        "img_in": ["x_embedder"],
+        "txt_in": ["context_embedder"],
+        **{
+            f"{name}_{part}": [f"time_text_embed.{embedder}.{layer}"]
+            for name, embedder in {
+                "time_in": "timestep_embedder",
+                "vector_in": "text_embedder",
+                "guidance_in": "guidance_embedder",
+            }.items()
+            for part, layer in {"in_layer": "linear_1", "out_layer": "linear_2"}.items()
+        },
+    }
+)
 FLASH = "_native_flash"
 """diffusers' name of PyTorch's flash attention."""
 
@@ -77,6 +95,7 @@ class Flux(PipelineModel[FluxConfig]):
 
     Config: ClassVar = FluxConfig
     kohya_layers: ClassVar = KOHYA_LAYERS
+    comfyui_prefix: ClassVar = "transformer."
     pipeline_name: ClassVar = "FluxPipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     lora_targets = (

@@ -5,24 +5,34 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn, Tensor
 
-from flowalign.errors import did_you_mean, UserError
-from flowalign.models.lora import ADAPTER_FILE, METADATA_KEY, PREFIX
+from flowalign.errors import UserError
+from flowalign.models.layer_adapter import LayerAdapter
+from flowalign.models.layer_names import Layers
+from flowalign.models.lora import ADAPTER_FILE, KOHYA_PREFIX, METADATA_KEY, PREFIX
 
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX, KOHYA_PREFIX = "base_model.model.", "lora_unet_"
+PEFT_PREFIX = "base_model.model."
+MAGNITUDE_ENDINGS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 A_ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 B_ENDINGS = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
 ALPHA_ENDING = ".alpha"
+ENDINGS = {
+    "a": A_ENDINGS,
+    "b": B_ENDINGS,
+    "alpha": (ALPHA_ENDING,),
+    "magnitude": MAGNITUDE_ENDINGS,
+}
+"""Endings of the names of a layer's tensors, by the part that each is."""
 OTHER_KINDS = {
-    "*lora_magnitude_vector*": "DoRA",
     "*dora_scale*": "DoRA",
     "*.lokr_*": "LoKr",
     "*.hada_*": "LoHa",
@@ -30,33 +40,6 @@ OTHER_KINDS = {
     "lora_te*": "an adapter of text encoders",
 }
 """Patterns of keys that say that a file holds more than a LoRA of the transformer."""
-
-FusedLayers = Mapping[str, Sequence[str]]
-"""Layers under their names in the model's original code, and the layers of diffusers that each
-joins, in the order of their outputs. `{}` stands for the number of a block."""
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """The change of a layer's weight, scale · B A, in float32."""
-
-    a: Tensor  # (rank, in)
-    b: Tensor  # (out, rank)
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension."""
-        return len(self.a)
-
-    def padded(self, a: Tensor) -> "LayerAdapter":
-        """Return the same change at the rank of `a` (rank, in), whose rows fill up A.
-
-        New columns of B are 0, so that B A stays the same.
-        """
-        missing = len(a) - self.rank
-        b = torch.cat([self.b, self.b.new_zeros(len(self.b), missing)], 1)
-        return replace(self, a=torch.cat([self.a, a[self.rank :]]), b=b)
 
 
 @dataclass
@@ -66,18 +49,19 @@ class _Part:
     a: Tensor | None = None
     b: Tensor | None = None
     alpha: float | None = None
+    magnitude: Tensor | None = None
 
 
 def read_adapter(
-    path: str, layers: Mapping[str, nn.Linear], fused: FusedLayers, key: str
+    path: str, layers: Layers, key: str, dora: bool = False
 ) -> dict[str, LayerAdapter]:
     """Read the adapter of each layer by the layer's name.
 
     Args:
         path: A file, or a folder with a file of diffusers or PEFT.
-        layers: The linear layers of the transformer.
-        fused: How kohya's scripts name them.
+        layers: The layers of the transformer, and how kohya's scripts name them.
         key: The key of the configuration, for messages.
+        dora: True to read PEFT's DoRA too.
 
     Raises:
         UserError: The file is missing or damaged, is not a LoRA, or does not fit the layers.
@@ -93,11 +77,17 @@ def read_adapter(
     settings = read_settings(file, key)
     adapters: dict[str, LayerAdapter] = {}
     for name, part in parts_of(tensors, file, key).items():
+        if part.magnitude is not None and not dora:
+            raise UserError(
+                f"{key}: {file} holds DoRA, for example in {name}. Give a plain LoRA of the "
+                "transformer."
+            )
         a, b = part.a, part.b
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
             raise UserError(f"{key}: {file} is damaged: the matrices of {name} do not fit.")
         scale = part.alpha / len(a) if part.alpha is not None else settings.scale(name, len(a))
-        adapters |= by_layer(name, LayerAdapter(a.float(), b.float(), scale), layers, fused, key)
+        adapter = LayerAdapter(a.float(), b.float(), scale, part.magnitude)
+        adapters |= layers.from_file(name, adapter, key)
     return adapters
 
 
@@ -149,17 +139,28 @@ class AdapterSettings:
     square_root: bool = False
     """True for rsLoRA, whose scale is alpha over the square root of the rank."""
 
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any]) -> "AdapterSettings":
+        """Return the settings of a PEFT configuration by its keys."""
+        alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
+        return cls(
+            alpha=None if alpha is None else float(alpha),
+            alphas={name: float(value) for name, value in alphas.items()},
+            square_root=bool(values.get("use_rslora")),
+        )
+
     def scale(self, layer: str, rank: int) -> float:
         """Return the factor of B A; 1 if nothing is known."""
-        matching = (
-            alpha
-            for pattern, alpha in self.alphas.items()
-            if re.match(rf"(.*\.)?({pattern})$", layer)
-        )
+        matching = (alpha for key, alpha in self.alphas.items() if matches(key, layer))
         alpha = next(matching, self.alpha)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.square_root else rank)
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """True if a key of `rank_pattern` or `alpha_pattern` stands for a layer, as PEFT reads it."""
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
 
 def read_settings(file: Path, key: str) -> AdapterSettings:
@@ -177,12 +178,7 @@ def read_settings(file: Path, key: str) -> AdapterSettings:
     try:
         written = json.loads(metadata.get(METADATA_KEY) or beside.read_text(encoding="utf-8"))
         values = {name.removeprefix(PREFIX): value for name, value in written.items()}
-        alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
-        return AdapterSettings(
-            alpha=None if alpha is None else float(alpha),
-            alphas={name: float(value) for name, value in alphas.items()},
-            square_root=bool(values.get("use_rslora")),
-        )
+        return AdapterSettings.from_peft(values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{key}: PEFT's settings of {file} cannot be read: {error}. Save the adapter again."
@@ -194,7 +190,7 @@ def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _
     parts: dict[str, _Part] = defaultdict(_Part)
     for name, tensor in tensors.items():
         short = name.removeprefix(PEFT_PREFIX).removeprefix(PREFIX).removeprefix(KOHYA_PREFIX)
-        for endings, entry in ((A_ENDINGS, "a"), (B_ENDINGS, "b"), ((ALPHA_ENDING,), "alpha")):
+        for entry, endings in ENDINGS.items():
             if ending := next((end for end in endings if short.endswith(end)), None):
                 value = tensor.flatten()[0].item() if entry == "alpha" else tensor
                 setattr(parts[short.removesuffix(ending)], entry, value)
@@ -207,48 +203,9 @@ def parts_of(tensors: Mapping[str, Tensor], file: Path, key: str) -> dict[str, _
     return parts
 
 
-def by_layer(
-    name: str,
-    adapter: LayerAdapter,
-    layers: Mapping[str, nn.Linear],
-    fused: FusedLayers,
-    key: str,
-) -> dict[str, LayerAdapter]:
-    """Return the adapters of the layers that a name of a file stands for.
-
-    Raises UserError if there is no such layer, or if it has another size.
-    """
-    names = [name] if name in layers else joined_layers(name, fused)
-    if not names or any(layer not in layers for layer in names):
-        raise UserError(
-            f"{key}: the model has no layer {name}.{did_you_mean(name, layers)} Give an adapter of "
-            "this model."
-        )
-    sizes = [layers[layer].out_features for layer in names]
-    wanted = sum(sizes), layers[names[0]].in_features
-    found = len(adapter.b), adapter.a.shape[1]
-    if found != wanted:
-        raise UserError(
-            f"{key}: the adapter of {name} is for a weight of {found[0]} × {found[1]}, but the "
-            f"model's is {wanted[0]} × {wanted[1]}. Give an adapter of this model."
-        )
-    return {
-        layer: replace(adapter, b=b) for layer, b in zip(names, adapter.b.split(sizes), strict=True)
-    }
-
-
-def joined_layers(name: str, fused: FusedLayers) -> list[str]:
-    """Return the layers of diffusers that a layer of kohya's scripts joins; none if unknown."""
-    for pattern, layers in fused.items():
-        if match := re.fullmatch(pattern.replace("{}", r"(\d+)"), name):
-            return [layer.format(*match.groups()) for layer in layers]
-    return []
-
-
 @torch.no_grad()
 def merge(adapters: Mapping[str, LayerAdapter], layers: Mapping[str, nn.Linear]) -> None:
     """Add adapters to the weights of layers. Sums are rounded to the dtype of the weights."""
     for name, adapter in adapters.items():
         weight = layers[name].weight
-        change = adapter.scale * adapter.b @ adapter.a
-        weight.copy_(weight.float() + change.to(weight.device))
+        weight.copy_(weight.float() + adapter.change.to(weight.device))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
 """Comes before the names of matrices and settings in the file."""
+KOHYA_PREFIX = "lora_unet_"
+"""Comes before the names of layers in files of kohya's scripts."""
 METADATA_KEY = "lora_adapter_metadata"
 
 

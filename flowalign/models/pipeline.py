@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TYPE_CHECKING
+from typing import Any, cast, ClassVar, Literal, TYPE_CHECKING
 
 import torch
 from torch import nn, Tensor
@@ -17,7 +18,7 @@ from flowalign.flow import Latent
 from flowalign.models.base import C, FlowModel, PipelineCall, Scheduler
 from flowalign.models.config import Dtype, ModelConfig
 from flowalign.models.frozen_linear import freeze_linears
-from flowalign.models.hub import read_index
+from flowalign.models.hub import explain_loading, read_index
 from flowalign.models.loading import ABSENT, load_pipeline
 
 if TYPE_CHECKING:
@@ -227,6 +228,37 @@ class PipelineModel(FlowModel[C]):
         return [
             name for name in cls.optional_components if name in unused or index.get(name) == ABSENT
         ]
+
+    @classmethod
+    def empty_transformer(cls, config: C) -> nn.Module:
+        """Return the transformer on the meta device, from its configuration file.
+
+        Raises UserError if the file cannot be read.
+        """
+        import diffusers
+
+        kind = read_index(config.path, config.revision).get("transformer")
+        try:
+            network: Any = getattr(diffusers, cast(list[str], kind)[1])
+            path, revision = os.path.expanduser(config.path), config.revision
+            settings = network.load_config(path, subfolder="transformer", revision=revision)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(explain_loading("model.path", config.path, error)) from error
+        with torch.device("meta"):
+            return network.from_config(settings)
+
+    @classmethod
+    def model_folder(cls, config: C) -> Path:
+        """Return the folder of the pipeline, which is downloaded if it is on the hub."""
+        path = Path(config.path).expanduser()
+        if path.is_dir():
+            return path
+        read_index(config.path, config.revision)
+        try:
+            download = cls.pipeline_class().download
+            return Path(download(config.path, revision=config.revision, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise UserError(explain_loading("model.path", config.path, error)) from error
 
     @classmethod
     @abstractmethod

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 over diffusers' own classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,6 +11,7 @@ from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
+from flowalign.models.layer_names import last_block
 from flowalign.models.loading import ABSENT
 from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
 
@@ -28,7 +29,17 @@ KOHYA_LAYERS = {
         "context_block_attn_proj": ["attn.to_add_out"],
         "context_block_mlp_fc1": ["ff_context.net.0.proj"],
         "context_block_mlp_fc2": ["ff_context.net.2"],
+        "x_block_adaLN_modulation_1": ["norm1.linear"],
+        "context_block_adaLN_modulation_1": ["norm1_context.linear"],
     }.items()
+} | {
+    "t_embedder_mlp_0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder_mlp_2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder_mlp_0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder_mlp_2": ["time_text_embed.text_embedder.linear_2"],
+    "context_embedder": ["context_embedder"],
+    "final_layer_adaLN_modulation_1": ["norm_out.linear"],
+    "final_layer_linear": ["proj_out"],
 }
 
 
@@ -58,6 +69,7 @@ class SD3(PipelineModel[SD3Config]):
 
     Config: ClassVar = SD3Config
     kohya_layers: ClassVar = KOHYA_LAYERS
+    comfyui_prefix: ClassVar = "transformer."
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     text_encoders: ClassVar = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     optional_components: ClassVar = T5
@@ -86,6 +98,11 @@ class SD3(PipelineModel[SD3Config]):
             width=side,
             max_sequence_length=256 if has_t5 else 0,
         )
+
+    @classmethod
+    def swapped(cls, layers: Collection[str]) -> Collection[str]:
+        """Return the last modulations of both streams, which have two vectors and no gates."""
+        return {"norm_out.linear", last_block(layers, ".norm1_context.linear")}
 
     @classmethod
     def unused_components(cls, config: SD3Config) -> Sequence[str]:

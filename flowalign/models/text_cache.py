@@ -35,13 +35,18 @@ class TextCache:
         self._kept: dict[str, Row] = {}
         self._recent: OrderedDict[str, Row] = OrderedDict()
 
-    def keep(self, texts: Iterable[str], encode: EncodeTexts) -> None:
-        """Encode texts in advance and keep them for good, if all of them fit."""
+    def keep(
+        self, texts: Iterable[str], encode: EncodeTexts, together: int = ENCODE_AT_ONCE
+    ) -> None:
+        """Encode texts in advance and keep them for good, if all of them fit.
+
+        `together` is the number of texts in a call of the encoders.
+        """
         missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
         if len(missing) > self._room(encode):
             return
-        starts = range(0, len(missing), ENCODE_AT_ONCE)
-        chunks = [missing[start : start + ENCODE_AT_ONCE] for start in starts]
+        starts = range(0, len(missing), together)
+        chunks = [missing[start : start + together] for start in starts]
         if chunks:
             self._kept.update(encode(chunks))
             self._trim(max(RECENT, self._room(encode)))

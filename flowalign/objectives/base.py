@@ -103,6 +103,8 @@ class Objective(Settings, Generic[B, D]):
 
     Otherwise a rollout keeps no path.
     """
+    learns_from_likes: ClassVar[bool] = False
+    """True if it learns from single pictures that were liked or disliked, too."""
     uses_advantages: ClassVar[bool] = True
     """True if it learns from a rollout's advantages, false if from its rewards."""
     sampling_weights: ClassVar[str] = "policy"
@@ -122,6 +124,11 @@ class Objective(Settings, Generic[B, D]):
     def snapshots(self) -> dict[str, Decay]:
         """Copies of the policy to compare with or to sample from, and how they follow it."""
         return {}
+
+    @property
+    def learns_from_ties(self) -> bool:
+        """True if it learns from pairs that voters call equal, too."""
+        return False
 
     @property
     def on_policy_only(self) -> bool:

@@ -3,14 +3,19 @@
 With ratio_k = clip(π_θ(x_{k+1} | x_k, c) / π_ref(x_{k+1} | x_k, c), 1 - ε, 1 + ε),
     loss = -log σ(β log ratio_k(chosen) - β log ratio_k(rejected)) + λ KL(π_θ ‖ π_base)
 where the logarithm is weighted by the pair (`data.ranking`), λ is `kl_weight`, 0 by default, and
-π_base the model without adapter. π_ref is π_base too, unless `reference` moves it.
+π_base the model without adapter. If a share q of the voters prefers the rejected path, the first
+term is (1 - q) times itself plus q times itself with both paths exchanged. π_ref is π_base too,
+unless `reference` moves it.
 
 Clipped on both sides, a path that moved the wrong way beyond ε gives no gradient either. With
 `clip: one_sided` the ratio of the chosen path has no lower limit, and that of the rejected no upper
 one, so that such a path is still pulled back.
 
-Differences from the released code: rewards rank the paths (there: people, or a reward). The KL and
-the one-sided clip are not part of it. Paths are those of `sampler.dynamics`; the released steps are
+Votes of people train by `data.pairs`: their paths are made again from their keys. Otherwise rewards
+rank the paths.
+
+Differences from the released code: the KL, the one-sided clip and shares of voters are not part of
+it. Paths are those of `sampler.dynamics`; the released steps are
 {name: ddim} with η = 1.
 """
 
@@ -86,7 +91,8 @@ class D3PO(PathObjective[Pairs]):
         clipped = CLIPS[self.clip](log_ratio, low, high)
         chosen, rejected = clipped.chunk(2)
         margin = self.beta * (chosen - rejected)
-        loss = (pairs.weight * -F.logsigmoid(margin)).mean()
+        won, lost = pairs.votes
+        loss = (pairs.weight * -(won * F.logsigmoid(margin) + lost * F.logsigmoid(-margin))).mean()
 
         stats = {
             "chosen_preferred": Mean(preferred(margin)),

@@ -3,6 +3,9 @@
 arXiv 2311.12908; for flows 2501.13918. With D(x0) = ‖v - (noise - x0)‖² - ‖v_ref - (noise - x0)‖²
 and the logit s = -β/2 (D(chosen) - D(rejected)),
     loss = -log σ(s)
+A pair of votes has the shares p of voters who prefer the chosen image, q the rejected one, and r
+neither. Its loss is, with Rao and Kupper's threshold m of ties (1967),
+    loss = -(p + r) log σ(s - m) - (q + r) log σ(-s - m)
 Chosen and rejected share time and noise. Errors are means over latent elements, and so are those
 that published β belong to. Velocities are those without guidance, however images are sampled.
 
@@ -74,8 +77,18 @@ class DPO(PairObjective):
     """The loss of a logit."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """The probability that a pair's order is wrong."""
+    tie_margin: NonNegative = 0.0
+    """The threshold m above which a voter sees a difference; 0 leaves ties out.
+
+    A share τ of ties between equal images has m = log((1 + τ) / (1 - τ)).
+    """
     imitate: NonNegative = 0.0
     """Weight of the chosen image's flow-matching loss, so that not both errors rise (RPO)."""
+
+    @property
+    def learns_from_ties(self) -> bool:
+        """True with a threshold of ties."""
+        return self.tie_margin > 0
 
     def loss(self, policy: Policy, pairs: Pairs, draw: Draw) -> Loss:
         """Return the loss at one time for each pair."""
@@ -83,8 +96,10 @@ class DPO(PairObjective):
 
         D_w, D_l = (error - error_ref).chunk(2)
         s = -self.beta * BETAS[self.beta_over_time](draw.t) / 2 * (D_w - D_l)
-        form = LOSSES[self.form]
-        loss = (1 - self.label_smoothing) * form(s) + self.label_smoothing * form(-s)
+        form, e, m = LOSSES[self.form], self.label_smoothing, self.tie_margin
+        won, lost = pairs.votes
+        won, lost = (1 - e) * won + e * lost, e * won + (1 - e) * lost
+        loss = won * form(s - m) + lost * form(-s - m)
         error_w, error_l = error.chunk(2)
         total = (pairs.weight * (loss + self.imitate * error_w)).mean()
 

@@ -128,6 +128,18 @@ def print_differences(
     console.print(interval_note(prompts, held_out), style="dim", soft_wrap=True)
 
 
+def print_strip(means: Mapping[float, Mapping[str, float]], console: Console) -> None:
+    """Print the mean of each reward at each strength of an adapter. Without rewards, nothing."""
+    names = list(dict.fromkeys(name for each in means.values() for name in each))
+    if not names:
+        return
+    heads = (Column(f"{strength:g}", justify="right") for strength in means)
+    table = Table(Column("reward", overflow="fold"), *heads, box=None, header_style="bold")
+    for name in names:
+        table.add_row(name, *(format_mean(each, name) for each in means.values()))
+    console.print(table)
+
+
 def format_mean(means: Mapping[str, float], name: str) -> str:
     """Return a mean, or a dash if it was not measured."""
     return f"{means[name]:.3f}" if name in means else "-"

@@ -13,6 +13,7 @@ REWARDS = {
     "hps": "flowalign.rewards.clip:HPSv2",
     "aesthetic": "flowalign.rewards.clip:Aesthetic",
     "clip_image": "flowalign.rewards.clip:ClipImage",
+    "taste": "flowalign.rewards.taste:Taste",
     "image_reward": "flowalign.rewards.blip:ImageReward",
     "ocr": "flowalign.rewards.ocr:OCR",
     "geneval": "flowalign.rewards.geneval:GenEval",

@@ -19,7 +19,7 @@ from torch import Tensor
 from flowalign import distributed
 from flowalign.bundled import ASSETS
 from flowalign.data.pictures import load_picture
-from flowalign.data.preferences import read_examples
+from flowalign.data.preferences import PAIRS, read_examples
 from flowalign.data.prompts import Metadata, Prompt, read_objects
 from flowalign.errors import RunError, UserError
 from flowalign.flow import PerImage
@@ -82,9 +82,9 @@ class Finding:
 def bundled_samples() -> Samples:
     """Return images of the bundled world, alternately the chosen and the rejected one of a pair."""
     # Neighbouring rows are alike, so every fifth pair is taken.
-    examples = read_examples(str(BUNDLED_PAIRS), "samples", paired=True)[: COUNT * 5 : 5]
+    examples = read_examples(str(BUNDLED_PAIRS), "samples", PAIRS)[: COUNT * 5 : 5]
     readers = [(example.chosen, example.rejected)[i % 2] for i, example in enumerate(examples)]
-    images = [load_picture(read(), 64, 64) for read in readers if read]
+    images = [load_picture(read(), 64, 64) for read in readers if callable(read)]
     return Samples(images=torch.stack(images), prompts=[example.prompt for example in examples])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign import distributed
 from flowalign.batch import Pairs, Rollout
-from flowalign.data.preferences import Example
+from flowalign.data.examples import Example
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.rollouts.ranking_settings import Ranking
@@ -87,6 +87,9 @@ def rank(rollout: Rollout, ranking: Ranking) -> Pairs:
         chosen_log_prob=chosen.log_prob,
         rejected_log_prob=rejected.log_prob,
         gap=gap,
+        preference=torch.ones_like(gap),
+        tie=torch.zeros_like(gap),
+        voted=torch.ones(len(gap), 2, dtype=torch.bool, device=gap.device),
         steps=rollout.steps,
     )
 

@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from flowalign import distributed
 from flowalign.batch import Batch, Examples, Keys, Metadata, Pairs, Prompts, Rollout
+from flowalign.data.examples import Drawn, Example, Picture
 from flowalign.data.latents import LatentCache
-from flowalign.data.preferences import Example, ReadBytes
 from flowalign.data.prompts import Prompt, prompts_of_step
 from flowalign.errors import RunError, UserError
 from flowalign.flow import Latent, PerImage
@@ -28,6 +28,7 @@ from flowalign.rollouts.collect import collect_passes, make_prompts
 from flowalign.rollouts.ranking import given_weights, rank
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import Metrics, RolloutScorer
+from flowalign.rollouts.voted import VotedPictures
 
 B = TypeVar("B", bound=Batch)
 Source = Callable[[int], tuple[Batch, Metrics]]
@@ -53,6 +54,8 @@ class SourceContext:
     null_gradient: bool
     """False if the velocity of the empty prompt is a constant in the backward pass."""
     ranking: Ranking
+    voted: VotedPictures
+    """Makes the pictures of votes again."""
 
     @cached_property
     def latents(self) -> LatentCache:
@@ -180,31 +183,47 @@ SAMPLED: dict[type[Batch], Maker] = {
 """Sources when images are made from `data.prompts`."""
 
 
+class GivenPictures(NamedTuple):
+    """Latents of given pictures, with the paths that led to them if flowalign made them."""
+
+    x0: Latent  # (B, *latent)
+    path: Latent  # (B, S + 1, *latent); (B, 0, *latent) for files
+    log_prob: Tensor  # (B, S)
+    steps: range
+    """The stochastic steps of the paths."""
+
+
 def make_pairs(
     context: SourceContext, examples: list[Example], indices: dict[int, int], step: int
 ) -> Pairs:
     """Return pairs of some examples, given by slot. Raises UserError for an unreadable one."""
     members = [examples[index] for index in indices.values()]
     base = _prompts_of(context, members, indices, step)
-    chosen = _encode(context, members, [example.chosen for example in members])
-    # `read_examples` made sure that every example has two pictures if the objective needs pairs.
-    rejected = _encode(context, members, [e.rejected for e in members if e.rejected])
-    gap = torch.tensor([example.gap for example in members], device=base.device)
-    no_path = chosen.new_empty(len(base), 0, *chosen.shape[1:])
-    no_steps = chosen.new_empty(len(base), 0)
+    # Where a single picture is liked or disliked, it stands on both sides, and `voted` tells which
+    # side counts.
+    chosen = given_pictures(context, members, [example.chosen for example in members])
+    rejected = given_pictures(context, members, [e.rejected or e.chosen for e in members])
+    gap, preference, tie = torch.tensor(
+        [(example.gap, example.preference, example.tie) for example in members], device=base.device
+    ).unbind(1)
+    voted = [(e.liked, not e.liked) if e.rejected is None else (True, True) for e in members]
     return Pairs(
         prompts=base.prompts,
         metadata=base.metadata,
         keys=base.keys,
         cond=base.cond,
         weight=torch.ones_like(gap),
-        chosen=chosen,
-        rejected=rejected,
-        chosen_path=no_path,
-        rejected_path=no_path,
-        chosen_log_prob=no_steps,
-        rejected_log_prob=no_steps,
+        chosen=chosen.x0,
+        rejected=rejected.x0,
+        chosen_path=chosen.path,
+        rejected_path=rejected.path,
+        chosen_log_prob=chosen.log_prob,
+        rejected_log_prob=rejected.log_prob,
         gap=gap,
+        preference=preference,
+        tie=tie,
+        voted=torch.tensor(voted, device=base.device),
+        steps=chosen.steps,
     )
 
 
@@ -220,12 +239,36 @@ def make_examples(
         keys=base.keys,
         cond=base.cond,
         weight=base.weight,
-        x0=_encode(context, members, [example.chosen for example in members]),
+        x0=given_pictures(context, members, [example.chosen for example in members]).x0,
     )
 
 
-def _encode(context: SourceContext, members: list[Example], read: list[ReadBytes]) -> Latent:
-    return context.latents([picture() for picture in read], [example.where for example in members])
+def given_pictures(
+    context: SourceContext, members: list[Example], pictures: list[Picture]
+) -> GivenPictures:
+    """Return the latents of one picture of each example.
+
+    Raises UserError if a file cannot be read, or if a picture that is made again is another one.
+    """
+    parts = [
+        given_picture(context, picture, example.where)
+        for picture, example in zip(pictures, members, strict=True)
+    ]
+    device = context.policy.model.device
+    x0, path, log_prob = (
+        torch.cat(column).to(device)
+        for column in zip(*((part.x0, part.path, part.log_prob) for part in parts), strict=True)
+    )
+    return GivenPictures(x0, path, log_prob, parts[0].steps)
+
+
+def given_picture(context: SourceContext, picture: Picture, where: str) -> GivenPictures:
+    """Return the latents of one picture (B = 1)."""
+    if isinstance(picture, Drawn):
+        row = context.voted(picture, where)
+        return GivenPictures(row.x0, row.path, row.log_prob, row.steps)
+    x0 = context.latents([picture()], [where])
+    return GivenPictures(x0, x0.new_empty(1, 0, *x0.shape[1:]), x0.new_empty(1, 0), steps=range(0))
 
 
 def _prompts_of(

@@ -13,7 +13,7 @@ import yaml
 
 from flowalign.bundled import portable
 from flowalign.config.sections import Config
-from flowalign.data.preferences import read_examples
+from flowalign.data.preferences import ANY, read_examples
 from flowalign.data.prompts import read_prompts
 from flowalign.errors import UserError
 from flowalign.models.base import PipelineCall
@@ -22,7 +22,7 @@ from flowalign.reporting.console import format_difference, format_mean, interval
 from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
-CARD, MERGED = "README.md", "merged_adapters"
+CARD, MERGED, MERGED_FOLDER = "README.md", "merged_adapters", "merged"
 LICENCE = ("license", "license_name", "license_link")
 """Entries of a card that say what others may do with a model."""
 WITH_PIPELINE = """# A LoRA adapter for {title}
@@ -35,7 +35,16 @@ pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
 pipe({prompt!r}{calling}).images[0].save("picture.png")
 ```
 """
-MERGING = """pipe.load_lora_weights({adapter!r})
+OF_A_MODEL = """# {title} with an adapter in its weights
+
+```python
+{torch}from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({folder!r}{loading}){move}
+pipe({prompt!r}{calling}).images[0].save("picture.png")
+```
+"""
+MERGING = """pipe.load_lora_weights({folder!r}, subfolder={name!r})
 pipe.fuse_lora()
 pipe.unload_lora_weights()
 """
@@ -51,25 +60,37 @@ def adapter_card(config: Config, folder: Path) -> str:
 
     Args:
         config: The configuration of the run.
-        folder: Where the adapter will stand, as the code of the card names it.
+        folder: Where the adapter will stand, as the code of the card names it. Adapters that are
+            merged first stand in it too, as `merged_names` says.
     """
-    model, sampler = config.model, config.evaluation_sampler
-    path = portable(model.path)
-    merged = [portable(adapter) for adapter in model.merge]
-    head = card_head(path, merged, _details(config))
-    call = family_of(model.name).pipeline_call(
-        model, sampler.steps, sampler.guidance, sampler.embedded_guidance
-    )
-    if call and sampler.negative_prompt and sampler.guidance != 1:
-        negative = {"negative_prompt": sampler.negative_prompt}
-        call = replace(call, calling={**call.calling, **negative})
-    if call:
-        return head + _with_pipeline(config, call, path, merged, str(folder))
+    path, merged = portable(config.model.path), merged_names(config)
+    head = card_head(path, merged, details=_details(config))
+    if call := _pipeline_call(config):
+        merging = "".join(MERGING.format(folder=str(folder), name=name) for name in merged)
+        values = _values(config, call, folder)
+        return head + WITH_PIPELINE.format(path=path, merging=merging, **values)
     return head + WITHOUT_PIPELINE.format(
         title=markdown_code(path),
-        family=markdown_code(model.name),
+        family=markdown_code(config.model.name),
         folder=markdown_code(str(folder)),
     )
+
+
+def model_card(config: Config, folder: Path) -> str:
+    """Return the card of a model with the adapter of a run in its weights.
+
+    `folder` is where the model will stand. The model must be a pipeline of diffusers.
+    """
+    call = _pipeline_call(config)
+    assert call is not None
+    path, tags = portable(config.model.path), ("text-to-image", "flowalign")
+    head = card_head(path, tags=tags, details=_details(config))
+    return head + OF_A_MODEL.format(**_values(config, call, folder))
+
+
+def merged_names(config: Config) -> list[str]:
+    """Return where an exported adapter keeps its copies of `model.merge`, within its folder."""
+    return [f"{MERGED_FOLDER}/{number}" for number in range(1, len(config.model.merge) + 1)]
 
 
 def card_results(summary: Summary) -> str:
@@ -93,13 +114,17 @@ def card_results(summary: Summary) -> str:
 
 
 def card_head(
-    model: str, merged: Sequence[str] = (), details: Mapping[str, str] | None = None
+    model: str,
+    merged: Sequence[str] = (),
+    tags: Sequence[str] = ("lora", "text-to-image", "flowalign"),
+    details: Mapping[str, str] | None = None,
 ) -> str:
     """Return the head of an adapter's README: the metadata of a model card of the hub.
 
     Args:
         model: The base model.
         merged: Adapters that belong to the model, because they were added to its weights.
+        tags: What the hub finds it by.
         details: Further entries, such as the licence.
     """
     from huggingface_hub import ModelCardData  # takes a second, and reading a card needs none
@@ -108,7 +133,7 @@ def card_head(
         base_model=model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["lora", "text-to-image", "flowalign"],
+        tags=[*tags],
         **{**(details or {}), **({MERGED: [*merged]} if merged else {})},
     )
     # Not by its `to_yaml`, which writes every character as it is: some would be read as others.
@@ -163,23 +188,31 @@ def _entries(folder: Path) -> Mapping[str, object]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _with_pipeline(
-    config: Config, call: PipelineCall, path: str, merged: Sequence[str], folder: str
-) -> str:
+def _pipeline_call(config: Config) -> PipelineCall | None:
+    model, sampler = config.model, config.evaluation_sampler
+    call = family_of(model.name).pipeline_call(
+        model, sampler.steps, sampler.guidance, sampler.embedded_guidance
+    )
+    if not call or not sampler.negative_prompt or sampler.guidance == 1:
+        return call
+    negative = {"negative_prompt": sampler.negative_prompt}
+    return replace(call, calling={**call.calling, **negative})
+
+
+def _values(config: Config, call: PipelineCall, folder: Path) -> dict[str, str]:
+    """Return what the code of a card is made of, by the names in its template."""
     model = config.model
     half = model.dtype != "float32"
-    return WITH_PIPELINE.format(
-        title=markdown_code(path),
-        path=path,
-        torch="import torch\n" if half else "",
-        pipeline=call.pipeline,
-        loading=_keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
-        move='.to("cuda")' if half else "",
-        merging="".join(MERGING.format(adapter=adapter) for adapter in merged),
-        folder=folder,
-        prompt=_first_prompt(config),
-        calling=_keywords(call.calling),
-    )
+    return {
+        "title": markdown_code(portable(model.path)),
+        "torch": "import torch\n" if half else "",
+        "pipeline": call.pipeline,
+        "loading": _keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
+        "move": '.to("cuda")' if half else "",
+        "folder": str(folder),
+        "prompt": _first_prompt(config),
+        "calling": _keywords(call.calling),
+    }
 
 
 def _keywords(arguments: Mapping[str, object]) -> str:
@@ -191,4 +224,4 @@ def _first_prompt(config: Config) -> str:
     path = config.evaluation.prompts or config.data.prompts
     if path:
         return read_prompts(path)[0].text
-    return read_examples(config.data.pairs, "data.pairs", paired=False)[0].prompt.text
+    return read_examples(config.data.pairs, "data.pairs", ANY)[0].prompt.text

@@ -12,12 +12,12 @@ from typing import Any
 from flowalign.config.resolved import differing
 from flowalign.errors import UserError
 from flowalign.evaluation.comparison import compare_results, Comparison
-from flowalign.evaluation.guidance import GuidedBaseline
 from flowalign.evaluation.results import EvaluationResult
-from flowalign.reporting.comparison import write_comparison
+from flowalign.reporting.comparison_page import write_comparison
 from flowalign.rewards.registry import checked_rewards, reward_entry
 from flowalign.runs.checkpoint import checkpoints, PROGRESS_FILE, read_progress
-from flowalign.runs.folder import AFTER, BEFORE, GUIDED, read_config
+from flowalign.runs.folder import AFTER, BEFORE, read_config
+from flowalign.runs.report import guided_baseline, read_record
 from flowalign.settings.merging import Section
 
 OWN_SETTINGS = (
@@ -145,7 +145,8 @@ def compare_runs(folders: Sequence[Path], output: Path | None = None) -> tuple[C
             "Give runs with a reward in common in evaluation.rewards."
         )
     page = output or folders[0].absolute().parent / "comparison.html"
-    write_comparison(page, comparison, list(folders), different_settings(runs))
+    records = [read_record(folder, name) for folder, name in zip(folders, names, strict=True)]
+    write_comparison(page, comparison, records, different_settings(runs))
     return comparison, page
 
 
@@ -180,14 +181,6 @@ def read_run(folder: Path) -> FinishedRun:
         before=EvaluationResult.load(folder / BEFORE),
         after=EvaluationResult.load(folder / AFTER),
     )
-
-
-def guided_baseline(folder: Path, before: EvaluationResult) -> GuidedBaseline | None:
-    """Return the guided model that a run compared with, or None if that is the model itself."""
-    guided = GuidedBaseline.load(folder / GUIDED)
-    if guided is None or guided.choice.best == guided.choice.own:
-        return None
-    return guided if guided.result.prompt.equal(before.prompt) else None
 
 
 def refuse_other_evaluation(first: FinishedRun, other: FinishedRun) -> None:

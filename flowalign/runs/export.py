@@ -1,5 +1,6 @@
-"""Results of a run: the summary, the pictures, the report, and adapters for other tools."""
+"""Results of a run: the summary, the pictures, and adapters for other tools."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,15 +10,23 @@ from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.errors import UserError
 from flowalign.files import to_json, write_file, write_folder
-from flowalign.reporting.html import write_report
+from flowalign.models.given_adapters import find_file
 from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import ADAPTER_FILE, export_weights
-from flowalign.runs.adapter_card import adapter_card, CARD, card_results
+from flowalign.runs.adapter_card import (
+    adapter_card,
+    CARD,
+    card_results,
+    MERGED_FOLDER,
+    merged_names,
+)
 from flowalign.runs.checkpoint import find_checkpoint, trained_weights, verify_checkpoint
+from flowalign.runs.formats import FORMATS
+from flowalign.runs.report import ADAPTER
 
-ADAPTER = "adapter"
-"""Name of the exported adapter's folder in a run folder."""
+DIFFUSERS = "diffusers"
+"""The format that training exports, and that is exported by default."""
 PICTURES = Path("pictures") / "before-after.png"
 
 
@@ -29,7 +38,7 @@ def write_summary(run: Path, summary: Summary) -> None:
 def write_results(
     run: Path, summary: Summary, pictures: Mapping[str, Tensor], captions: Sequence[str]
 ) -> None:
-    """Write the sheet of pictures, `summary.json` and `report.html`.
+    """Write the sheet of pictures and `summary.json`.
 
     Args:
         run: The run folder.
@@ -39,34 +48,48 @@ def write_results(
     """
     save_sheet(pictures, captions, run / PICTURES)
     write_summary(run, summary)
-    write_report(run, summary, captions)
 
 
-def export_step(run: Path, step: int | None = None, folder: Path | None = None) -> Path:
-    """Write the adapter of a step that a run keeps, as training does at its end.
+def export_step(
+    run: Path,
+    step: int | None = None,
+    output: Path | None = None,
+    file_format: str = DIFFUSERS,
+) -> Path:
+    """Write the adapter of a step that a run keeps.
 
-    No weights of the model are loaded.
+    No weights of the model are loaded, unless they are written with the adapter.
 
     Args:
         run: The run folder.
         step: The training step; the last one that is kept by default.
-        folder: Where to write; `adapter-step-000100` in the run folder by default.
+        output: Where to write; by default a name in the run folder with the step and the format.
+        file_format: "diffusers", which training itself writes at its end, or one of `FORMATS`.
 
     Returns:
-        The folder of the adapter.
+        The folder or file that was written.
 
     Raises:
-        UserError: This is not a run, the step is not kept, its checkpoint is damaged, or the folder
-            holds other files.
+        UserError: This is not a run, the step is not kept, its checkpoint is damaged, the output
+            holds other files, or the format cannot hold the adapter.
     """
+    if file_format not in (DIFFUSERS, *FORMATS):
+        names = ", ".join([DIFFUSERS, *FORMATS])
+        raise UserError(f"The format is {file_format!r}. Choose from {names}.")
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run, because it has no config.yaml. Give a run folder.")
     checkpoint = find_checkpoint(run, step)
     verify_checkpoint(checkpoint)
-    folder = folder or run / f"{ADAPTER}-{checkpoint.name}"
-    _refuse_other_files(folder)
-    export_adapter(checkpoint, folder, load_config(run / "config.yaml"))
-    return folder
+    config = load_config(run / "config.yaml")
+    if file_format != DIFFUSERS:
+        chosen = FORMATS[file_format]
+        output = output or run / chosen.default_name(checkpoint.name)
+        chosen.write(trained_weights(checkpoint), output, config)
+        return output
+    output = output or run / f"{ADAPTER}-{checkpoint.name}"
+    _refuse_other_files(output)
+    export_adapter(checkpoint, output, config)
+    return output
 
 
 def export_adapter(
@@ -85,15 +108,26 @@ def export_adapter(
 
     def write(unfinished: Path) -> None:
         export_weights(trained_weights(checkpoint), unfinished)
+        copy_merged(config, unfinished)
         (unfinished / CARD).write_text(card, encoding="utf-8")
 
     write_folder(folder, write)
 
 
+def copy_merged(config: Config, folder: Path) -> None:
+    """Copy the adapters of `model.merge`, without which the exported one is not what was trained.
+
+    Raises UserError if one is missing.
+    """
+    for path, name in zip(config.model.merge, merged_names(config), strict=True):
+        (folder / name).mkdir(parents=True)
+        shutil.copyfile(find_file(path, "model.merge"), folder / name / ADAPTER_FILE)
+
+
 def _refuse_other_files(folder: Path) -> None:
     """Raise UserError if replacing the folder would remove more than an exported adapter."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    others = sorted(set(names) - {ADAPTER_FILE, CARD})
+    others = sorted(set(names) - {ADAPTER_FILE, CARD, MERGED_FOLDER})
     if others or folder.is_file():
         what = f"holds {others[0]}" if others else "is a file"
         raise UserError(f"{folder} {what}. Choose a new folder for the adapter: --output FOLDER.")

@@ -1,11 +1,12 @@
 """The run folder: who may work in it, what it resumes from, and what a run writes at its start."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowalign import distributed
+from flowalign.config.changes import CHANGES
 from flowalign.config.paths import (
     absolute_files,
     directory_seen_from,
@@ -16,9 +17,10 @@ from flowalign.config.paths import (
 )
 from flowalign.config.resolved import differing, may_change, resolve
 from flowalign.config.sections import Config
+from flowalign.data.prompts import Prompt
 from flowalign.data.source import data_source
 from flowalign.errors import UserError
-from flowalign.files import sha256, write_file
+from flowalign.files import sha256, to_json, write_file
 from flowalign.progress import say
 from flowalign.runs.checkpoint import (
     checkpoints,
@@ -37,7 +39,15 @@ GUIDED = Path("evaluation") / "guided"
 """The evaluation of the model without adapter at its best guidance, below the run folder."""
 AFTER = Path("evaluation") / "after.safetensors"
 """The evaluation of the exported weights, below the run folder."""
+PROMPTS = Path("evaluation") / "prompts.jsonl"
+"""The evaluation prompts with their metadata, below the run folder."""
 ANOTHER_FOLDER = "Choose another folder: output=outputs/NAME"
+
+
+def write_prompts(run: Path, prompts: Sequence[Prompt]) -> None:
+    """Write the evaluation prompts, whose own file may change or be on another machine later."""
+    lines = (to_json({"prompt": prompt.text, **prompt.metadata}) for prompt in prompts)
+    write_file(run / PROMPTS, "".join(f"{line}\n" for line in lines).encode())
 
 
 def evaluation_file(run: Path, step: int) -> Path:
@@ -68,7 +78,7 @@ def open_folder(folder: Path, config: Config, state: TrainState) -> tuple[Folder
         progress = _resume(folder, config, resolved, state, saved) if saved else _begin(config)
         # The main process may not remove or replace files that another rank still reads.
         distributed.barrier()
-        _on_main(folder, lambda: _write_start(folder, resolved, is_new=not saved))
+        _on_main(folder, lambda: _write_start(folder, config, resolved, is_new=not saved))
         distributed.barrier()
     except BaseException:
         lock.release()
@@ -165,7 +175,7 @@ def _on_main(folder: Path, work: Callable[[], None]) -> None:
     distributed.from_main(attempt)
 
 
-def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:
+def _write_start(folder: Path, config: Config, resolved: dict[str, Any], is_new: bool) -> None:
     if is_new:
         (folder / BEFORE).unlink(missing_ok=True)
     # The run may go on to more steps, and its end replaces this file.
@@ -178,6 +188,9 @@ def _write_start(folder: Path, resolved: dict[str, Any], is_new: bool) -> None:
     # environment.json comes first because it marks the folder as that of a run.
     write_file(folder / ENVIRONMENT, json.dumps(about, indent=2).encode())
     write_file(folder / "config.yaml", dump_yaml(resolved).encode())
+    # The file of the run folder extends nothing, so a run that it resumes keeps what is there.
+    if config.changes:
+        write_file(folder / CHANGES, config.changes.to_json())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

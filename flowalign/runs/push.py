@@ -14,7 +14,7 @@ from flowalign.progress import say, task
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter_card import adapter_card, CARD, card_results
 from flowalign.runs.checkpoint import find_checkpoint
-from flowalign.runs.export import PICTURES
+from flowalign.runs.export import DIFFUSERS, PICTURES
 
 LOG_IN = "Run `hf auth login` with a token that may write, or set HF_TOKEN."
 DENIED = ("401 Client Error", "403 Client Error", "403 Forbidden", "LocalTokenNotFound")
@@ -22,11 +22,11 @@ OFFLINE = ("ConnectionError", "ConnectError", "OfflineMode", "Max retries", "tim
 CONFIG = "config.yaml"
 
 
-def check_repository(repository: str) -> None:
-    """Refuse a repository before anything is exported.
+def check_push(repository: str, file_format: str) -> None:
+    """Refuse an upload before anything is exported.
 
     Raises:
-        UserError: Its name is not owner/name, or nobody is logged in.
+        UserError: The name is not owner/name, nobody is logged in, or the format has no card.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -38,6 +38,10 @@ def check_repository(repository: str) -> None:
         raise UserError(f"--push {repository}: {error} Write --push owner/name.") from None
     if repository.count("/") != 1:
         raise UserError(f"--push {repository} is not a repository. Write --push owner/name.")
+    if file_format != DIFFUSERS:
+        raise UserError(
+            f"--push uploads the format {DIFFUSERS}, which has a card. Leave out --format."
+        )
     if get_token() is None:
         raise UserError(f"--push {repository} needs an account of the Hugging Face hub. {LOG_IN}")
 

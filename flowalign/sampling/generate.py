@@ -22,6 +22,7 @@ from flowalign.rewards.combine import COMBINE
 from flowalign.rewards.registry import load_specs
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.runs.adapter import load_adapter
+from flowalign.sampling.mixing import mixed_policy
 from flowalign.sampling.result import free_folder, next_folder, SampleResult
 from flowalign.sampling.sources import default_prompts, enclosing_run, guidance_key, Source
 from flowalign.settings.types import Count, Settings
@@ -47,26 +48,48 @@ class SampleSettings(Settings):
     """Text that guidance leads away from; that of the source if None."""
     rewards: tuple[str, ...] = ()
     """Rewards that score the pictures, as the command line names them."""
+    strengths: tuple[Annotated[float, Field(ge=-100, le=100)], ...] = ()
+    """Factors of the adapter's effect for a strip of pictures; none without one."""
 
 
 def sample(source: Source, prompts: list[Prompt], settings: SampleSettings) -> SampleResult:
     """Make pictures. Without prompts, a run uses some of its evaluation prompts."""
     prompts = prompts or default_prompts(source)
+    if settings.strengths and not source.adapters:
+        raise UserError(
+            "There is no adapter whose strength could change. Give a run or an adapter, or add one "
+            "to the model: --adapter ADAPTER."
+        )
     # First, because a model takes longer to load than a wrong name takes to answer.
     evaluator = make_evaluator(source, prompts, settings)
     with distributed.ending_together():
         policy = load_policy(source, settings)
+        if settings.strengths:
+            return _strip(policy, evaluator, source, settings)
         # The adapter is switched off, not removed: both rows come from one model in memory.
         before = evaluator.score(evaluator.sample(policy.at("reference")))
-        if not source.adapter:
+        if not source.adapters:
             return _result(before, prompts, settings)
         after = evaluator.score(evaluator.sample(policy.at("policy")))
     return replace(
         _result(after, prompts, settings),
-        adapter=source.adapter,
+        adapters=tuple(map(str, source.adapters)),
         before=_result(before, prompts, settings),
         difference=paired_difference(before, after),
     )
+
+
+def _strip(
+    policy: Policy, evaluator: Evaluator, source: Source, settings: SampleSettings
+) -> SampleResult:
+    """Return the pictures of the last strength, with those of all of them in its `strip`."""
+    strip = {}
+    for strength in settings.strengths:
+        with policy.at_strength(strength):
+            result = evaluator.score(evaluator.sample(policy.at("policy")))
+        strip[strength] = _result(result, [*evaluator.prompts], settings)
+    last = strip[settings.strengths[-1]]
+    return replace(last, adapters=tuple(map(str, source.adapters)), strip=strip)
 
 
 def evaluate(source: Source) -> EvaluationResult:
@@ -95,10 +118,12 @@ def describe_source(
     sampler = sampler_of(source, settings)
     guidance = getattr(sampler, guidance_key(source.model))
     prompts = prompts or default_prompts(source)
+    strip = settings.strengths
     images = f"{plural(len(prompts), 'prompt')} x {plural(settings.images, 'image')}"
     return {
         "model": model_fact(source.model),
-        **({"adapter": str(source.adapter)} if source.adapter else {}),
+        **({"adapter": " + ".join(map(str, source.adapters))} if source.adapters else {}),
+        **({"strengths": ", ".join(f"{s:g}" for s in strip)} if strip else {}),
         "sampling": f"{images}, {plural(sampler.steps, 'step')}, guidance {guidance:g}",
         "device": device_fact(distributed.count(), distributed.device()),
     }
@@ -123,12 +148,15 @@ def sampler_of(source: Source, settings: SampleSettings) -> Sampler:
 
 
 def load_policy(source: Source, settings: SampleSettings) -> Policy:
-    """Load the model and its adapter."""
+    """Load the model and its adapters."""
     # A few pictures do not make up for the minutes that compiling takes. The adapter of a run holds
     # what it began with.
     config = replace(source.model, compile=False, adapter="")
     model = load_model(config, str(distributed.device()))
-    policy = Policy(model, sampler_of(source, settings))
+    sampler = sampler_of(source, settings)
+    if source.mixed:
+        return mixed_policy(model, sampler, source.adapters)
+    policy = Policy(model, sampler)
     if source.adapter:
         load_adapter(policy, source.adapter)
     return policy
@@ -145,6 +173,7 @@ def make_evaluator(source: Source, prompts: list[Prompt], settings: SampleSettin
         images_per_pass=images_per_pass,
         seed=settings.seed,
         shown=count,
+        pictured=0,
     )
 
 

@@ -1,7 +1,8 @@
 """Pictures that were sampled, with prompts and scores, and the files they are saved to."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -12,10 +13,10 @@ from flowalign.files import to_json, write_file
 from flowalign.reporting.images import save_before_after, save_picture, save_sheet, to_pil
 from flowalign.reporting.summary import Interval
 
-BEFORE_AFTER, SHEET, SCORES, REWARDS = (
-    *("before-after.png", "pictures.png", "scores.json", "rewards.json"),
-)
-NAMES = (BEFORE_AFTER, SHEET, SCORES, REWARDS, "before", "after", "pictures")
+BEFORE_AFTER, SHEET, STRIP = "before-after.png", "pictures.png", "strengths.png"
+SCORES, REWARDS = "scores.json", "rewards.json"
+FOLDERS = ("before", "after", "pictures", "strengths")
+NAMES = (BEFORE_AFTER, SHEET, STRIP, SCORES, REWARDS, *FOLDERS)
 """Everything that `SampleResult.save` may write into its folder."""
 
 
@@ -37,10 +38,12 @@ class SampleResult:
     """Each reward of each picture; NaN if a reward gave no score."""
     means: dict[str, float]
     """Mean of each reward."""
-    adapter: Path | None = None
-    """Folder of the adapter that was used."""
+    adapters: tuple[str, ...] = ()
+    """The adapters that were used, each with its strength if that is not 1."""
     before: "SampleResult | None" = None
     """The same prompts and noise without the adapter."""
+    strip: Mapping[float, "SampleResult"] = field(default_factory=dict)
+    """The same prompts and noise at each strength of a strip; empty without one."""
     difference: dict[str, Interval]
     """Low end, mean and high end of the 95 % interval of each reward's change."""
 
@@ -69,6 +72,8 @@ class SampleResult:
         """
         # Checked here too: the folder may have been filled while the pictures were made.
         folder = free_folder(Path(folder).expanduser())
+        if self.strip:
+            return self._save_strip(folder)
         if self.before:
             self.before._save_pictures(folder / "before")
             self._save_pictures(folder / "after")
@@ -84,6 +89,18 @@ class SampleResult:
         write_file(folder / SCORES, to_json(entries, indent=2).encode())
         return sheet
 
+    def _save_strip(self, folder: Path) -> Path:
+        """Save a row of pictures for every strength, and the single pictures. Return the sheet."""
+        entries = []
+        for strength, result in self.strip.items():
+            name = f"strengths/{strength:g}"
+            result._save_pictures(folder / name)
+            entries += [{**entry, "strength": strength} for entry in result._entries(name)]
+        rows = {f"{strength:g}": result.images for strength, result in self.strip.items()}
+        save_sheet(rows, self.prompts, folder / STRIP)
+        write_file(folder / SCORES, to_json(entries, indent=2).encode())
+        return folder / STRIP
+
     def _save_pictures(self, folder: Path) -> None:
         for name, image in zip(self.names, self.images, strict=True):
             save_picture(image, folder / f"{name}.png")
@@ -94,7 +111,7 @@ class SampleResult:
             "before": self.before.means,
             "after": self.means,
             "difference": self.difference,
-            "adapter": str(self.adapter),
+            "adapter": " + ".join(self.adapters),
             "prompts": self.prompt_count,
         }
 

@@ -9,15 +9,16 @@ from flowalign.config.load import load_config
 from flowalign.config.paths import belongs_to_run
 from flowalign.config.sections import Config
 from flowalign.data import tables
-from flowalign.data.preferences import read_examples
+from flowalign.data.preferences import ANY, read_examples
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import UserError
 from flowalign.models.config import Lora, ModelConfig
 from flowalign.models.families import describe
 from flowalign.policy import Sampler
 from flowalign.runs.adapter import ADAPTER_FILE, lora_settings
-from flowalign.runs.adapter_card import base_model, merged_adapters
-from flowalign.runs.checkpoint import checkpoints, trained_weights
+from flowalign.runs.adapter_card import base_model
+from flowalign.runs.checkpoint import trained_weights
+from flowalign.sampling.adapters import merged_beside, MixedAdapter, run_adapter
 
 STEPS = 28
 """Sampler steps for a model without a run."""
@@ -36,8 +37,16 @@ class Source:
     """How pictures are made by default."""
     adapter: Path | None = None
     """Folder of the adapter's weights."""
+    mixed: tuple[MixedAdapter, ...] = ()
+    """Further adapters, which are added to it."""
     config: Config | None = None
     """The run, which brings prompts and rewards."""
+
+    @property
+    def adapters(self) -> list[MixedAdapter]:
+        """All adapters, its own at full strength."""
+        own = [MixedAdapter(str(self.adapter))] if self.adapter else []
+        return [*own, *self.mixed]
 
 
 def find_source(source: str, model: str | None = None) -> Source:
@@ -83,6 +92,9 @@ def is_config_file(source: str | Path) -> bool:
 def from_run(run: Path, adapter: Path) -> Source:
     """Return the source of a run folder with one of its adapters."""
     config = load_config(run / "config.yaml")
+    # An exported adapter has copies of those that were merged, which nobody can move or change.
+    if merge := merged_beside(adapter):
+        config = replace(config, model=replace(config.model, merge=merge))
     return from_config(config, adapter)
 
 
@@ -106,8 +118,8 @@ def from_adapter(folder: Path, model: str | None) -> Source:
         )
     # A card may name a folder next to the adapter, or a model that comes with the package.
     source = from_model(locate(base, [folder]), lora_settings(folder))
-    merge = [locate(path, [folder]) for path in merged_adapters(folder)]
-    return replace(source, model=replace(source.model, merge=merge), adapter=folder)
+    model_config = replace(source.model, merge=merged_beside(folder))
+    return replace(source, model=model_config, adapter=folder)
 
 
 def from_model(model: str, lora: Lora | None = None) -> Source:
@@ -131,21 +143,6 @@ def enclosing_run(folder: Path) -> Path | None:
     return None
 
 
-def run_adapter(run: Path) -> Path:
-    """Return the exported adapter of a run, or that of its last checkpoint.
-
-    Raises UserError if there is neither.
-    """
-    if (run / "adapter").is_dir():
-        return run / "adapter"
-    saved = checkpoints(run)
-    if not saved:
-        raise UserError(
-            f"{run} has no adapter and no checkpoint yet. Train it first: python train.py CONFIG."
-        )
-    return trained_weights(saved[-1])
-
-
 def read_texts(prompts: Iterable[str | Prompt] | str | Path | None) -> list[Prompt]:
     """Return prompts: texts, or one file of them. None gives an empty list."""
     if prompts is None:
@@ -163,7 +160,7 @@ def evaluation_prompts(config: Config) -> list[Prompt]:
         return read_prompts(config.evaluation.prompts, "evaluation.prompts")
     if config.data.prompts:
         return read_prompts(config.data.prompts)
-    examples = read_examples(config.data.pairs, "data.pairs", paired=False)
+    examples = read_examples(config.data.pairs, "data.pairs", ANY)
     return [Prompt(text) for text in dict.fromkeys(example.prompt.text for example in examples)]
 
 

@@ -30,6 +30,8 @@ class YamlFile:
     values: Section
     folders: tuple[Path, ...]
     """Folders of the file and of those it extends: relative paths are looked up there."""
+    parent: tuple[Path, Section] | None = None
+    """The file that it extends and what that holds, with what it extends in turn."""
 
 
 def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> YamlFile:
@@ -65,7 +67,8 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> YamlFile:
     # A merge costs as much as both files, so ten large ones would take seconds.
     if count(parent.values) + count(values) > MAX_VALUES:
         raise too_large(f"{path} with what it extends")
-    return YamlFile(merge(parent.values, values), (path.parent, *parent.folders))
+    folders = (path.parent, *parent.folders)
+    return YamlFile(merge(parent.values, values), folders, (parent_path, parent.values))
 
 
 def locate_parent(path: Path, parent: object) -> Path:

@@ -10,6 +10,7 @@ from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.progress import say
 from flowalign.reporting.console import print_differences
+from flowalign.reporting.html import RUNNING
 from flowalign.reporting.summary import (
     baselines,
     guidance_note,
@@ -19,14 +20,9 @@ from flowalign.reporting.summary import (
 )
 from flowalign.runs.checkpoint import find_checkpoint
 from flowalign.runs.environment import peak_memory
-from flowalign.runs.export import (
-    ADAPTER,
-    export_adapter,
-    PICTURES,
-    write_results,
-    write_summary,
-)
+from flowalign.runs.export import export_adapter, PICTURES, write_results, write_summary
 from flowalign.runs.folder import AFTER
+from flowalign.runs.report import ADAPTER, write_report
 from flowalign.training.run import Run
 
 
@@ -43,6 +39,7 @@ def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
         if distributed.is_main():
             say(f"Stopped after step {run.progress.step}. The same command resumes from there.")
             write_summary(run.folder, summary)
+            write_report(run.folder, summary, run.config.target_reward)
         return summary
     step = run.exported_step()
     after = run.reported(run.evaluate_step(step))
@@ -62,19 +59,28 @@ def finish(run: Run, before: EvaluationResult, reason: str) -> Summary:
         export_adapter(checkpoint, run.folder / ADAPTER, run.config, summary)
         rows, captions = sheet_rows(before, guided, after), run.evaluator.captions(after)
         write_results(run.folder, summary, rows, captions)
+        write_report(run.folder, summary, run.config.target_reward)
         announce(run, summary)
     return summary
 
 
-def summarize(run: Run, before: EvaluationResult, reason: str) -> Summary:
+def report_progress(run: Run) -> None:
+    """Write the report of a run that trains, if this is the main process."""
+    if distributed.is_main():
+        # The figures come from the files of the run folder.
+        summary = summarize(run, None, RUNNING)
+        write_report(run.folder, summary, run.config.target_reward)
+
+
+def summarize(run: Run, before: EvaluationResult | None, reason: str) -> Summary:
     """Return the summary of a run as long as nothing is exported."""
     return Summary(
-        before=before.means,
+        before=before.means if before else {},
         after={},
         difference={},
         baseline_guided=None,
-        prompts=before.scored_prompts,
-        held_out=before.scored_entries,
+        prompts=before.scored_prompts if before else 0,
+        held_out=before.scored_entries if before else 0,
         images=run.progress.images,
         seconds=round(run.progress.seconds, 1),
         peak_memory_bytes=peak_memory(run.state.policy.model.device),

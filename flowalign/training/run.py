@@ -33,7 +33,13 @@ from flowalign.runs.checkpoint import (
     TrainState,
 )
 from flowalign.runs.failures import FAILURES, SkippedUpdate, write_failure
-from flowalign.runs.folder import BEFORE, evaluation_file, GUIDED, open_folder
+from flowalign.runs.folder import (
+    BEFORE,
+    evaluation_file,
+    GUIDED,
+    open_folder,
+    write_prompts,
+)
 from flowalign.runs.interrupt import Interrupt
 from flowalign.runs.lock import FolderLock
 from flowalign.tracking.base import Tracker
@@ -194,6 +200,8 @@ class Run:
     def evaluate_reference(self) -> EvaluationResult:
         """Evaluate the model without adapter, once per run. All ranks call this together."""
         file = self.folder / BEFORE
+        if distributed.is_main():
+            write_prompts(self.folder, self.evaluator.prompts)
         if not distributed.from_main(file.exists):
             result = self.evaluator(self.evaluation_view("reference"))
             if distributed.is_main():

@@ -5,15 +5,16 @@ are answered in seconds.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flowalign import distributed
 from flowalign.batch import EVALUATION_STEP, Pairs, Prompts
 from flowalign.config.sections import Config, Train
+from flowalign.data.examples import Example
 from flowalign.data.held_out import hold_out
-from flowalign.data.preferences import check_pictures, Example, read_examples
+from flowalign.data.preferences import check_pictures, read_examples, Reading
 from flowalign.data.prompts import guidance_texts, Prompt, prompts_of_step, read_prompts
 from flowalign.data.source import Written
 from flowalign.errors import UserError
@@ -21,7 +22,8 @@ from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
-from flowalign.policy import Policy
+from flowalign.models.text_cache import ENCODE_AT_ONCE
+from flowalign.policy import Policy, Sampler
 from flowalign.progress import say, task
 from flowalign.rewards.base import Reward
 from flowalign.rewards.registry import load_rewards
@@ -36,6 +38,12 @@ from flowalign.training.reward_checks import (
     check_rewards,
     load_evaluation_rewards,
     score_noise,
+)
+from flowalign.training.votes import (
+    check_paths,
+    drawn_pictures,
+    resolved_examples,
+    voted_pictures,
 )
 
 
@@ -87,10 +95,9 @@ def read_inputs(config: Config) -> Inputs:
     if plan.note and distributed.is_main():
         say(plan.note)
     check_sharding(config, plan)
-    paired = learns_from is Pairs
-    given = _read_examples(config.data.pairs, "data.pairs", paired)
-    examples, held_out = divide(config, given, paired)
-    if paired and examples:
+    given = _read_examples(config, "data.pairs", config.data.pairs)
+    examples, held_out = divide(config, given)
+    if learns_from is Pairs and examples:
         _check_weights(config, examples)
     prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(given)
     path = config.evaluation.prompts
@@ -143,15 +150,13 @@ def batch_plan(config: Config, processes: int = 1) -> BatchPlan:
     )
 
 
-def divide(
-    config: Config, given: list[Example], paired: bool
-) -> tuple[list[Example], list[Example]]:
+def divide(config: Config, given: list[Example]) -> tuple[list[Example], list[Example]]:
     """Return the entries of `data.pairs` to train on, and the held-out entries.
 
     These are those of `evaluation.pairs`; without that key, a tenth of `data.pairs`.
     """
     if config.evaluation.pairs or not given:
-        return given, _read_examples(config.evaluation.pairs, "evaluation.pairs", paired)
+        return given, _read_examples(config, "evaluation.pairs", config.evaluation.pairs)
     examples, held_out = hold_out(given)
     if distributed.is_main():
         say(
@@ -175,8 +180,18 @@ def _share(examples: list[Example]) -> list[Example]:
     return examples[distributed.rank() :: distributed.count()]
 
 
-def _read_examples(source: Written, key: str, paired: bool) -> list[Example]:
-    return read_examples(source, key, paired) if source else []
+def _read_examples(config: Config, key: str, source: Written) -> list[Example]:
+    if not source:
+        return []
+    objective = config.objective
+    reading = Reading(
+        paired=objective.learns_from is Pairs,
+        likes=objective.learns_from_likes,
+        ties=objective.learns_from_ties,
+    )
+    examples = read_examples(source, key, reading)
+    check_paths(config, examples, key)
+    return examples
 
 
 def _check_weights(config: Config, pairs: list[Example]) -> None:
@@ -222,6 +237,11 @@ def check_sharding(config: Config, plan: BatchPlan) -> None:
             "distributed.shard is true, but only weights in their own dtype, on the device, can be "
             "split. Set it to false, or set model.quantize to none and model.offload to false."
         )
+    if config.model.lora.use_dora:
+        raise UserError(
+            "distributed.shard is true, but DoRA needs whole weights. Set it to false, or set "
+            "model.lora.use_dora to false."
+        )
     if config.objective.learns_from is Prompts:
         raise UserError(
             f"distributed.shard is true, but {config.objective_name} passes gradients through the "
@@ -238,6 +258,12 @@ def check_sharding(config: Config, plan: BatchPlan) -> None:
 
 def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     """Build the policy with its adapters, the source of batches, and the evaluator."""
+    # Before the adapters are added, since the model's own weights decide what can be made again.
+    inputs = replace(
+        inputs,
+        examples=resolved_examples(inputs.examples, model, "data.pairs"),
+        held_out=resolved_examples(inputs.held_out, model, "evaluation.pairs"),
+    )
     config, plan = inputs.config, inputs.plan
     train, objective = config.train, config.objective
     # The adapter is drawn from the global generator; nothing after it is.
@@ -246,9 +272,8 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     policy = Policy(model, config.sampler, snapshots, plan.images_per_pass)
     # All prompts of the training steps, in an order of the data alone. Encoded later, in a batch
     # with others that are missing then, they would be rounded in a way that depends on resuming.
-    prompts = [*inputs.prompts, *(example.prompt for example in inputs.examples)]
-    negative = config.sampler.negative_prompt
-    model.remember(guidance_texts(prompts, negative))
+    prompts = [*inputs.prompts, *(one.prompt for one in inputs.examples)]
+    remember(model, inputs, prompts, config.sampler)
     scorer = make_scorer(config, plan, inputs.rewards, train.drop_equal_groups)
     context = SourceContext(
         policy=policy,
@@ -262,6 +287,7 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         keeps_paths=objective.needs_stochastic_steps,
         null_gradient=objective.train_null_branch,
         ranking=config.data.ranking,
+        voted=voted_pictures(policy, config),
     )
     optimizer = make_optimizer(policy, train)
     return Assembly(
@@ -271,6 +297,14 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         source=source_of(objective.learns_from, context),
         evaluator=make_evaluator(inputs, context),
     )
+
+
+def remember(model: FlowModel, inputs: Inputs, prompts: list[Prompt], sampler: Sampler) -> None:
+    """Encode prompts, and the negative prompts of a sampler, in advance."""
+    # Pictures of votes are made again from the embeddings that made them, of each prompt alone.
+    votes = drawn_pictures([*inputs.examples, *inputs.held_out])
+    texts = guidance_texts(prompts, sampler.negative_prompt)
+    model.remember(texts, together=1 if votes else ENCODE_AT_ONCE)
 
 
 def make_scorer(
@@ -293,8 +327,7 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     config, held_out = inputs.config, make_held_out(inputs, context)
     # Here and not in an evaluation: which prompts are encoded together must not depend on the
     # evaluations that were made before a run was resumed.
-    negative = config.evaluation_sampler.negative_prompt
-    context.policy.model.remember(guidance_texts(inputs.evaluation_prompts, negative))
+    remember(context.policy.model, inputs, inputs.evaluation_prompts, config.evaluation_sampler)
     return Evaluator(
         prompts=inputs.evaluation_prompts,
         images_per_prompt=config.evaluation.images_per_prompt,
@@ -311,10 +344,12 @@ def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
         return None
     make = make_pairs if inputs.config.objective.learns_from is Pairs else make_examples
     # In chunks that are the same on any number of processes.
-    context.policy.model.remember([example.prompt.text for example in inputs.held_out])
+    held_out = [example.prompt for example in inputs.held_out]
+    remember(context.policy.model, inputs, held_out, inputs.config.sampler)
     entries = len(inputs.held_out)
     share = {slot: slot % entries for slot in distributed.share(entries)}
-    return HeldOut(make(context, inputs.held_out, share, EVALUATION_STEP), entries)
+    single = make is make_pairs and any(one.rejected is None for one in inputs.held_out)
+    return HeldOut(make(context, inputs.held_out, share, EVALUATION_STEP), entries, single)
 
 
 def make_optimizer(policy: Policy, train: Train) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from flowalign.reporting.summary import Summary
 from flowalign.reporting.trackers import Trackers
 from flowalign.runs.advice import advise_on_out_of_memory, keep_finished_steps
 from flowalign.runs.interrupt import TERMINATED
-from flowalign.training.finish import finish
+from flowalign.training.finish import finish, report_progress
 from flowalign.training.run import prepare, Run
 from flowalign.training.update import update, update_snapshots
 
@@ -53,6 +53,7 @@ def execute(run: Run) -> Summary:
         # launchers send SIGTERM to the others within a tenth of a second.
         with run.interrupt.listening(), finished_steps_kept(run):
             before = run.evaluate_reference()
+            report_progress(run)
             reason = fit(run)
         # Ctrl-C in the export stops at once, which loses nothing: the last step is saved, and the
         # same command exports it.
@@ -111,10 +112,10 @@ def take_step(run: Run) -> dict[str, float]:
 
 
 def record(run: Run, trackers: Trackers, metrics: dict[str, float]) -> None:
-    """Log a step, and its evaluation if one is due."""
-    step = run.progress.step
+    """Log a step, and its evaluation if one is due, which the report then shows."""
+    step, is_due = run.progress.step, run.evaluation_due
     try:
-        if run.evaluation_due:
+        if is_due:
             result = run.evaluate()
             trackers.images(step, "pictures", result.images, run.evaluator.captions(result))
             metrics = {**metrics, **result.metrics, **run.selection_scores(result)}
@@ -122,6 +123,8 @@ def record(run: Run, trackers: Trackers, metrics: dict[str, float]) -> None:
     finally:
         # The step is logged even if its evaluation fails: the run resumes after it.
         trackers.log(step, metrics)
+    if is_due:
+        report_progress(run)
 
 
 def describe(metrics: dict[str, float]) -> str:

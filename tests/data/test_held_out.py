@@ -2,8 +2,8 @@
 
 import pytest
 
+from flowalign.data.examples import Example
 from flowalign.data.held_out import hold_out, MOST
-from flowalign.data.preferences import Example
 from flowalign.data.prompts import Prompt
 
 

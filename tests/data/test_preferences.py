@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from flowalign.config.load import load_config
-from flowalign.data.preferences import check_pictures, Example, read_examples
+from flowalign.data.examples import Example
+from flowalign.data.preferences import check_pictures, PAIRS, PICTURES, read_examples, Reading
 from flowalign.errors import UserError
 from flowalign.reporting.console import shown
 from flowalign.training.trainer import train
@@ -58,9 +59,9 @@ def colors(examples: list[Example]) -> list[tuple[str, str, str | None]]:
     ]
 
 
-def refusal(path: str | Path, paired: bool = True) -> str:
+def refusal(path: str | Path, reading: Reading = PAIRS) -> str:
     with pytest.raises(UserError) as caught:
-        read_examples(str(path), "data.pairs", paired)
+        read_examples(str(path), "data.pairs", reading)
     return str(caught.value)
 
 
@@ -74,7 +75,7 @@ def test_a_file_names_the_images_of_its_pairs(folder, better, worse):
         "",
         {"prompt": "two", better: "c.png", worse: "a.png"},
     )
-    assert colors(read_examples(path, "data.pairs", paired=True)) == [
+    assert colors(read_examples(path, "data.pairs", PAIRS)) == [
         ("one", "red", "blue"),
         ("two", "green", "red"),
     ]
@@ -85,7 +86,7 @@ def test_images_are_found_in_the_home_folder(folder, monkeypatch):
     (folder / "lists").mkdir()
     entry = {"prompt": "one", "chosen": "~/a.png", "rejected": "../b.png"}
     path = write_lines(folder / "lists", entry)
-    assert colors(read_examples(path, "data.pairs", paired=True)) == [("one", "red", "blue")]
+    assert colors(read_examples(path, "data.pairs", PAIRS)) == [("one", "red", "blue")]
 
 
 def test_a_folder_is_read_through_its_metadata(folder):
@@ -95,7 +96,7 @@ def test_a_folder_is_read_through_its_metadata(folder):
         {"prompt": "two", "image": "b.png"},
         name="metadata.jsonl",
     )
-    assert colors(read_examples(str(folder), "data.pairs", paired=False)) == [
+    assert colors(read_examples(str(folder), "data.pairs", PICTURES)) == [
         ("one", "red", None),
         ("two", "blue", None),
     ]
@@ -104,7 +105,7 @@ def test_a_folder_is_read_through_its_metadata(folder):
 def test_the_gap_is_the_difference_of_the_scores_or_1_without_scores(folder):
     pair = {"prompt": "one", "chosen": "a.png", "rejected": "b.png"}
     path = write_lines(folder, pair, {**pair, "score_chosen": 0.75, "score_rejected": 0.25})
-    assert [example.gap for example in read_examples(path, "data.pairs", paired=True)] == [1.0, 0.5]
+    assert [example.gap for example in read_examples(path, "data.pairs", PAIRS)] == [1.0, 0.5]
 
 
 def test_ties_are_left_out_of_pairs_but_kept_as_examples(folder):
@@ -112,10 +113,8 @@ def test_ties_are_left_out_of_pairs_but_kept_as_examples(folder):
     path = write_lines(
         folder, {**pair, "score_chosen": 0.5, "score_rejected": 0.5}, {**pair, "prompt": "two"}
     )
-    assert [example.prompt.text for example in read_examples(path, "data.pairs", paired=True)] == [
-        "two"
-    ]
-    assert [example.prompt.text for example in read_examples(path, "data.pairs", paired=False)] == [
+    assert [example.prompt.text for example in read_examples(path, "data.pairs", PAIRS)] == ["two"]
+    assert [example.prompt.text for example in read_examples(path, "data.pairs", PICTURES)] == [
         "one",
         "two",
     ]
@@ -151,7 +150,7 @@ def test_pick_a_pic_columns_become_pairs_without_ties(folder, kind, as_images):
         location.mkdir()
         table.to_parquet(location / "train.parquet")
         location = location / "train.parquet" if kind == "parquet" else location
-    assert colors(read_examples(str(location), "data.pairs", paired=True)) == [
+    assert colors(read_examples(str(location), "data.pairs", PAIRS)) == [
         ("one", "red", "blue"),
         ("two", "green", "blue"),
     ]
@@ -164,7 +163,7 @@ def test_examples_take_the_chosen_image_of_a_pair(folder):
         {"prompt": "two", "image": "c.png"},
     )
     assert [
-        color_of(example.chosen) for example in read_examples(path, "data.pairs", paired=False)
+        color_of(example.chosen) for example in read_examples(path, "data.pairs", PICTURES)
     ] == ["red", "green"]
 
 
@@ -263,7 +262,7 @@ def test_rows_without_a_winner_may_lack_a_caption(folder):
         folder, caption=["one", "two", None, None], label_0=[1.0, 0.0, 0.5, math.nan]
     )
     table.to_parquet(folder / "train.parquet")
-    assert len(read_examples(str(folder), "data.pairs", paired=True)) == 2
+    assert len(read_examples(str(folder), "data.pairs", PAIRS)) == 2
 
 
 CELLS = [
@@ -280,7 +279,7 @@ def test_a_cell_without_an_image_is_named_by_its_row(folder, cells, message):
     other = [plain("blue")] * 2
     rows = {"caption": ["one", "two"], "jpg_0": cells, "jpg_1": other, "label_0": [1.0, 0.0]}
     datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
-    examples = read_examples(str(folder), "data.pairs", paired=True)
+    examples = read_examples(str(folder), "data.pairs", PAIRS)
     with pytest.raises(UserError) as caught:
         check_pictures(examples)
     row = 1 if cells[0] != plain("red") else 2
@@ -298,7 +297,7 @@ def test_every_image_is_opened_once(folder):
             rejected=example.rejected
             and (lambda read=example.rejected: opened.append(1) or read()),
         )
-        for example in read_examples(path, "data.pairs", paired=False)
+        for example in read_examples(path, "data.pairs", PICTURES)
     ]
     check_pictures(examples)
     assert len(opened) == 601
@@ -314,7 +313,7 @@ def test_a_run_without_pictures_shows_no_progress_of_them(capsys):
 def test_the_first_image_that_cannot_be_opened_is_named(folder, fault):
     lines = [PAIR] * 10 + [{**PAIR, "rejected": "c.png"}] * 10
     path = write_lines(folder, *lines)
-    examples = read_examples(path, "data.pairs", paired=True)
+    examples = read_examples(path, "data.pairs", PAIRS)
     if fault is None:
         (folder / "c.png").unlink()
     else:
@@ -351,7 +350,7 @@ def test_a_folder_with_several_splits_is_refused(folder, names):
     ],
 )
 def test_a_folder_with_the_files_of_one_split_is_read_whole(folder, names):
-    assert len(read_examples(str(write_files(folder, names)), "data.pairs", paired=True)) == 4
+    assert len(read_examples(str(write_files(folder, names)), "data.pairs", PAIRS)) == 4
 
 
 def write_files(folder: Path, names: tuple[str, ...]) -> Path:

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from flowalign.config.load import load_config
-from flowalign.data.preferences import read_examples
+from flowalign.data.preferences import PAIRS, read_examples
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.errors import UserError
 from tests.data.image_files import plain
@@ -70,7 +70,7 @@ def test_a_column_that_does_not_exist_is_answered_with_those_that_do(repository)
         read_prompts(written)
 
 
-@pytest.mark.parametrize("read", [read_prompts, lambda w, k: read_examples(w, k, paired=True)])
+@pytest.mark.parametrize("read", [read_prompts, lambda w, k: read_examples(w, k, PAIRS)])
 def test_a_data_set_that_cannot_be_reached_is_refused_with_what_to_do(read, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -115,7 +115,7 @@ KNOWN = {
     },
     "named": {"prompt": ["a", "b"], "chosen": [RED, RED], "rejected": [BLUE, BLUE]},
 }
-PAIRS = {
+SCORES = {
     "pick-a-pic": [("a", 1.0), ("b", 1.0)],
     "rapidata": [("a", 0.5), ("b", 0.5)],
     "image-reward": [("a", 1.0), ("b", 1.0), ("b", 1.0)],
@@ -126,8 +126,8 @@ PAIRS = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_columns_of_known_data_sets_are_recognised(tmp_path, name):
     datasets.Dataset.from_dict(KNOWN[name]).to_parquet(tmp_path / "train.parquet")
-    examples = read_examples({"path": str(tmp_path), "split": "train"}, "data.pairs", paired=True)
-    assert [(e.prompt.text, e.gap) for e in examples] == PAIRS[name]
+    examples = read_examples({"path": str(tmp_path), "split": "train"}, "data.pairs", PAIRS)
+    assert [(e.prompt.text, e.gap) for e in examples] == SCORES[name]
     assert {e.chosen() for e in examples} == {RED}
     assert {e.rejected() for e in examples if e.rejected} == {BLUE}
 
@@ -137,7 +137,7 @@ def test_pairs_of_other_columns_are_named(tmp_path):
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "p.parquet")
     columns = {"prompt": "text", "chosen": "better", "rejected": "worse"}
     written = {"path": str(tmp_path / "p.parquet"), "columns": columns}
-    (example,) = read_examples(written, "data.pairs", paired=True)
+    (example,) = read_examples(written, "data.pairs", PAIRS)
     assert (example.prompt.text, example.chosen()) == ("a", RED)
 
 
@@ -155,7 +155,7 @@ def test_files_that_name_pictures_are_relative_to_the_file(tmp_path, name):
         separator = "," if name.endswith("csv") else "\t"
         lines = [separator.join(f'"{cell}"' for cell in row) for row in rows]
         (folder / name).write_text("\n".join(lines))
-    (example,) = read_examples(str(folder / name), "data.pairs", paired=True)
+    (example,) = read_examples(str(folder / name), "data.pairs", PAIRS)
     assert example.rejected is not None
     assert (example.prompt.text, example.chosen(), example.rejected()) == ("a, b", RED, BLUE)
 

@@ -18,7 +18,7 @@ from flowalign.evaluation.results import EvaluationResult
 from flowalign.files import read_tensors
 from flowalign.models import load_model
 from flowalign.models.config import Lora
-from flowalign.models.given_adapters import LayerAdapter
+from flowalign.models.layer_adapter import LayerAdapter
 from flowalign.models.lora import ADAPTER_FILE
 from flowalign.policy import Policy, Sampler
 from flowalign.runs.adapter import save_adapter
@@ -297,10 +297,13 @@ def test_an_exported_adapter_says_what_to_merge_first_and_is_sampled_with_it(tmp
     merge = f"model.merge=[{tmp_path / 'style'}]"
     train(small_config(tmp_path / "run", "train.steps=1", "train.learning_rate=1e-2", merge))
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    lines = [f"pipe.load_lora_weights('{tmp_path / 'style'}')", "pipe.fuse_lora()"]
+    copy = tmp_path / "run" / "adapter" / "merged" / "1"
+    lines = [f"pipe.load_lora_weights('{copy}')", "pipe.fuse_lora()"]
     assert "\n".join(lines) in card
-    # Apart from its run.
+    assert f"{tmp_path / 'style'}" not in card
+    # Apart from its run, and without what was merged.
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "alone")
+    shutil.rmtree(tmp_path / "style")
     settings = SampleSettings()
     policies = [load_policy(find_source(tmp_path / name), settings) for name in ("run", "alone")]
     weights = [base_weight(policy) for policy in (*policies, make_policy())]

@@ -43,6 +43,7 @@ from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts, SourceContext
+from flowalign.rollouts.voted import VotedPictures
 from flowalign.training.gradient import compute_gradient, Meter
 from tests.objectives.toy import DoublePolicy, labels, number_policy, NumberModel
 from tests.tiny import make_policy, random_clip, ROOT, sd3_config, stir, TEXTS, two_groups
@@ -620,6 +621,7 @@ def context(policy: Policy, rewards: list[Reward]) -> SourceContext:
         keeps_paths=True,
         null_gradient=True,
         ranking=Ranking(),
+        voted=VotedPictures(policy, lambda _: policy.sampler, keeps_paths=True),
     )
 
 

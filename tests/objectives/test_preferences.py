@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from flowalign import distributed
 from flowalign.batch import Keys, Pairs, Rollout
-from flowalign.data.preferences import Example
+from flowalign.data.examples import Example
 from flowalign.data.prompts import Prompt
 from flowalign.dynamics import flow_sde, Window
 from flowalign.errors import UserError
@@ -20,10 +20,10 @@ from flowalign.flow import add_noise
 from flowalign.objectives.base import Objective
 from flowalign.objectives.d3po import D3PO
 from flowalign.objectives.ddpo import DDPO
-from flowalign.objectives.dpo import DPO
+from flowalign.objectives.dpo import DPO, sigmoid
 from flowalign.objectives.draws import Draw, PathSteps
 from flowalign.objectives.flow_grpo import FlowGRPO, normalised_log_ratio
-from flowalign.objectives.kto import KTO
+from flowalign.objectives.kto import KTO, REFERENCE_POINTS
 from flowalign.objectives.prdp import PRDP
 from flowalign.objectives.terms import Reference
 from flowalign.policy import Policy, Sampler
@@ -270,8 +270,9 @@ def with_reference_point(
     objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw, z: float
 ) -> Pairs:
     errors_ref = objective.errors(policy.at("reference"), pairs, draw).detach().chunk(2)
-    terms = {"mean_g": torch.full((len(pairs),), z), "errors_ref": torch.stack(errors_ref, 1)}
-    return replace(pairs, terms=terms)
+    one = torch.ones(len(pairs))
+    terms = {"liked": one, "disliked": one, "g_liked": z * one, "g_disliked": z * one}
+    return replace(pairs, terms={**terms, "errors_ref": torch.stack(errors_ref, 1)})
 
 
 def gained(objective: KTO, policy: VelocityPolicy, pairs: Pairs, draw: Draw) -> Tensor:
@@ -321,10 +322,48 @@ def test_kto_s_reference_point_is_the_mean_over_the_whole_update():
     (prepared,) = with_terms(objective, policy, pairs)
     mean = gained(objective, policy, pairs, draw).mean()
     assert mean > 0
-    assert_close(prepared.terms["mean_g"], mean.expand(4))
     loss = objective.loss(policy, prepared, draw)
     assert_close(loss.stats["reference_point"].values, mean.expand(8))
-    assert not prepared.terms["mean_g"].requires_grad
+    assert not loss.stats["reference_point"].values.requires_grad
+
+
+def test_a_rare_kind_has_the_same_influence_on_a_balanced_reference_point():
+    """Means of 2e-3 over 80 likes and -4e-3 over 20 dislikes: 8e-4, or -1e-3 if balanced."""
+    terms = {"liked": 0.8, "disliked": 0.2, "g_liked": 0.8 * 2e-3, "g_disliked": 0.2 * -4e-3}
+    tensors = {name: torch.tensor(value) for name, value in terms.items()}
+    points = {name: point(tensors).item() for name, point in REFERENCE_POINTS.items()}
+    assert points == pytest.approx({"mean": 8e-4, "balanced": -1e-3})
+
+
+def test_single_likes_and_dislikes_have_the_loss_of_kto():
+    """g = (1, -.5, .2, 0)e-3, y = (+, -, +, -), β = 1000: z = 1.75e-4 and the loss .39805."""
+    g, liked = torch.tensor([1e-3, -5e-4, 2e-4, 0.0]), torch.tensor([True, False, True, False])
+    errors = torch.tensor([1e-2]).sub(g)
+    singles = replace(
+        pairs_of(errors.sqrt()[:, None], errors.sqrt()[:, None]),
+        voted=torch.stack([liked, ~liked], 1),
+    )
+    policy = VelocityPolicy(lambda x, t: 0 * x, torch.zeros(1, requires_grad=True), torch.zeros(1))
+    objective, draw = FixedErrors(beta=1000.0), at_time(0.5, 4, torch.zeros(4, 1))
+    means = {
+        "liked": liked.float().mean(),
+        "disliked": (~liked).float().mean(),
+        "g_liked": (g * liked).mean(),
+        "g_disliked": (g * ~liked).mean(),
+    }
+    terms = {name: value.expand(4) for name, value in means.items()}
+    terms["errors_ref"] = torch.full((4, 2), 1e-2)
+    loss = objective.loss(policy, replace(singles, terms=terms), draw)
+    assert loss.stats["reference_point"].values[0].item() == pytest.approx(1.75e-4)
+    # The loss is a mean over both sides of every row, of which one is missing.
+    assert 2 * loss.total.item() == pytest.approx(0.39805, abs=1e-5)
+
+
+class FixedErrors(KTO):
+    """KTO whose errors are the squares of the pictures."""
+
+    def errors(self, policy: Any, pairs: Pairs, draw: Draw) -> Tensor:
+        return torch.cat(pairs.x0)[:, 0].square()
 
 
 def test_pieces_of_a_kto_update_have_the_gradient_of_the_whole():
@@ -975,3 +1014,54 @@ def test_ranked_pairs_keep_the_paths_and_log_probabilities_that_were_sampled(sam
 def test_a_setting_that_means_nothing_is_refused(objective, settings):
     with pytest.raises(UserError, match=r"write|must be|choose from"):
         objective(**settings)
+
+
+# votes
+
+
+def voted_pairs(preference: float, tie: float) -> Pairs:
+    pairs = pairs_of(random(2, 1), random(2, 1, seed=1))
+    return replace(pairs, preference=torch.full((2,), preference), tie=torch.full((2,), tie))
+
+
+@pytest.mark.parametrize(
+    ("preference", "tie", "margin", "expected"),
+    [
+        # Every vote for one picture: the loss of a certain pair.
+        (1.0, 0.0, 0.0, 0.0),
+        # Three of four votes: log odds of the share.
+        (0.75, 0.0, 0.0, math.log(3)),
+        # A fifth of ties and 80 % wins of the rest, with Rao and Kupper's m: 1.117.
+        (0.8, 0.2, 0.541, 1.117),
+        # Nothing but ties.
+        (0.5, 1.0, 0.405, 0.0),
+    ],
+)
+def test_dpo_s_optimum_is_the_log_odds_of_the_votes(preference, tie, margin, expected):
+    won, lost = (float(side[0]) for side in voted_pairs(preference, tie).votes)
+    objective = DPO(tie_margin=margin)
+    assert objective.learns_from_ties == (margin > 0)
+
+    def slope(s: float) -> float:
+        value = torch.tensor(s, requires_grad=True)
+        loss = won * sigmoid(value - margin) + lost * sigmoid(-value - margin)
+        loss.backward()
+        assert value.grad is not None
+        return value.grad.item()
+
+    if lost == 0:
+        assert slope(10.0) < 0  # it never stops
+    else:
+        assert slope(expected) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_pair_of_equally_many_votes_pulls_d3po_to_the_reference():
+    """The gradient of -½ log σ(m) - ½ log σ(-m) is 0 at m = 0."""
+    paths = random(1, 3, 1), random(1, 3, 1, seed=1)
+    certain = path_pairs(*paths, torch.zeros(2, 2))
+    even = replace(certain, preference=torch.tensor([0.5]))
+    for pairs, is_zero in ((certain, False), (even, True)):
+        bias = torch.zeros(2, requires_grad=True)
+        D3PO(beta=1.0).loss(ChainPolicy(bias, stds=(1.0, 1.0)), pairs, 0).total.backward()
+        assert bias.grad is not None
+        assert (bias.grad.abs().max().item() < 1e-9) == is_zero

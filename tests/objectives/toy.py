@@ -118,6 +118,9 @@ def path_pairs(
         chosen_log_prob=log_probs[0],
         rejected_log_prob=log_probs[1],
         gap=gap,
+        preference=torch.ones(len(chosen)),
+        tie=torch.zeros(len(chosen)),
+        voted=torch.ones(len(chosen), 2, dtype=torch.bool),
         steps=range(chosen.shape[1] - 1),
     )
 

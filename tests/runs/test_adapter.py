@@ -73,12 +73,11 @@ def test_the_lines_of_the_adapters_readme_run(tmp_path):
     assert (tmp_path / "picture.png").exists()
 
 
-def made_by_diffusers(adapter, batch, noise):
-    """Pictures of an adapter in a pipeline that has loaded nothing else."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        ROOT / "assets" / "tiny-sd3", text_encoder_3=None, tokenizer_3=None
-    )
-    pipe.load_lora_weights(adapter)
+def made_by_diffusers(adapter, batch, noise, model=ROOT / "assets" / "tiny-sd3"):
+    """Pictures of an adapter, if any, in a pipeline that has loaded nothing else."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
+    if adapter:
+        pipe.load_lora_weights(adapter)
     size = {"height": 64, "width": 64, "max_sequence_length": 0}
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt", **size}
     return pipe(batch.prompts, latents=noise.clone(), **settings).images

@@ -60,9 +60,9 @@ def test_two_runs_of_different_learning_rates_are_compared(two, capsys):
     shown = assert_harmless(page.read_text())
     assert "train.learning_rate" in shown.text
     assert "train.learning_rate0.010.001" in shown.text
-    # A plot of differences and one of curves for every score, and the pictures of both runs.
-    pictures = [value for name, value in shown.attributes if name == "src"]
-    assert len(pictures) == 2 * len(first) + 2
+    # Of each prompt: the model without adapter and both runs, and the gallery of both runs.
+    prompts = len(EvaluationResult.load(two[0] / AFTER).prompt)
+    assert shown.count("img") == 3 * prompts + 2 * 2 * prompts
 
 
 def test_the_function_returns_the_figures(two, tmp_path):
@@ -204,8 +204,9 @@ def test_a_page_of_hostile_names_is_harmless(name, two):
 
 def test_the_files_of_a_finished_run_hold_every_evaluation(finished):
     names = sorted(file.name for file in (finished / "evaluation").iterdir())
-    assert names == ["after.safetensors", "before.safetensors", "step-000004.safetensors"]
-    after, last = (load_file(finished / "evaluation" / name) for name in (names[0], names[2]))
+    last = "step-000004.safetensors"
+    assert names == ["after.safetensors", "before.safetensors", "prompts.jsonl", last]
+    after, last = (load_file(finished / "evaluation" / name) for name in (names[0], last))
     assert len(after["images"])
     assert not len(last["images"])
     assert torch.equal(after["reward/scene_match"], last["reward/scene_match"])

@@ -16,7 +16,6 @@ from PIL import Image
 from flowalign import files
 from flowalign.cli import main
 from flowalign.files import verify_checksums
-from flowalign.reporting import html as report
 from flowalign.reporting.trackers import JsonLines, read_metrics
 from flowalign.runs.checkpoint import checkpoints
 from flowalign.training import setup
@@ -78,7 +77,6 @@ def quick(run, steps):
 
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_loses_no_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "draw_curves", lambda *_: [])
     monkeypatch.setattr(setup, "score_noise", lambda *_, **__: None)
     assert quick(tmp_path / "begun", 1) == quick(tmp_path / "whole", 2) == 0
     for first in itertools.count(1):

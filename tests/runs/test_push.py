@@ -131,6 +131,11 @@ def test_a_push_that_cannot_be_is_refused_before_the_export(
     assert not (run / "adapter-step-000004").exists()
 
 
+def test_a_format_without_a_card_is_not_pushed(hub, run):
+    with pytest.raises(UserError, match="--push uploads the format diffusers"):
+        export(run, format="comfyui", push="me/adapter")
+
+
 def test_a_hub_that_cannot_be_reached_is_refused(run, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

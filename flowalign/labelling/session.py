@@ -1,0 +1,125 @@
+"""A session of votes: what each voter is asked next, and the file that keeps the answers."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, UTC
+
+from flowalign.data.votes import Vote, VoteFile, write_votes
+from flowalign.labelling.agreement import Habits, habits
+from flowalign.labelling.albums import Album
+from flowalign.labelling.questions import labels_of, Place, places
+
+AHEAD = 2
+"""Questions whose pictures are made while the voter looks at the present one."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A question on the page."""
+
+    place: int
+    prompt: str
+    pictures: int
+    total: int
+    """Questions of the voter, with repetitions."""
+    done: int
+
+
+class Session:
+    """Votes of any number of voters on one album. Every vote is written at once."""
+
+    def __init__(self, album: Album, file: VoteFile, mode: str, seed: int):
+        self.album, self.mode, self.seed = album, mode, seed
+        self._file, self._lock = file, threading.Lock()
+        # One thread, because pictures of one model are made one after another.
+        self._maker = ThreadPoolExecutor(1)
+        self._pictures: dict[int, Future[list[bytes]]] = {}
+
+    @property
+    def file(self) -> VoteFile:
+        """The vote file with all votes."""
+        return self._file
+
+    def next(self, voter: str) -> Shown | None:
+        """Return the next question of a voter, or None after the last."""
+        asked, answered = self._places(voter), {vote.place for vote in self._votes_of(voter)}
+        missing = [number for number in range(len(asked)) if number not in answered]
+        for number in missing[: AHEAD + 1]:
+            self._load(asked[number].question)
+        if not missing:
+            return None
+        place = missing[0]
+        question = self.album.question(asked[place].question)
+        done = len(asked) - len(missing)
+        return Shown(place, question.prompt.text, len(question.pictures), len(asked), done)
+
+    def picture(self, voter: str, place: int, position: int) -> bytes:
+        """Return the picture at a position of a question. Raises IndexError if there is none."""
+        at = self._place(voter, place)
+        return self._load(at.question).result()[at.order[position]]
+
+    def vote(self, voter: str, place: int, choice: str, seconds: float) -> None:
+        """Store the answer to a question; an earlier answer to it is replaced.
+
+        Raises ValueError for a choice that the mode does not have, and IndexError for a place that
+        the voter is not asked.
+        """
+        at = self._place(voter, place)
+        asked = self.album.question(at.question)
+        vote = Vote(
+            prompt=asked.prompt.text,
+            pictures=tuple(asked.pictures[position] for position in at.order),
+            labels=labels_of(self.mode, choice, len(asked.pictures)),
+            voter=voter,
+            place=place,
+            seconds=round(seconds, 2),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            metadata=asked.prompt.metadata,
+        )
+        with self._lock:
+            others = [one for one in self._file.votes if (one.voter, one.place) != (voter, place)]
+            self._store([*others, vote])
+
+    def undo(self, voter: str) -> None:
+        """Remove the last vote of a voter, who is asked again."""
+        with self._lock:
+            numbers = [n for n, vote in enumerate(self._file.votes) if vote.voter == voter]
+            if numbers:
+                last = numbers[-1]
+                self._store([*self._file.votes[:last], *self._file.votes[last + 1 :]])
+
+    def habits(self, voter: str) -> Habits:
+        """Measure the habits of a voter."""
+        return habits(self._votes_of(voter))
+
+    def close(self) -> None:
+        """Stop making pictures."""
+        self._maker.shutdown(wait=True, cancel_futures=True)
+
+    def _votes_of(self, voter: str) -> list[Vote]:
+        return [vote for vote in self._file.votes if vote.voter == voter]
+
+    def _places(self, voter: str) -> Sequence[Place]:
+        pictures = len(self.album.question(0).pictures)
+        return places(self.album.questions, pictures, self.seed, voter)
+
+    def _place(self, voter: str, number: int) -> Place:
+        asked = self._places(voter)
+        if not 0 <= number < len(asked):
+            raise IndexError(f"There is no question {number}.")
+        return asked[number]
+
+    def _load(self, question: int) -> "Future[list[bytes]]":
+        with self._lock:
+            if question not in self._pictures:
+                self._pictures[question] = self._maker.submit(self.album.load, question)
+            # The newest suffice: a session may last for thousands of questions.
+            for old in list(self._pictures)[: -8 * (AHEAD + 1)]:
+                del self._pictures[old]
+            return self._pictures[question]
+
+    def _store(self, votes: list[Vote]) -> None:
+        self._file = replace(self._file, votes=votes)
+        write_votes(self._file)
