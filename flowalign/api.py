@@ -314,11 +314,14 @@ def sample_to_folder(
     return folder
 
 
-def export(
+def export(  # noqa: PLR0913 - keyword arguments, one for each option of the command
     run: str | Path,
     step: int | None = None,
     output: str | Path | None = None,
     format: str = "diffusers",
+    *,
+    push: str | None = None,
+    public: bool = False,
 ) -> Path:
     """Write the adapter of a step that a run keeps, and print where it is.
 
@@ -332,12 +335,15 @@ def export(
             folder with the step, such as `adapter-step-000100`.
         format: "diffusers" is a folder with a README that shows how to load it. "comfyui" and
             "kohya" are single files. "merged" is a whole model that needs no adapter.
+        push: A repository of the Hugging Face hub, as owner/name, to upload the folder to.
+        public: True to let everybody see a new repository.
 
     Returns:
         The folder or the file.
 
     Raises:
-        UserError: The step is not kept, the output exists, or the format cannot hold the adapter.
+        UserError: The step is not kept, the output exists, the format cannot hold the adapter, or
+            the upload fails.
 
     Example:
         >>> flowalign.export("outputs/crd", step=100).name
@@ -348,10 +354,16 @@ def export(
     with screen.shown():
         with progress.task("importing PyTorch and diffusers"):
             from flowalign.runs.export import export_step
+            from flowalign.runs.push import check_push, push_adapter
+        if push:
+            check_push(push, format)
         target = Path(output).expanduser() if output else None
         written = export_step(Path(run).expanduser(), step, target, format)
         label = "Model" if format == "merged" else "Adapter"
         progress.say(f"{label}: {written}")
+        if push:
+            address = push_adapter(Path(run).expanduser(), step, written, push, public)
+            progress.say(f"Hub:     {address}")
         return written
 
 

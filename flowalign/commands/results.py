@@ -13,7 +13,8 @@ def add_export(commands: Commands) -> None:
         summary="write the adapter of a step that a run keeps, for other tools",
         examples="  flowalign export outputs/crd --step 50\n"
         "  flowalign export outputs/crd --step 50 --output my_adapter\n"
-        "  flowalign export outputs/crd --format comfyui --output my_adapter.safetensors",
+        "  flowalign export outputs/crd --format comfyui --output my_adapter.safetensors\n"
+        "  flowalign export outputs/crd --push my_name/my_adapter",
         action=_export,
     )
     parser = command.add_to(commands)
@@ -36,10 +37,27 @@ def add_export(commands: Commands) -> None:
         metavar="PATH",
         help="the folder or file to write (default: adapter-step-000100 and the like in the run)",
     )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload it to this repository of the Hugging Face hub (default: no upload)",
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="with --push: let everybody see a new repository (default: private)",
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
-    api.export(options.run, options.step, options.output, options.format)
+    api.export(
+        options.run,
+        options.step,
+        options.output,
+        options.format,
+        push=options.push,
+        public=options.public,
+    )
     return 0
 
 

@@ -23,6 +23,8 @@ from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
 CARD, MERGED, MERGED_FOLDER = "README.md", "merged_adapters", "merged"
+LICENCE = ("license", "license_name", "license_link")
+"""Entries of a card that say what others may do with a model."""
 WITH_PIPELINE = """# A LoRA adapter for {title}
 
 ```python
@@ -42,7 +44,7 @@ pipe = {pipeline}.from_pretrained({folder!r}{loading}){move}
 pipe({prompt!r}{calling}).images[0].save("picture.png")
 ```
 """
-MERGING = """pipe.load_lora_weights({adapter!r})
+MERGING = """pipe.load_lora_weights({folder!r}, subfolder={name!r})
 pipe.fuse_lora()
 pipe.unload_lora_weights()
 """
@@ -62,9 +64,9 @@ def adapter_card(config: Config, folder: Path) -> str:
             merged first stand in it too, as `merged_names` says.
     """
     path, merged = portable(config.model.path), merged_names(config)
-    head = card_head(path, merged)
+    head = card_head(path, merged, details=_details(config))
     if call := _pipeline_call(config):
-        merging = "".join(MERGING.format(adapter=str(folder / name)) for name in merged)
+        merging = "".join(MERGING.format(folder=str(folder), name=name) for name in merged)
         values = _values(config, call, folder)
         return head + WITH_PIPELINE.format(path=path, merging=merging, **values)
     return head + WITHOUT_PIPELINE.format(
@@ -81,7 +83,8 @@ def model_card(config: Config, folder: Path) -> str:
     """
     call = _pipeline_call(config)
     assert call is not None
-    head = card_head(portable(config.model.path), tags=("text-to-image", "flowalign"))
+    path, tags = portable(config.model.path), ("text-to-image", "flowalign")
+    head = card_head(path, tags=tags, details=_details(config))
     return head + OF_A_MODEL.format(**_values(config, call, folder))
 
 
@@ -114,19 +117,35 @@ def card_head(
     model: str,
     merged: Sequence[str] = (),
     tags: Sequence[str] = ("lora", "text-to-image", "flowalign"),
+    details: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the head of an adapter's README: the model card of the Hugging Face hub.
+    """Return the head of an adapter's README: the metadata of a model card of the hub.
 
-    `merged` are adapters that belong to the model, because they were added to its weights.
+    Args:
+        model: The base model.
+        merged: Adapters that belong to the model, because they were added to its weights.
+        tags: What the hub finds it by.
+        details: Further entries, such as the licence.
     """
-    entries: dict[str, object] = {
-        "base_model": model,
-        "library_name": "diffusers",
-        "tags": [*tags],
-    }
-    if merged:
-        entries[MERGED] = [*merged]
-    return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n"
+    from huggingface_hub import ModelCardData  # takes a second, and reading a card needs none
+
+    entries = ModelCardData(
+        base_model=model,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags],
+        **{**(details or {}), **({MERGED: [*merged]} if merged else {})},
+    )
+    # Not by its `to_yaml`, which writes every character as it is: some would be read as others.
+    return f"---\n{yaml.safe_dump(entries.to_dict(), sort_keys=False)}---\n"
+
+
+def _details(config: Config) -> dict[str, str]:
+    """Return a prompt for the hub's pages, and the licence that the base model's own card names."""
+    path = Path(config.model.path)
+    entries = _entries(path) if path.is_dir() else {}
+    licence = {key: entries[key] for key in LICENCE if isinstance(entries.get(key), str)}
+    return {"instance_prompt": _first_prompt(config)} | {k: str(v) for k, v in licence.items()}
 
 
 def markdown_code(text: str) -> str:
