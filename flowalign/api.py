@@ -55,6 +55,8 @@ class LabelOptions(TypedDict, total=False):
     votes: str
     voter: str
     seed: int
+    choose: Literal["random", "active"]
+    features: str
     stores: bool
 
 
@@ -393,16 +395,8 @@ def label(
             other pictures.
     """
     with screen.shown():
-        try:
-            with progress.task("importing PyTorch and diffusers"):
-                import fastapi  # noqa: F401 - needed below, and missing from most installations
-
-                from flowalign.labelling import label as labelling
-        except ImportError as error:
-            raise UserError(
-                f"{error.name} is not installed, and the voting page needs it. "
-                "Install it: pip install 'flowalign[serve]'."
-            ) from None
+        with progress.task("importing PyTorch and diffusers"):
+            from flowalign.labelling import label as labelling
         options = labelling.LabelSettings(**settings)
         session = labelling.open_session(str(source), options, model)
         labelling.serve(session, options.voter, port, opens)

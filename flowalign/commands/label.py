@@ -61,6 +61,20 @@ def _add_page_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="seed of the pictures (default: 0)"
     )
     parser.add_argument(
+        "--choose",
+        choices=("random", "active"),
+        default="random",
+        help="the next pair: random, or the one that would teach the reward taste the most, of "
+        "eight that are made (default: random)",
+    )
+    parser.add_argument(
+        "--features",
+        default="",
+        metavar="MODEL",
+        help="image model of an active choice, such as openai/clip-vit-large-patch14 "
+        "(default: the bundled CLIP, for the bundled world)",
+    )
+    parser.add_argument(
         "--keys-only",
         action="store_true",
         help="store no picture files; pictures are made again from their keys",
@@ -97,6 +111,8 @@ def _label(options: argparse.Namespace) -> int:
         votes=options.votes,
         voter=options.voter,
         seed=options.seed,
+        choose=options.choose,
+        features=options.features,
         stores=not options.keys_only,
     )
     return 0

@@ -4,7 +4,6 @@ import argparse
 
 from flowalign import api
 from flowalign.commands.command import Command, Commands, port, positive
-from flowalign.errors import UserError
 
 REWARD_SPEC = (
     "a built-in name, my_rewards.py:redness, or a name with settings: "
@@ -112,15 +111,8 @@ def _add_reward_serve(actions: Commands) -> None:
 
 def _reward_serve(options: argparse.Namespace) -> int:
     from flowalign.rewards.registry import load_reward
+    from flowalign.rewards.remote.server import serve
 
-    # FastAPI is an optional dependency: training machines do not need it.
-    try:
-        from flowalign.rewards.remote.server import serve
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed, and serving needs it. "
-            "Install it: pip install 'flowalign[serve]'."
-        ) from None
     serve(
         load_reward(options.spec),
         options.host,

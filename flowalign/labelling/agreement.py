@@ -9,6 +9,9 @@ from statistics import median
 from flowalign.data.votes import Vote, VotedPicture
 from flowalign.rewards.accuracy import proportion_interval
 
+ENOUGH = 10
+"""Repeated questions from which a rate of wrong votes is told."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
@@ -48,9 +51,13 @@ class Habits:
         if self.repeated:
             low, high = proportion_interval(self.agreed, self.repeated)
             lines.append(
-                f"Of {self.repeated} repeated questions, {self.agreed} have the same answer "
-                f"(95 % interval {low:.2f} to {high:.2f}). That is a rate of wrong votes of "
-                f"{self.error_rate:.2f}, for objective.label_smoothing of dpo."
+                f"{self.agreed} of {self.repeated} repeated questions have the same answer "
+                f"(95 % interval {low:.2f} to {high:.2f})."
+            )
+        if self.repeated >= ENOUGH and 0 < self.error_rate < 0.5:
+            lines.append(
+                f"That is a rate of wrong votes of {self.error_rate:.2f}: for dpo, write "
+                f"objective.label_smoothing: {self.error_rate:.2f}."
             )
         if self.decided:
             low, high = proportion_interval(self.left, self.decided)

@@ -17,6 +17,7 @@ from flowalign.data.examples import VoteSource
 from flowalign.data.prompts import Prompt, read_prompts
 from flowalign.data.votes import read_votes, VoteFile
 from flowalign.errors import UserError
+from flowalign.labelling.active import ActiveChoice
 from flowalign.labelling.agreement import habits
 from flowalign.labelling.albums import Album, FolderAlbum, ModelAlbum, SUFFIXES
 from flowalign.labelling.questions import PICTURES
@@ -25,6 +26,8 @@ from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.progress import say
+from flowalign.rewards.features import BUNDLED_CLIP
+from flowalign.rewards.taste import Taste, TasteFeatures
 from flowalign.runs.environment import environment
 from flowalign.sampling.sources import (
     evaluation_prompts,
@@ -60,6 +63,10 @@ class LabelSettings(Settings):
     """The name that the page proposes."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of pictures, questions and their order."""
+    choose: Literal["random", "active"] = "random"
+    """The next pair: at random, or the one that would teach `rewards.taste` the most."""
+    features: str = ""
+    """The backbone of an active choice: a local folder or hub repository; empty for the bundled."""
     stores: bool = True
     """False to store keys alone and no picture files."""
 
@@ -80,7 +87,7 @@ def open_session(source: str, settings: LabelSettings, model: str | None = None)
     if folder.is_dir() and _holds_pictures(folder):
         file = _open_votes(Path(settings.votes or folder / VOTES), None)
         album: Album = FolderAlbum(folder, settings.per_question, settings.questions, settings.seed)
-        return Session(album, file, settings.mode, settings.seed)
+        return new_session(album, file, settings)
     return _session_of_model(source, settings, model)
 
 
@@ -109,7 +116,18 @@ def _session_of_model(source: str, settings: LabelSettings, model: str | None) -
         folder=place.parent,
         stores=settings.stores,
     )
-    return Session(album, file, settings.mode, settings.seed)
+    return new_session(album, file, settings)
+
+
+def new_session(album: Album, file: VoteFile, settings: LabelSettings) -> Session:
+    """Return a session. Raises UserError if only pairs can be chosen actively."""
+    choice = None
+    if settings.choose == "active":
+        if settings.mode != "pair":
+            raise UserError("--choose active compares two pictures. Write --mode pair.")
+        features = TasteFeatures(settings.features or BUNDLED_CLIP, "--features")
+        choice = ActiveChoice(album, features, Taste.dimensions, Taste.deviation)
+    return Session(album, file, settings.mode, settings.seed, choice)
 
 
 def find_origin(source: str, model: str | None) -> Source:

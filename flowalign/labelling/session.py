@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, UTC
 
 from flowalign.data.votes import Vote, VoteFile, write_votes
+from flowalign.labelling.active import ActiveChoice
 from flowalign.labelling.agreement import Habits, habits
 from flowalign.labelling.albums import Album
 from flowalign.labelling.questions import labels_of, Place, places
@@ -30,8 +31,16 @@ class Shown:
 class Session:
     """Votes of any number of voters on one album. Every vote is written at once."""
 
-    def __init__(self, album: Album, file: VoteFile, mode: str, seed: int):
-        self.album, self.mode, self.seed = album, mode, seed
+    def __init__(
+        self,
+        album: Album,
+        file: VoteFile,
+        mode: str,
+        seed: int,
+        choice: ActiveChoice | None = None,
+    ):
+        """Without a choice, questions are asked in their random order."""
+        self.album, self.mode, self.seed, self.choice = album, mode, seed, choice
         self._file, self._lock = file, threading.Lock()
         # One thread, because pictures of one model are made one after another.
         self._maker = ThreadPoolExecutor(1)
@@ -46,6 +55,7 @@ class Session:
         """Return the next question of a voter, or None after the last."""
         asked, answered = self._places(voter), {vote.place for vote in self._votes_of(voter)}
         missing = [number for number in range(len(asked)) if number not in answered]
+        missing = self._chosen_first(voter, asked, missing)
         for number in missing[: AHEAD + 1]:
             self._load(asked[number].question)
         if not missing:
@@ -54,6 +64,23 @@ class Session:
         question = self.album.question(asked[place].question)
         done = len(asked) - len(missing)
         return Shown(place, question.prompt.text, len(question.pictures), len(asked), done)
+
+    def _chosen_first(self, voter: str, asked: Sequence[Place], missing: list[int]) -> list[int]:
+        """Return the places that are left, the one to ask next first."""
+        if self.choice is None or not missing:
+            return missing
+        votes = self._votes_of(voter)
+        answered = [(asked[vote.place].question, vote) for vote in votes]
+        seen = {question for question, _ in answered}
+        # A repetition must wait for its question.
+        new = [place for place in missing if asked[place].question not in seen]
+        first = dict.fromkeys(asked[place].question for place in new)
+        if not first:
+            return missing
+        # Pictures are made by the one thread of the session, as all others are.
+        number = [*first][self.choice([*first], answered, lambda n: self._load(n).result())]
+        place = next(place for place in new if asked[place].question == number)
+        return [place, *(other for other in missing if other != place)]
 
     def picture(self, voter: str, place: int, position: int) -> bytes:
         """Return the picture at a position of a question. Raises IndexError if there is none."""

@@ -86,4 +86,9 @@ def stored_images(picture: Picture, where: str) -> Tensor:
             f"{where}: the picture was not stored, and a reward has no model to make it again. "
             "Vote without --keys-only."
         )
-    return as_images(named_picture(read(), where))
+    return as_images_of(read(), where)
+
+
+def as_images_of(content: bytes, where: str = "votes") -> Tensor:
+    """Return an image file as images (1, 3, H, W) in [0, 1]."""
+    return as_images(named_picture(content, where))

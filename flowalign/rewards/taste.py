@@ -88,6 +88,19 @@ def whiten(features: Tensor, width: int) -> Whitening:
     return Whitening(mean, directions[:kept].T * scale)
 
 
+class TasteFeatures:
+    """Features of pictures, with their product with the prompts if the backbone reads texts."""
+
+    def __init__(self, path: str, key: str):
+        self.backbone = Backbone(path, key)
+        self.prompts = PromptFeatures(path, self.backbone)
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Return features (B, W) of images (B, 3, H, W) in [0, 1]."""
+        image = self.backbone(images)
+        return torch.cat([image, *self.prompts(image, prompts)], 1)
+
+
 def folds_by_prompt(prompts: Sequence[str]) -> Tensor:
     """Return the fold (N,) of each pair. All pairs of a prompt are in one fold."""
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -134,8 +147,7 @@ class Taste:
 
     def __post_init__(self) -> None:
         examples = self._read()
-        self.backbone = Backbone(self.path, "rewards.taste.path")
-        self.prompts = PromptFeatures(self.path, self.backbone)
+        self.features = TasteFeatures(self.path, "rewards.taste.path")
         prompts = [example.prompt.text for example in examples]
         features = [self._embed(examples, side) for side in (0, 1)]
         self.whitening = whiten(torch.cat(features), self.dimensions)
@@ -148,7 +160,7 @@ class Taste:
         self.centre, self.spread = scores.mean().item(), scores.std().item() or 1.0
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> PerImage:
-        phi = self.whitening(self._features(images, prompts).double())
+        phi = self.whitening(self.features(images, prompts).double())
         weight, covariance = (part.to(phi) for part in self.head)
         scores = (phi @ weight - self.centre) / self.spread
         if self.doubt:
@@ -173,17 +185,12 @@ class Taste:
     @torch.no_grad()
     def _embed(self, examples: Sequence[Example], side: int) -> Tensor:
         rows = [
-            self._features(
+            self.features(
                 stored_images(example.pictures[side], example.where), [example.prompt.text]
             )
             for example in examples
         ]
         return torch.cat(rows).double().cpu()
-
-    def _features(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Return features (B, W) of pictures, with those of their prompts."""
-        image = self.backbone(images)
-        return torch.cat([image, *self.prompts(image, prompts)], 1)
 
     def _judge(self) -> None:
         """Say how accurate the head is. Raises UserError if it may be no better than chance."""

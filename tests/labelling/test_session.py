@@ -17,12 +17,14 @@ from flowalign.data.examples import Drawn
 from flowalign.data.preferences import PAIRS, read_examples
 from flowalign.data.votes import read_votes
 from flowalign.errors import UserError
+from flowalign.labelling.active import information
 from flowalign.labelling.label import LabelSettings, open_session
 from flowalign.labelling.server import make_app
 from flowalign.labelling.session import Session
 from flowalign.models import load_model
 from flowalign.policy import Policy
 from flowalign.reporting.trackers import read_metrics
+from flowalign.rewards.taste import fit_head
 from flowalign.rollouts.voted import VotedPictures
 from flowalign.training.trainer import train
 from flowalign.training.votes import voted_pictures
@@ -267,3 +269,25 @@ def test_a_model_without_prompts_is_refused_and_a_run_brings_its_own(tmp_path):
     assert shown is not None
     assert shown.pictures == 1
     session.close()
+
+
+def test_an_active_choice_takes_the_pair_whose_outcome_teaches_most():
+    """A direction that no vote has tested, over one that many have, and over a near twin."""
+    tested = torch.eye(2)[[0] * 30].double()
+    head = fit_head(tested, torch.ones(30).double(), 2.0)
+    pairs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.01]]).double()
+    assert information(head, pairs).argsort(descending=True).tolist()[0] == 1
+
+
+def test_an_active_session_asks_every_question_once_and_repetitions_last(tmp_path):
+    session = opened(tmp_path, questions=24, choose="active", stores=False)
+    asked = []
+    while shown := session.next("anna"):
+        again = session.next("anna")
+        assert again is not None
+        assert again.place == shown.place  # a page that is opened anew shows the same question
+        asked.append(shown.place)
+        session.vote("anna", shown.place, "left", 1.0)
+    session.close()
+    assert sorted(asked) == list(range(len(asked)))
+    assert asked != sorted(asked)
