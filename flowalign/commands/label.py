@@ -109,7 +109,7 @@ def _label(options: argparse.Namespace) -> int:
         questions=options.questions,
         prompts=options.prompts,
         votes=options.votes,
-        voter=options.voter,
+        voter=options.voter.strip() or "voter",
         seed=options.seed,
         choose=options.choose,
         features=options.features,

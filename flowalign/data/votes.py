@@ -8,7 +8,7 @@ picture. Pictures are named by their keys, by files relative to the vote file, o
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,25 @@ from flowalign.files import write_file
 Labels = tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VotedPicture:
-    """A picture that was voted on."""
+    """A picture that was voted on. Equal keys are one picture, whether it was stored or not."""
 
     key: ImageKey | None = None
     """The numbers that its noise depends on, if flowalign made it."""
     file: str | None = None
     """Its file, relative to the vote file, if it was stored."""
+
+    @property
+    def identity(self) -> ImageKey | str | None:
+        """Its key, or else its file."""
+        return self.key or self.file
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VotedPicture) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +104,19 @@ def is_vote_file(path: Path) -> bool:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(entry, dict) and ("labels" in entry or "source" in entry)
+    if not isinstance(entry, dict):
+        return False
+    source = entry.get("source")
+    # Other files have these names too: TRL's `labels`, or a text `source`.
+    is_source = isinstance(source, dict) and "weights" in source
+    return is_source or ("labels" in entry and "pictures" in entry)
 
 
 def read_votes(path: str | Path, key: str) -> VoteFile:
     """Read a vote file. Raises UserError with `key`, the file and the line if one is wrong."""
     objects = read_objects(Path(path), key)
     source = None
-    if objects and "source" in objects[0][0]:
+    if objects and "pictures" not in objects[0][0] and "source" in objects[0][0]:
         (entry, where), *objects = objects
         source = _source(entry["source"], where)
     return VoteFile(Path(path), source, [_vote(entry, where) for entry, where in objects])
@@ -129,13 +145,22 @@ def _vote(entry: Metadata, where: str) -> Vote:
             f"{where} has {len(pictures)} picture(s) and the labels {labels!r}. Write one number "
             "from -1 to 1 for each picture."
         )
+    voted = tuple(_picture(picture, where) for picture in pictures)
+    place, seconds = entry.get("place", -1), entry.get("seconds", 0)
+    if len(set(voted)) < len(voted):
+        raise UserError(f"{where} names a picture twice. Write each picture once.")
+    if not isinstance(place, int) or not isinstance(seconds, int | float):
+        raise UserError(
+            f"{where} has the place {place!r} and the seconds {seconds!r}. Write numbers, or "
+            "remove both."
+        )
     return Vote(
         prompt=prompt,
-        pictures=tuple(_picture(picture, where) for picture in pictures),
+        pictures=voted,
         labels=None if labels is None else tuple(map(float, labels)),
         voter=str(entry.get("voter", "")),
-        place=int(entry.get("place", -1)),
-        seconds=float(entry.get("seconds", 0)),
+        place=place,
+        seconds=float(seconds),
         time=str(entry.get("time", "")),
         metadata=entry.get("metadata") or {},
         where=where,
@@ -165,15 +190,19 @@ def _picture(entry: object, where: str) -> VotedPicture:
 def vote_line(vote: Vote) -> str:
     """Return a vote as a line of a vote file."""
     entry = {
-        name: value
-        for name, value in asdict(vote).items()
-        if value not in ("", {}) and name != "where"
+        "prompt": vote.prompt,
+        "pictures": [
+            {name: value for name, value in asdict(picture).items() if value is not None}
+            for picture in vote.pictures
+        ],
+        "labels": vote.labels,
+        "voter": vote.voter,
+        "place": vote.place,
+        "seconds": vote.seconds,
+        "time": vote.time,
     }
-    entry["labels"] = vote.labels
-    entry["pictures"] = [
-        {name: value for name, value in asdict(picture).items() if value is not None}
-        for picture in vote.pictures
-    ]
+    if vote.metadata:
+        entry["metadata"] = vote.metadata
     return json.dumps(entry, ensure_ascii=False)
 
 
@@ -255,8 +284,7 @@ def pair_examples(file: VoteFile, ties: bool) -> list[Example]:
     for votes in answers(file.votes):
         for outcome in outcomes(votes):
             decided = outcome.won + outcome.lost
-            differs = outcome.gap > 0 and outcome.won > outcome.lost
-            if not differs and not (ties and outcome.tied > 0):
+            if not outcome.gap and not (ties and outcome.tied):
                 continue
             examples.append(
                 Example(
@@ -305,8 +333,3 @@ def _as_picture(file: VoteFile, vote: Vote, picture: VotedPicture) -> Picture:
         )
     question = Question(Prompt(vote.prompt, vote.metadata), tuple(keys), file.source)
     return Drawn(question, keys.index(picture.key), stored or None)
-
-
-def metadata_of(votes: Iterable[Vote]) -> Mapping[str, Metadata]:
-    """Return the metadata of each prompt that was voted on."""
-    return {vote.prompt: vote.metadata for vote in votes}

@@ -1,6 +1,8 @@
 """The pictures of questions: made by a model while the voter looks, or of a folder."""
 
+import hashlib
 import io
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,21 +63,25 @@ class ModelAlbum:
     """The step in the keys, which no training and no evaluation uses."""
     folder: Path
     """The folder of the vote file."""
-    stores: bool
-    """True to store the pictures beside the vote file."""
+    storage: str | None
+    """The folder of stored pictures in it, which differs between weights and samplers; None to
+    store none."""
 
     def question(self, number: int) -> Asked:
         """Return a prompt of the file, shuffled anew for every pass over it, with keys."""
         (index,) = prompts_of_step(len(self.prompts), number, 1, self.seed)
-        files = [
-            f"pictures/{self.seed}-{number:06d}-{image}.png" if self.stores else None
+        prompt = self.prompts[index]
+        # Another prompt file must not show the pictures that were stored for this number.
+        text = hashlib.blake2b(f"{prompt}/{self.pictures}".encode(), digest_size=4).hexdigest()
+        start = f"{self.storage}/{self.seed}-{number:06d}-{text}"
+        pictures = [
+            VotedPicture(
+                ImageKey(self.seed, self.step, number, image),
+                f"{start}-{image}.png" if self.storage else None,
+            )
             for image in range(self.pictures)
         ]
-        pictures = [
-            VotedPicture(ImageKey(self.seed, self.step, number, image), file)
-            for image, file in enumerate(files)
-        ]
-        return Asked(self.prompts[index], tuple(pictures))
+        return Asked(prompt, tuple(pictures))
 
     def load(self, number: int) -> list[bytes]:
         """Return the stored files, or make the pictures and store them."""
@@ -100,10 +106,18 @@ def _png(image: Tensor) -> bytes:
 class FolderAlbum:
     """Given pictures, of which those of one prompt are compared."""
 
-    def __init__(self, folder: Path, pictures: int, questions: int, seed: int):
-        """Choose questions. Raises UserError if no prompt has enough pictures."""
-        self.folder = folder
-        groups = _by_prompt(folder)
+    def __init__(self, folder: Path, votes: Path, pictures: int, questions: int, seed: int):
+        """Choose questions. Raises UserError if no prompt has enough pictures.
+
+        Args:
+            folder: The pictures.
+            votes: The folder of the vote file, to which the names of pictures are relative.
+            pictures: Pictures of a question.
+            questions: The most questions.
+            seed: Seed of the choice.
+        """
+        self.folder = votes
+        groups = _by_prompt(folder, votes)
         random = Random(f"questions/{seed}")
         sets = [
             Asked(Prompt(text, groups[text][0].metadata), tuple(file.picture for file in chosen))
@@ -139,13 +153,14 @@ class _File:
     metadata: Metadata
 
 
-def _by_prompt(folder: Path) -> dict[str, list[_File]]:
+def _by_prompt(folder: Path, votes: Path) -> dict[str, list[_File]]:
     """Return the pictures of each prompt; all have the prompt "" without a `metadata.jsonl`."""
     groups: dict[str, list[_File]] = defaultdict(list)
+    start = os.path.relpath(folder, votes)
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        return {"": [_File(VotedPicture(file=name), {}) for name in names]}
+        return {"": [_File(VotedPicture(file=_joined(start, name)), {}) for name in names]}
     for entry, where in read_objects(listing, "label"):
         name, prompt = entry.get("file_name"), entry.get("prompt", entry.get("text"))
         if not isinstance(name, str) or not isinstance(prompt, str):
@@ -158,8 +173,12 @@ def _by_prompt(folder: Path) -> dict[str, list[_File]]:
         metadata = {
             key: value for key, value in entry.items() if key not in ("file_name", "prompt")
         }
-        groups[prompt].append(_File(VotedPicture(file=name), metadata))
+        groups[prompt].append(_File(VotedPicture(file=_joined(start, name)), metadata))
     return groups
+
+
+def _joined(start: str, name: str) -> str:
+    return os.path.normpath(os.path.join(start, name))
 
 
 def _chosen(files: Sequence[_File], count: int, random: Random) -> list[list[_File]]:

@@ -1,12 +1,16 @@
 """Open the voting page for a model, a run, an adapter, a configuration, or a folder of pictures."""
 
+import hashlib
+import json
+import shlex
 import webbrowser
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 from flowalign import distributed
@@ -28,6 +32,7 @@ from flowalign.policy import Policy
 from flowalign.progress import say
 from flowalign.rewards.features import BUNDLED_CLIP
 from flowalign.rewards.taste import Taste, TasteFeatures
+from flowalign.runs.adapter import ADAPTER_FILE
 from flowalign.runs.environment import environment
 from flowalign.sampling.sources import (
     evaluation_prompts,
@@ -86,16 +91,17 @@ def open_session(source: str, settings: LabelSettings, model: str | None = None)
     folder = Path(locate(source)).expanduser()
     if folder.is_dir() and _holds_pictures(folder):
         file = _open_votes(Path(settings.votes or folder / VOTES), None)
-        album: Album = FolderAlbum(folder, settings.per_question, settings.questions, settings.seed)
+        beside, count = file.path.parent, settings.per_question
+        album: Album = FolderAlbum(folder, beside, count, settings.questions, settings.seed)
         return new_session(album, file, settings)
     return _session_of_model(source, settings, model)
 
 
 def _holds_pictures(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    if names & {"config.yaml", "model_index.json"}:
+    if names & {"config.yaml", "model_index.json", ADAPTER_FILE, "adapter_config.json"}:
         return False
-    return any(Path(name).suffix.lower() in SUFFIXES for name in names)
+    return "metadata.jsonl" in names or any(Path(name).suffix.lower() in SUFFIXES for name in names)
 
 
 def _session_of_model(source: str, settings: LabelSettings, model: str | None) -> Session:
@@ -114,7 +120,7 @@ def _session_of_model(source: str, settings: LabelSettings, model: str | None) -
         seed=settings.seed,
         step=STEP + len(origin.model.merge),
         folder=place.parent,
-        stores=settings.stores,
+        storage=f"pictures/{_digest(file.source)}" if settings.stores else None,
     )
     return new_session(album, file, settings)
 
@@ -142,7 +148,9 @@ def merged(origin: Source) -> Source:
 
     A run that begins with these weights by `model.merge` computes the same pictures.
     """
-    adapters = [*origin.model.merge, *([str(origin.adapter)] if origin.adapter else [])]
+    # A run holds what it began with by `model.adapter`; a configuration begins with that adapter.
+    adapter = str(origin.adapter) if origin.adapter else origin.model.adapter
+    adapters = [*origin.model.merge, *([adapter] if adapter else [])]
     return replace(origin, model=replace(origin.model, merge=adapters, adapter="", compile=False))
 
 
@@ -190,6 +198,13 @@ def sampler_section(origin: Source) -> Section:
     return {**section, "dynamics": {"name": "ode"}}
 
 
+def _digest(source: VoteSource | None) -> str:
+    """Return a short hash of how pictures are made."""
+    assert source is not None
+    made = f"{source.weights}/{source.height}x{source.width}/{json.dumps(source.sampler)}"
+    return hashlib.blake2b(made.encode(), digest_size=4).hexdigest()
+
+
 def _open_votes(path: Path, source: VoteSource | None) -> VoteFile:
     """Return the votes of a file, or a new file. Raises UserError if it is of other pictures."""
     path = path.expanduser()
@@ -200,8 +215,9 @@ def _open_votes(path: Path, source: VoteSource | None) -> VoteFile:
     for name in ("weights", "height", "width", "sampler"):
         if getattr(file.source, name, None) != getattr(source, name, None):
             raise UserError(
-                f"{path} holds votes on pictures that were made in another way: {name} differs. "
-                "Choose another file: --votes FILE."
+                f"{path} holds votes on pictures that were made in another way, because {name} "
+                "differs: a model that was trained further, or another sampler. Choose another "
+                "file: --votes FILE."
             )
     return file
 
@@ -220,7 +236,7 @@ def serve(session: Session, voter: str, port: int, opens: bool) -> None:
     from flowalign.rewards.remote.server import listen
 
     token = new_token()
-    with listen("127.0.0.1", port) as incoming:
+    with _only_page_of(session.file.path), listen("127.0.0.1", port) as incoming:
         address = f"http://127.0.0.1:{incoming.getsockname()[1]}/{token}/"
         say(f"Vote at {address}")
         say("Press Ctrl-C here when you have finished. Every vote is stored at once.")
@@ -232,6 +248,20 @@ def serve(session: Session, voter: str, port: int, opens: bool) -> None:
     report(session, say)
 
 
+@contextmanager
+def _only_page_of(votes: Path) -> Iterator[None]:
+    """Hold the vote file while the block runs. Raises UserError if another page writes it."""
+    lock = FileLock(f"{votes}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise UserError(
+            f"Another page writes {votes}. Several voters use one page, by their names; or choose "
+            "another file: --votes FILE."
+        ) from None
+
+
 def report(session: Session, tell: Callable[[str], None]) -> None:
     """Say what the votes are, and how to train on them."""
     for line in habits(session.file.votes).lines():
@@ -240,7 +270,7 @@ def report(session: Session, tell: Callable[[str], None]) -> None:
     if not file.votes:
         return
     tell(f"Votes: {file.path}")
-    settings = [f"data.prompts='' data.pairs={file.path}", "train.images_per_prompt=1"]
+    settings = [f"data.pairs={file.path}", 'evaluation.pairs=""', "train.images_per_prompt=1"]
     if file.source and file.source.merge:
         settings.append(f"model.merge=[{','.join(file.source.merge)}]")
-    tell(f"Train on them: python train.py CONFIG {' '.join(settings)}")
+    tell(f"Train on them: python train.py CONFIG {' '.join(map(shlex.quote, settings))}")

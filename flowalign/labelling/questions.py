@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
 from flowalign.data.votes import Labels
@@ -36,6 +37,7 @@ class Place:
     """Which picture of the question stands at each position."""
 
 
+@lru_cache(maxsize=16)
 def places(questions: int, pictures: int, seed: int, voter: str) -> list[Place]:
     """Return all that a voter is asked: a function of these arguments alone.
 
@@ -43,14 +45,13 @@ def places(questions: int, pictures: int, seed: int, voter: str) -> list[Place]:
     measure how often a voter agrees with themselves.
     """
     random = Random(f"label/{seed}/{voter}")
-    distance = min(LEAST_DISTANCE, questions // 2)
     asked: list[Place] = []
     unrepeated: list[Place] = []
     for question in range(questions):
         place = Place(question, tuple(random.sample(range(pictures), pictures)))
         asked.append(place)
         unrepeated.append(place)
-        old = [one for one in unrepeated if one.question <= question - distance]
+        old = [one for one in unrepeated if one.question <= question - LEAST_DISTANCE]
         if old and (question + 1) % NEW_PER_REPEAT == 0:
             again = random.choice(old)
             unrepeated.remove(again)

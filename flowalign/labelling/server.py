@@ -16,7 +16,7 @@ PAGE = Path(__file__).with_name("page.html")
 HOSTS = ("127.0.0.1", "localhost")
 POLICY = (
     "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'"
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 """The page takes nothing from other places, whatever a prompt contains."""
 
@@ -56,7 +56,7 @@ def make_app(session: Session, token: str, voter: str) -> FastAPI:
     @app.middleware("http")
     async def admit(request: Request, answer: RequestResponseEndpoint) -> Response:
         # A page of another site could reach this machine under a name of its own (DNS rebinding).
-        if (request.url.hostname or "") not in HOSTS:
+        if request.headers.get("host", "").partition(":")[0] not in HOSTS:
             return Response("This page answers 127.0.0.1 alone.", 403)
         first = request.url.path.strip("/").split("/")[0]
         if not secrets.compare_digest(first.encode(), token.encode()):
@@ -64,6 +64,7 @@ def make_app(session: Session, token: str, voter: str) -> FastAPI:
         response = await answer(request)
         response.headers["content-security-policy"] = POLICY
         response.headers["cache-control"] = "no-store"
+        response.headers["x-content-type-options"] = "nosniff"
         response.headers["referrer-policy"] = "no-referrer"
         return response
 

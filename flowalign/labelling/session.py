@@ -1,13 +1,14 @@
 """A session of votes: what each voter is asked next, and the file that keeps the answers."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, UTC
 
 from flowalign.data.votes import Vote, VoteFile, write_votes
-from flowalign.labelling.active import ActiveChoice
+from flowalign.labelling.active import ActiveChoice, CANDIDATES
 from flowalign.labelling.agreement import Habits, habits
 from flowalign.labelling.albums import Album
 from flowalign.labelling.questions import labels_of, Place, places
@@ -42,6 +43,11 @@ class Session:
         """Without a choice, questions are asked in their random order."""
         self.album, self.mode, self.seed, self.choice = album, mode, seed, choice
         self._file, self._lock = file, threading.Lock()
+        self._choosing = threading.Lock()
+        # By its pictures, a vote belongs to a question also if other questions were asked before.
+        self._numbers = {
+            frozenset(album.question(number).pictures): number for number in range(album.questions)
+        }
         # One thread, because pictures of one model are made one after another.
         self._maker = ThreadPoolExecutor(1)
         self._pictures: dict[int, Future[list[bytes]]] = {}
@@ -53,8 +59,8 @@ class Session:
 
     def next(self, voter: str) -> Shown | None:
         """Return the next question of a voter, or None after the last."""
-        asked, answered = self._places(voter), {vote.place for vote in self._votes_of(voter)}
-        missing = [number for number in range(len(asked)) if number not in answered]
+        asked, answered = self._places(voter), self._answered(voter)
+        missing = [place for place in range(len(asked)) if place not in answered]
         missing = self._chosen_first(voter, asked, missing)
         for number in missing[: AHEAD + 1]:
             self._load(asked[number].question)
@@ -69,16 +75,19 @@ class Session:
         """Return the places that are left, the one to ask next first."""
         if self.choice is None or not missing:
             return missing
-        votes = self._votes_of(voter)
-        answered = [(asked[vote.place].question, vote) for vote in votes]
+        answers = self._answered(voter)
+        answered = [(asked[place].question, vote) for place, vote in answers.items()]
         seen = {question for question, _ in answered}
-        # A repetition must wait for its question.
+        # A repetition is asked in its turn, and never before its question.
+        if asked[missing[0]].question in seen:
+            return missing
         new = [place for place in missing if asked[place].question not in seen]
         first = dict.fromkeys(asked[place].question for place in new)
-        if not first:
-            return missing
-        # Pictures are made by the one thread of the session, as all others are.
-        number = [*first][self.choice([*first], answered, lambda n: self._load(n).result())]
+        for question in [*first][: CANDIDATES + AHEAD]:
+            self._load(question)
+        with self._choosing:
+            # Pictures are made by the one thread of the session, as all others are.
+            number = [*first][self.choice([*first], answered, lambda n: self._load(n).result())]
         place = next(place for place in new if asked[place].question == number)
         return [place, *(other for other in missing if other != place)]
 
@@ -105,9 +114,10 @@ class Session:
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             metadata=asked.prompt.metadata,
         )
+        answered = self._answered(voter)
         with self._lock:
-            others = [one for one in self._file.votes if (one.voter, one.place) != (voter, place)]
-            self._store([*others, vote])
+            old = answered.get(place)
+            self._store([*(one for one in self._file.votes if one is not old), vote])
 
     def undo(self, voter: str) -> None:
         """Remove the last vote of a voter, who is asked again."""
@@ -128,6 +138,18 @@ class Session:
     def _votes_of(self, voter: str) -> list[Vote]:
         return [vote for vote in self._file.votes if vote.voter == voter]
 
+    def _answered(self, voter: str) -> dict[int, Vote]:
+        """Return the votes by the place of their question: first answers, then repetitions."""
+        waiting: dict[int, list[int]] = defaultdict(list)
+        for place, at in enumerate(self._places(voter)):
+            waiting[at.question].append(place)
+        answered = {}
+        for vote in self._votes_of(voter):
+            places_left = waiting.get(self._numbers.get(vote.question, -1), [])
+            if places_left:
+                answered[places_left.pop(0)] = vote
+        return answered
+
     def _places(self, voter: str) -> Sequence[Place]:
         pictures = len(self.album.question(0).pictures)
         return places(self.album.questions, pictures, self.seed, voter)
@@ -140,7 +162,9 @@ class Session:
 
     def _load(self, question: int) -> "Future[list[bytes]]":
         with self._lock:
-            if question not in self._pictures:
+            known = self._pictures.get(question)
+            failed = known is not None and known.done() and known.exception() is not None
+            if known is None or failed:
                 self._pictures[question] = self._maker.submit(self.album.load, question)
             # The newest suffice: a session may last for thousands of questions.
             for old in list(self._pictures)[: -8 * (AHEAD + 1)]:

@@ -91,7 +91,9 @@ class KTO(PairObjective):
         y[len(pairs) :] = -1
 
         value = (y * self.beta * (g - z)).sigmoid()
-        voted = torch.cat(pairs.voted.unbind(1))
+        # A row with a single image has the weight of a pair.
+        share = 2 * pairs.voted / pairs.voted.sum(1, keepdim=True)
+        voted = torch.cat(share.unbind(1))
         weight = torch.where(y > 0, self.liked, self.disliked) * pairs.weight.repeat(2) * voted
         loss = (weight * (1 - value)).mean()
 

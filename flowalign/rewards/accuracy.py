@@ -1,6 +1,7 @@
 """How often a reward agrees with people on which of two pictures is better."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,25 +20,28 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many pairs a score orders as people do."""
+    """How often a score orders the pictures of a question as people do."""
 
     right: float
-    """Pairs in the same order; equal scores count as half."""
-    pairs: int
+    """Sum of the questions' shares of pairs in the same order; equal scores count as half."""
+    questions: int
+    """Questions with a score. Pairs of one question are not independent, so it counts as one."""
 
     @property
     def share(self) -> float:
-        """Share of pairs in the same order; NaN without pairs."""
-        return self.right / self.pairs if self.pairs else math.nan
+        """Mean share of pairs in the same order; NaN without questions."""
+        return self.right / self.questions if self.questions else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
         """Its 95 % interval."""
-        return proportion_interval(self.right, self.pairs)
+        return proportion_interval(self.right, self.questions)
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.share:.3f} (95 % interval {low:.3f} to {high:.3f}, {self.pairs} pairs)"
+        return (
+            f"{self.share:.3f} (95 % interval {low:.3f} to {high:.3f}, {self.questions} questions)"
+        )
 
 
 def proportion_interval(successes: float, count: int) -> tuple[float, float]:
@@ -51,11 +55,20 @@ def proportion_interval(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def accuracy_of(margins: Tensor) -> Accuracy:
-    """Return the accuracy of margins (N,): scores of the chosen minus those of the rejected."""
-    scored = margins[~margins.isnan()]
-    right = (scored > 0).sum() + 0.5 * (scored == 0).sum()
-    return Accuracy(right.item(), len(scored))
+def accuracy_of(margins: Tensor, questions: Sequence[str] | None = None) -> Accuracy:
+    """Return the accuracy of scores of the chosen minus those of the rejected pictures.
+
+    Args:
+        margins: The difference of each pair (N,); NaN if one was not scored.
+        questions: Which question each pair belongs to; by default each is one of its own.
+    """
+    right = (margins > 0).float() + 0.5 * (margins == 0)
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for number, (margin, share) in enumerate(zip(margins.tolist(), right.tolist(), strict=True)):
+        if not math.isnan(margin):
+            by_question[questions[number] if questions else str(number)].append(share)
+    shares = [sum(each) / len(each) for each in by_question.values()]
+    return Accuracy(sum(shares), len(shares))
 
 
 def reward_accuracy(reward: Reward, examples: Sequence[Example]) -> Accuracy:
@@ -75,7 +88,7 @@ def reward_accuracy(reward: Reward, examples: Sequence[Example]) -> Accuracy:
             for picture in (example.chosen, example.rejected)
         ]
         margins.append(scores[0] - scores[1])
-    return accuracy_of(torch.cat(margins))
+    return accuracy_of(torch.cat(margins), [example.where for example in examples])
 
 
 def stored_images(picture: Picture, where: str) -> Tensor:

@@ -24,7 +24,7 @@ from flowalign.data.votes import pair_examples, read_votes
 from flowalign.errors import UserError
 from flowalign.flow import PerImage
 from flowalign.progress import say
-from flowalign.rewards.accuracy import Accuracy, accuracy_of, stored_images
+from flowalign.rewards.accuracy import accuracy_of, stored_images
 from flowalign.rewards.base import traits
 from flowalign.rewards.features import Backbone, BUNDLED_CLIP
 from flowalign.rewards.prompt_features import PromptFeatures
@@ -32,8 +32,8 @@ from flowalign.settings.types import Count, NonNegative, Positive
 
 FOLDS = 5
 """Parts of the votes that are held out one after another, to measure the accuracy."""
-LEAST_PAIRS = 25
-"""The fewest pairs from which an accuracy can be told."""
+LEAST_QUESTIONS = 25
+"""The fewest questions from which an accuracy can be told."""
 NEWTON_STEPS = 20
 
 
@@ -101,24 +101,32 @@ class TasteFeatures:
         return torch.cat([image, *self.prompts(image, prompts)], 1)
 
 
-def folds_by_prompt(prompts: Sequence[str]) -> Tensor:
-    """Return the fold (N,) of each pair. All pairs of a prompt are in one fold."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    return torch.tensor([numbers[prompt] % FOLDS for prompt in prompts])
+def folds_of(examples: Sequence[Example]) -> Tensor:
+    """Return the fold (N,) of each pair. All pairs of a prompt are in one fold.
+
+    With fewer prompts than folds, all pairs of a question are.
+    """
+    prompts = [example.prompt.text for example in examples]
+    many = len(set(prompts)) >= FOLDS
+    labels = prompts if many else [example.where for example in examples]
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return torch.tensor([numbers[label] % FOLDS for label in labels])
 
 
-def held_out_accuracy(
-    difference: Tensor, preference: Tensor, prompts: Sequence[str], deviation: float
-) -> Accuracy:
-    """Return the accuracy on pairs whose prompts the head was not fitted to. Ties do not count."""
-    folds, margins = folds_by_prompt(prompts), torch.full((len(prompts),), math.nan).double()
+def held_out_margins(
+    difference: Tensor, preference: Tensor, folds: Tensor, deviation: float
+) -> Tensor:
+    """Return w · Δ (N,) of each pair, by a head that was fitted to the other folds alone.
+
+    It is positive if the head agrees with the votes, and NaN for a tie.
+    """
+    margins = torch.empty(len(folds), dtype=torch.float64)
     for fold in folds.unique():
         held = folds == fold
-        if held.all():
-            continue
         head = fit_head(difference[~held], preference[~held], deviation)
         margins[held] = difference[held] @ head.weight
-    return accuracy_of((margins * (preference - 0.5).sign())[preference != 0.5])
+    margins[preference == 0.5] = math.nan
+    return margins * (preference - 0.5).sign()
 
 
 @traits(range=(-3, 3))
@@ -148,12 +156,12 @@ class Taste:
     def __post_init__(self) -> None:
         examples = self._read()
         self.features = TasteFeatures(self.path, "rewards.taste.path")
-        prompts = [example.prompt.text for example in examples]
         features = [self._embed(examples, side) for side in (0, 1)]
         self.whitening = whiten(torch.cat(features), self.dimensions)
         chosen, rejected = map(self.whitening, features)
         difference, preference = chosen - rejected, _preferences(examples)
-        self.accuracy = held_out_accuracy(difference, preference, prompts, self.deviation)
+        margins = held_out_margins(difference, preference, folds_of(examples), self.deviation)
+        self.accuracy = accuracy_of(margins, [example.where for example in examples])
         self._judge()
         self.head = fit_head(difference, preference, self.deviation)
         scores = torch.cat([chosen, rejected]) @ self.head.weight
@@ -175,10 +183,11 @@ class Taste:
                 "{taste: {votes: votes.jsonl}}."
             )
         examples = pair_examples(read_votes(self.votes, "rewards.taste.votes"), ties=True)
-        if len(examples) < LEAST_PAIRS:
+        questions = len({example.where for example in examples})
+        if questions < LEAST_QUESTIONS:
             raise UserError(
-                f"rewards.taste.votes: {self.votes} has {len(examples)} pairs, from which no taste "
-                f"can be told. Vote on {LEAST_PAIRS} pairs or more."
+                f"rewards.taste.votes: {self.votes} has {questions} questions with several "
+                f"pictures, from which no taste can be told. Answer {LEAST_QUESTIONS} or more."
             )
         return examples
 
@@ -200,7 +209,7 @@ class Taste:
         if low <= 0.5:
             raise UserError(
                 f"rewards.taste agrees with held-out votes in {self.accuracy}, which may be "
-                "chance. Vote on more pairs, or choose another backbone with rewards.taste.path."
+                "chance. Answer more questions, or choose another backbone with rewards.taste.path."
             )
 
 

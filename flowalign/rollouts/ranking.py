@@ -172,7 +172,8 @@ def given_weights(examples: Sequence[Example], ranking: Ranking) -> PerImage:
         UserError: All pairs would have weight 0.
     """
     gap = torch.tensor([pair.gap for pair in examples])
-    counts = gap > ranking.min_gap
+    # Ties have no gap, and are examples only for an objective that learns from them.
+    counts = (gap > ranking.min_gap) | torch.tensor([pair.tie > 0 for pair in examples])
     if not counts.any():
         raise UserError(
             f"data.ranking.min_gap is {ranking.min_gap:g}, but no pair of data.pairs has a gap "
@@ -181,4 +182,5 @@ def given_weights(examples: Sequence[Example], ranking: Ranking) -> PerImage:
     if not ranking.weighted:
         return counts.float()
     gap = gap.masked_fill(~counts, torch.nan)
-    return centred_gaps(gap / gap[counts].max()).nan_to_num(nan=0)
+    largest = gap[counts].max()
+    return centred_gaps(gap / largest).nan_to_num(nan=0) if largest else counts.float()

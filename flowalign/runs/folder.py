@@ -21,6 +21,7 @@ from flowalign.data.prompts import Prompt
 from flowalign.data.source import data_source
 from flowalign.errors import UserError
 from flowalign.files import sha256, to_json, write_file
+from flowalign.models.given_adapters import find_file
 from flowalign.progress import say
 from flowalign.runs.checkpoint import (
     checkpoints,
@@ -149,7 +150,7 @@ def _refuse_changed_files(folder: Path, config: Config, progress: Progress) -> N
 
 
 def input_checksums(config: Config) -> dict[str, str]:
-    """Return the SHA-256 of the prompt and preference files of a run, by configuration key."""
+    """Return the SHA-256 of the files that a run begins with, by configuration key."""
     paths = {
         "data.prompts": config.data.prompts,
         "data.pairs": config.data.pairs,
@@ -157,6 +158,10 @@ def input_checksums(config: Config) -> dict[str, str]:
         "evaluation.pairs": config.evaluation.pairs,
     }
     files = {key: data_source(path, key).location for key, path in paths.items()}
+    adapters = {f"model.merge[{n}]": path for n, path in enumerate(config.model.merge)}
+    if config.model.adapter:
+        adapters["model.adapter"] = config.model.adapter
+    files |= {key: find_file(path, key) for key, path in adapters.items()}
     return {key: sha256(file) for key, file in files.items() if file.is_file()}
 
 

@@ -97,6 +97,8 @@ def read_inputs(config: Config) -> Inputs:
     check_sharding(config, plan)
     given = _read_examples(config, "data.pairs", config.data.pairs)
     examples, held_out = divide(config, given)
+    # Of a tie, no picture is the chosen one.
+    held_out = [example for example in held_out if example.gap]
     if learns_from is Pairs and examples:
         _check_weights(config, examples)
     prompts = _read_prompts(config.data.prompts, "data.prompts") or _prompts_of(given)
@@ -261,8 +263,8 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
     # Before the adapters are added, since the model's own weights decide what can be made again.
     inputs = replace(
         inputs,
-        examples=resolved_examples(inputs.examples, model, "data.pairs"),
-        held_out=resolved_examples(inputs.held_out, model, "evaluation.pairs"),
+        examples=resolved_examples(inputs.config, inputs.examples, model, "data.pairs"),
+        held_out=resolved_examples(inputs.config, inputs.held_out, model, "evaluation.pairs"),
     )
     config, plan = inputs.config, inputs.plan
     train, objective = config.train, config.objective

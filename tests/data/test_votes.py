@@ -129,7 +129,7 @@ def test_pictures_with_keys_belong_to_their_question_in_the_order_of_the_keys(fo
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"labels": [1]}, "is not a vote. Write a prompt, pictures and labels"),
+        ({"labels": [1], "pictures": []}, "is not a vote. Write a prompt, pictures and labels"),
         (
             {"prompt": "p", "pictures": ["a.png"], "labels": [1, 0]},
             r"Write one number from -1 to 1",
@@ -141,7 +141,7 @@ def test_pictures_with_keys_belong_to_their_question_in_the_order_of_the_keys(fo
             {"prompt": "p", "pictures": [{"key": [0, 0, 0, 0]}], "labels": [1]},
             "does not say how they were made",
         ),
-        ({"source": {"model": "m"}}, "does not say how the pictures were made"),
+        ({"source": {"weights": "0"}}, "does not say how the pictures were made"),
     ],
 )
 def test_a_wrong_line_is_answered_with_what_to_write(folder, line, message):

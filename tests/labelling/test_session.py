@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from filelock import FileLock
 from PIL import Image
 
 from flowalign.config.load import load_config
@@ -18,7 +19,7 @@ from flowalign.data.preferences import PAIRS, read_examples
 from flowalign.data.votes import read_votes
 from flowalign.errors import UserError
 from flowalign.labelling.active import information
-from flowalign.labelling.label import LabelSettings, open_session
+from flowalign.labelling.label import LabelSettings, open_session, serve
 from flowalign.labelling.server import make_app
 from flowalign.labelling.session import Session
 from flowalign.models import load_model
@@ -142,10 +143,6 @@ def test_a_second_round_votes_on_the_trained_pictures_and_starts_from_them(tmp_p
     assert first.pictures[0].key != read_votes(second / "votes.jsonl", "").votes[0].pictures[0].key
     assert len(pictures) == 5
     # Without the merged adapter the run begins with other weights, and has no such paths.
-    for file in (second / "pictures").iterdir():
-        file.unlink()
-    lines = (second / "votes.jsonl").read_text()
-    (second / "votes.jsonl").write_text(re.sub(r', "file": "[^"]*"', "", lines))
     with pytest.raises(UserError, match=r"Set model.path to .*, model.merge to \[.*adapter\]"):
         train(load_config(path, [*votes, f"output={second / 'other'}"]))
 
@@ -163,7 +160,7 @@ def test_d3po_refuses_votes_of_another_sampler_and_on_given_files(tmp_path):
 
 def test_a_picture_that_was_replaced_is_refused(tmp_path):
     vote_all(opened(tmp_path))
-    picture = next((tmp_path / "pictures").glob("*-0.png"))
+    picture = next((tmp_path / "pictures").rglob("*-0.png"))
     Image.new("RGB", (64, 64), "white").save(picture)
     examples = read_examples(str(tmp_path / "votes.jsonl"), "data.pairs", PAIRS)
     again = rebuilt(tmp_path)
@@ -179,7 +176,7 @@ def test_a_picture_that_was_replaced_is_refused(tmp_path):
 
 def test_votes_of_other_pictures_are_not_continued(tmp_path):
     vote_all(opened(tmp_path))
-    with pytest.raises(UserError, match=r"made in another way: sampler differs"):
+    with pytest.raises(UserError, match=r"made in another way, because sampler"):
         opened(tmp_path, source=CONFIG)
 
 
@@ -291,3 +288,44 @@ def test_an_active_session_asks_every_question_once_and_repetitions_last(tmp_pat
     session.close()
     assert sorted(asked) == list(range(len(asked)))
     assert asked != sorted(asked)
+
+
+def test_another_model_and_another_prompt_never_show_stored_pictures(tmp_path):
+    """Their files have other names, although seed and number of the question are equal."""
+    first = opened(tmp_path, votes=str(tmp_path / "a.jsonl"))
+    path = tmp_path / "other.yaml"
+    path.write_text(f"extends: {config_file(tmp_path)}\nsampler: {{guidance: 3}}\n")
+    other = opened(tmp_path, source=str(path), votes=str(tmp_path / "b.jsonl"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square")
+    third = opened(tmp_path, votes=str(tmp_path / "c.jsonl"), prompts=str(prompts))
+    files = {session.album.question(0).pictures[0].file for session in (first, other, third)}
+    assert len(files) == 3
+    for session in (first, other, third):
+        session.close()
+
+
+def test_a_vote_belongs_to_its_pictures_when_more_questions_are_asked(tmp_path):
+    vote_all(opened(tmp_path, questions=5, stores=False))
+    more = opened(tmp_path, questions=12, stores=False)
+    shown = more.next("anna")
+    assert shown is not None
+    assert (shown.done, shown.place) == (5, 5)
+    more.close()
+
+
+def test_a_vote_file_elsewhere_names_pictures_of_a_folder_and_needs_no_prompts(folder, tmp_path):
+    (folder / "metadata.jsonl").unlink()
+    (tmp_path / "votes").mkdir()
+    votes = tmp_path / "votes" / "mine.jsonl"
+    vote_all(open_session(str(folder), LabelSettings(questions=3, votes=str(votes))))
+    examples = read_examples(str(votes), "data.pairs", PAIRS)
+    assert len(examples) == 3
+    assert all(picture() for e in examples for picture in e.pictures)  # pyright: ignore
+
+
+def test_a_second_page_of_one_vote_file_is_refused(folder):
+    session = open_session(str(folder), LabelSettings(questions=2))
+    with FileLock(f"{session.file.path}.lock"), pytest.raises(UserError, match="Another page"):
+        serve(session, "anna", port=0, opens=False)
+    session.close()

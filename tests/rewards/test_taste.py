@@ -1,6 +1,7 @@
 """The personal reward: its fit against known answers, and when it refuses to be a reward."""
 
 import json
+import math
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 import flowalign
 from flowalign.errors import UserError
 from flowalign.rewards.accuracy import accuracy_of
-from flowalign.rewards.taste import fit_head, held_out_accuracy, Taste, whiten
+from flowalign.rewards.taste import fit_head, held_out_margins, Taste, whiten
 
 
 def simulated(pairs: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,9 +74,15 @@ def test_accuracy_on_new_pairs_is_that_of_the_simulated_table(votes, published):
 def test_held_out_votes_of_a_coin_are_right_half_the_time():
     difference, _ = simulated(400, 8)
     votes = torch.tensor([Random(n).random() < 0.5 for n in range(400)]).double()
-    prompts = [str(n // 2) for n in range(400)]
-    low, high = held_out_accuracy(difference, votes, prompts, 2.0).interval
+    folds = torch.arange(400) % 5
+    low, high = accuracy_of(held_out_margins(difference, votes, folds, 2.0)).interval
     assert low < 0.5 < high
+
+
+def test_pairs_of_a_question_count_as_one_in_an_interval():
+    margins = torch.tensor([1.0, 1.0, -1.0, 1.0, math.nan])
+    accuracy = accuracy_of(margins, ["a", "a", "a", "b", "c"])
+    assert (accuracy.share, accuracy.questions) == (pytest.approx(5 / 6), 2)
 
 
 def write_votes(folder: Path, prefers: str, count: int = 60) -> str:
@@ -111,9 +118,9 @@ def test_a_taste_for_red_scores_red_pictures_higher_with_a_gradient(tmp_path):
 
 
 def test_a_taste_that_may_be_chance_is_not_a_reward(tmp_path):
-    with pytest.raises(UserError, match=r"which may be chance\. Vote on more pairs"):
+    with pytest.raises(UserError, match=r"which may be chance\. Answer more questions"):
         Taste(votes=write_votes(tmp_path, "any"), dimensions=4)
-    with pytest.raises(UserError, match=r"has 10 pairs.*Vote on 25 pairs or more"):
+    with pytest.raises(UserError, match=r"has 10 questions .*Answer 25 or more"):
         Taste(votes=write_votes(tmp_path, "red", count=10))
 
 
@@ -123,6 +130,6 @@ def test_rewards_are_compared_with_votes(tmp_path, capsys):
         "def redness(i, p, m): return (i[:, 0] - i[:, 2]).mean((1, 2))"
     )
     shares = flowalign.reward_accuracy([f"{tmp_path / 'red.py'}:redness", "saturation"], votes)
-    assert [accuracy.pairs for accuracy in shares.values()] == [40, 40]
+    assert [accuracy.questions for accuracy in shares.values()] == [40, 40]
     assert next(iter(shares.values())).share == 1
-    assert "1.000 (95 % interval 0.912 to 1.000, 40 pairs)" in capsys.readouterr().out
+    assert "1.000 (95 % interval 0.912 to 1.000, 40 questions)" in capsys.readouterr().out
