@@ -60,6 +60,7 @@ def settings_of_images(config: Config) -> list[Setting]:
     """Return the settings that only runs read that generate images."""
     reason = "with data.pairs, because no images are generated"
     generates, sampler = not config.data.pairs, config.sampler
+    makes_paths = config.objective.needs_stochastic_steps
     ranking, ranks = config.data.ranking, config.objective.learns_from is Pairs
     # An objective that never ranks has said so already.
     by, top = (ranks and changed for changed in (ranking.by != "reward", ranking.top != 1))
@@ -67,7 +68,8 @@ def settings_of_images(config: Config) -> list[Setting]:
         Setting("combine", combine_changed(config), generates, reason),
         Setting("data.ranking.by", by, generates, reason),
         Setting("data.ranking.top", top, generates, reason),
-        Setting("sampler.same_noise", sampler.same_noise, generates, reason),
+        # Paths of votes begin with it, too.
+        Setting("sampler.same_noise", sampler.same_noise, generates or makes_paths, reason),
     ]
 
 

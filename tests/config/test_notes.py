@@ -103,7 +103,7 @@ Rule = Callable[[Config, type[Objective]], bool]
 
 
 def uses_pairs(objective: type[Objective]) -> bool:
-    return objective.learns_from in (Pairs, Examples) and not objective.needs_stochastic_steps
+    return objective.learns_from in (Pairs, Examples)
 
 
 def generates(config: Config, objective: type[Objective]) -> bool:

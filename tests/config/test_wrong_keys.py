@@ -117,7 +117,11 @@ def wrong_types(kind: Any) -> list[Any]:
     if type(None) in get_args(kind):
         (inner,) = set(get_args(kind)) - {type(None)}
         return [value for value in wrong_types(inner) if value is not None]
-    return WRONG_TYPES.get(plain(kind), WRONG_TYPES["section"])
+    if get_origin(kind) is list and kind not in WRONG_TYPES:
+        return [3, TEXT, True, None, {"a": 1}, [TEXT]]
+    values = WRONG_TYPES.get(plain(kind), WRONG_TYPES["section"])
+    # A place may be a text, or a mapping with details.
+    return [value for value in values if not (value == TEXT and str in get_args(kind))]
 
 
 @examples(120)
@@ -171,6 +175,7 @@ OUT_OF_RANGE: dict[str, tuple[float, ...]] = {
         for key in ("sampler", "evaluation.sampler", "objective", "objective.kl")
     },
     **{f"{key}.embedded_guidance": (-1.0, 1e9) for key in ("sampler", "evaluation.sampler")},
+    "objective.tie_margin": NOT_NEGATIVE,
     "sampler.window.size": COUNT_OR_ZERO,
     "sampler.window.stay": COUNT,
     "sampler.dynamics.eta": (-0.1, 1e9),

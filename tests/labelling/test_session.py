@@ -102,6 +102,7 @@ def test_pictures_and_paths_are_made_again_bit_by_bit(tmp_path, stores):
     assert torch.equal(other.log_prob, row.log_prob)
 
 
+@pytest.mark.slow
 def test_d3po_trains_on_votes_alone_and_resumes_exactly(tmp_path):
     vote_all(opened(tmp_path, questions=6, stores=False))
     for name, steps in (("whole", (2,)), ("halves", (1, 2))):
@@ -114,6 +115,7 @@ def test_d3po_trains_on_votes_alone_and_resumes_exactly(tmp_path):
     assert whole[1]["loss"] == halves[1]["loss"] != whole[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto", "sft"])
 def test_other_objectives_learn_from_the_same_votes(tmp_path, objective):
     vote_all(opened(tmp_path, questions=6))
