@@ -1,8 +1,7 @@
 """How many votes does it take? A script votes in the bundled world, and objectives learn from it.
 
 The voter prefers the picture that shows more of its prompt, and errs once in ten votes. Held-out
-votes are 200 further ones of the same voter on other pictures. Each row is one run; the second
-round votes on the pictures of the first run of `dpo`, and begins with its weights.
+votes are 200 further ones of the same voter on other pictures. Each row is one run.
 
     PYTHONPATH=. python benchmarks/votes.py --output /tmp/votes
 """
@@ -19,9 +18,9 @@ from scripts.make_votes import play
 CONFIG = "configs/tiny/votes.yaml"
 COUNTS = (20, 60, 200)
 OBJECTIVES: Mapping[str, Mapping[str, object]] = {
-    "d3po": {"objective": {"name": "d3po", "beta": 10.0}},
-    "dpo": {"objective": {"name": "dpo"}},
-    "kto": {"objective": {"name": "kto"}},
+    "d3po": {},
+    "dpo": {"objective": {"name": "dpo"}, "train.learning_rate": 2e-4, "train.steps": 60},
+    "kto": {"objective": {"name": "kto"}, "train.learning_rate": 2e-4, "train.steps": 60},
 }
 
 

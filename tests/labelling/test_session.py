@@ -46,6 +46,7 @@ def config_file(folder: Path) -> str:
     path = folder / "votes.yaml"
     path.write_text(
         f"extends: {CONFIG}\n"
+        "objective: {name: d3po, beta: 10}\n"
         "sampler: {steps: 4, window: {range: [0, 2]}}\n"
         f"data: {{pairs: {folder}/votes.jsonl}}\n"
         f"evaluation: {{pairs: {folder}/votes.jsonl, images_per_prompt: 1, guidance_sweep: [],\n"
