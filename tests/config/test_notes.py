@@ -121,7 +121,8 @@ CONTRADICTIONS: dict[str, Rule] = {
         generates(c, o) and o.learns_from is not Prompts and c.train.images_per_prompt < 2
     ),
     "learns from stochastic steps, but sampler.dynamics has none": lambda c, o: (
-        o.needs_stochastic_steps and without_noise(c, o)
+        # Paths of votes are made again, so given pairs need the steps too.
+        o.needs_stochastic_steps and not c.sampler.stochastic_steps(0, 0)
     ),
     "so all images of a prompt would be equal": lambda c, o: (
         c.sampler.same_noise and without_noise(c, o)
