@@ -27,6 +27,7 @@ from flowalign.rollouts.batch_plan import BatchPlan
 from flowalign.rollouts.ranking_settings import Ranking
 from flowalign.rollouts.scoring import RolloutScorer
 from flowalign.rollouts.sources import differentiable_prompts, SourceContext
+from flowalign.rollouts.voted import VotedPictures
 
 ROOT = Path(__file__).parents[1]
 STEPS, IMAGES = 10, 8
@@ -61,8 +62,9 @@ def make_context() -> SourceContext:
     config = load_config(ROOT / "configs" / "tiny" / "alignprop.yaml")
     rewards, device = load_rewards(config.rewards), torch.device("cpu")
     judge = RolloutScorer(rewards, WeightedSum(), group_advantage, IMAGES, device)
+    policy = Policy(load_model(config.model), Sampler(steps=STEPS))
     return SourceContext(
-        policy=Policy(load_model(config.model), Sampler(steps=STEPS)),
+        policy=policy,
         scorer=judge,
         prompts=read_prompts(config.data.prompts),
         examples=[],
@@ -78,6 +80,7 @@ def make_context() -> SourceContext:
         keeps_paths=True,
         null_gradient=True,
         ranking=Ranking(),
+        voted=VotedPictures(policy, lambda _: policy.sampler, keeps_paths=False),
     )
 
 

@@ -17,11 +17,20 @@ from flowalign.flow import concatenate, Latent, PerImage
 Metadata = dict[str, Any]
 """The extra fields of a prompt file's entry, as the user wrote them."""
 
+NEGATIVE = "negative_prompt"
+"""The field of a prompt that guidance leads away from."""
+
 EVALUATION_STEP = -1
 """The step in evaluation keys, so that evaluation noise is never training noise."""
 
 PER_BATCH = {"per": "batch"}
 """Metadata of the fields that belong to a whole batch and not to its rows."""
+
+
+def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
+    """Return the negative prompt in some metadata, or the default without one."""
+    own = metadata.get(NEGATIVE)
+    return default if own is None else own
 
 
 class Rows(Mapping[str, Tensor]):

@@ -14,8 +14,7 @@ from pydantic import Field
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flowalign.batch import Batch, Cond
-from flowalign.data.prompts import negative_prompt
+from flowalign.batch import Batch, Cond, negative_prompt
 from flowalign.dynamics import Dynamics, Gaussian, is_stochastic, ode, Window
 from flowalign.errors import UserError
 from flowalign.flow import concatenate, Latent, over_latent, PerImage

@@ -1,13 +1,14 @@
 """Read prompt files, and choose the prompts of a step as a pure function of the step."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from flowalign.batch import NEGATIVE, negative_prompt
 from flowalign.data import tables
 from flowalign.data.source import data_source, Written
 from flowalign.errors import UserError
@@ -15,16 +16,6 @@ from flowalign.files import read_text
 
 Metadata = dict[str, Any]
 """The fields beside the prompt in a line of a prompt file. Values are what JSON holds."""
-
-
-NEGATIVE = "negative_prompt"
-"""The field of a prompt that guidance leads away from."""
-
-
-def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
-    """Return the negative prompt in some metadata, or the default without one."""
-    own = metadata.get(NEGATIVE)
-    return default if own is None else own
 
 
 def guidance_texts(prompts: Iterable["Prompt"], default: str) -> list[str]:

@@ -10,7 +10,7 @@ from flowalign.data.votes import Vote, VotedPicture
 from flowalign.rewards.accuracy import proportion_interval
 
 ENOUGH = 10
-"""Repeated questions from which a rate of wrong votes is told."""
+"""The fewest repeated questions that give a rate of wrong votes."""
 
 
 @dataclass(frozen=True, kw_only=True)

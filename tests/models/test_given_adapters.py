@@ -297,8 +297,9 @@ def test_an_exported_adapter_says_what_to_merge_first_and_is_sampled_with_it(tmp
     merge = f"model.merge=[{tmp_path / 'style'}]"
     train(small_config(tmp_path / "run", "train.steps=1", "train.learning_rate=1e-2", merge))
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    copy = tmp_path / "run" / "adapter" / "merged" / "1"
-    lines = [f"pipe.load_lora_weights('{copy}')", "pipe.fuse_lora()"]
+    folder = tmp_path / "run" / "adapter"
+    load = f"pipe.load_lora_weights('{folder}', subfolder='merged/1')"
+    lines = [load, "pipe.fuse_lora()"]
     assert "\n".join(lines) in card
     assert f"{tmp_path / 'style'}" not in card
     # Apart from its run, and without what was merged.

@@ -13,6 +13,7 @@ from tests.rewards.test_blip import folder as blip
 from tests.rewards.test_blip import original
 from tests.rewards.test_clip import folder as clip
 from tests.rewards.test_geneval import random_color_clip, random_yolos
+from tests.rewards.test_taste import write_votes
 from tests.rewards.vlm.test_local import qwen2_vl
 from tests.rewards.vlm.test_server import completion, Reply, serving, text_of
 
@@ -78,6 +79,7 @@ def settings(tmp_path_factory, clip, blip, judge, pictures) -> dict[str, dict[st
         "image_reward": {"path": str(blip / "ImageReward.pt"), "tokenizer": str(blip)},
         **dict.fromkeys(("geneval", "geneval_graded"), detection),
         **dict.fromkeys(("vqa_score", "reward_dance", "prompt_echo"), local),
+        "taste": {**backbone, "dimensions": 4, "votes": write_votes(models, "red")},
         "rubric": {**local, "max_new_tokens": 4},
         **{
             name: {**backbone, "pictures": str(pictures)}

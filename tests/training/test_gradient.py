@@ -72,8 +72,8 @@ def test_the_mean_over_images_leaves_padded_rows_out(monkeypatch):
     (alone,) = split(policy, KTO(), pairs, 8)
     beside_a_process_with(monkeypatch, 12, cuts_a_group=False)
     for one in split(policy, KTO(), pairs, 8):
-        expected = alone.batch.terms["mean_g"][:1].expand(len(one.batch))
-        assert_close(one.batch.terms["mean_g"], expected)
+        expected = alone.batch.terms["g_liked"][:1].expand(len(one.batch))
+        assert_close(one.batch.terms["g_liked"], expected)
 
 
 def test_a_largest_value_is_that_of_the_first_update_and_a_mean_of_all():
