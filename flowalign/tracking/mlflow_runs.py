@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TYPE_CHECKING
 
 from flowalign.tracking.base import Metrics, TrackedRun
-from flowalign.tracking.library import LibraryTracker, pil_images
+from flowalign.tracking.external import LibraryTracker, pil_images
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -21,7 +21,7 @@ CAPTION_LENGTH = 80
 class MLflow(LibraryTracker):
     """MLflow. `project` is the experiment; MLFLOW_TRACKING_URI says where records are kept."""
 
-    library: ClassVar[str] = "mlflow"
+    package: ClassVar[str] = "mlflow"
 
     tracking_uri: str | None = None
     """A server or a folder, in place of MLFLOW_TRACKING_URI."""

@@ -12,7 +12,7 @@ from flowalign.settings.by_name import imported, refuse_standard_library, unknow
 from flowalign.settings.types import configure, mapping
 from flowalign.tracking import TRACKERS
 from flowalign.tracking.base import Tracker
-from flowalign.tracking.library import LibraryTracker
+from flowalign.tracking.external import LibraryTracker
 
 Section = dict[str, dict[str, Any]]
 """Trackers by name or path, with the settings of each."""

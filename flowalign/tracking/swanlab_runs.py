@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TYPE_CHECKING
 
 from flowalign.tracking.base import TrackedRun
-from flowalign.tracking.library import LibraryTracker, pil_images
+from flowalign.tracking.external import LibraryTracker, pil_images
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class SwanLab(LibraryTracker):
     """SwanLab. `swanlab login` first, or `mode: offline` and `swanlab sync` later."""
 
-    library: ClassVar[str] = "swanlab"
+    package: ClassVar[str] = "swanlab"
 
     workspace: str | None = None
     """The user or organisation that owns the project; your own if left out."""

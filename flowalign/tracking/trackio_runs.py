@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TYPE_CHECKING
 
 from flowalign.tracking.base import TrackedRun
-from flowalign.tracking.library import LibraryTracker, pil_images
+from flowalign.tracking.external import LibraryTracker, pil_images
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Trackio(LibraryTracker):
     """Trackio, on this machine (`trackio show`) or in a Space."""
 
-    library: ClassVar[str] = "trackio"
+    package: ClassVar[str] = "trackio"
 
     space_id: str | None = None
     """The Space that shows the records, as owner/name; this machine alone if left out."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, TYPE_CHECKING
 
 from flowalign.tracking.base import TrackedRun
-from flowalign.tracking.library import LibraryTracker, pil_images
+from flowalign.tracking.external import LibraryTracker, pil_images
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -19,7 +19,7 @@ FINISH_TIMEOUT = 600
 class Wandb(LibraryTracker):
     """Weights & Biases. `wandb login` first, or WANDB_MODE=offline and `wandb sync` later."""
 
-    library: ClassVar[str] = "wandb"
+    package: ClassVar[str] = "wandb"
 
     entity: str | None = None
     """The user or team that owns the project; your default one if left out."""

@@ -1,7 +1,6 @@
 """The voting page in headless Chromium, at the width of a desk and of a phone."""
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,24 +15,10 @@ from flowalign.labelling.server import make_app
 from flowalign.labelling.session import Session
 from flowalign.rewards.remote.connections import make_server
 from flowalign.rewards.remote.server import listen
+from tests.browser import browser
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
-)
+__all__ = ["browser"]
 LONG = "<b>a prompt</b> " + "with a long word supercalifragilistic " * 5
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        try:
-            # In a container, the sandbox of the browser needs rights that root lacks.
-            chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: install chromium, or run `playwright install`: {error}")
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_record_every_step(tmp_
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_library_is_refused_with_what_to_install(name, monkeypatch):
-    monkeypatch.setattr("flowalign.tracking.library.find_spec", lambda name: None)
+    monkeypatch.setattr("flowalign.tracking.external.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install 'flowalign\[{name}\]'"):
         load_trackers(checked_tracking(name))
 

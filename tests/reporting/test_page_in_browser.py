@@ -1,7 +1,6 @@
 """Reports in headless Chromium, at the width of a desk and of a phone."""
 
 import io
-import shutil
 
 import pytest
 from PIL import Image
@@ -9,25 +8,11 @@ from PIL import Image
 from flowalign.data.prompts import Prompt
 from flowalign.reporting.html import report_page
 from flowalign.reporting.page import render
+from tests.browser import browser
 from tests.reporting.pages import AFTER, BEFORE, guided_summary, PROMPTS, record, result, summary
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
-)
+__all__ = ["browser"]
 LONG = "a very long prompt about " + "supercalifragilistic" * 5
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        try:
-            # In a container, the sandbox of the browser needs rights that root lacks.
-            chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: install chromium, or run `playwright install`: {error}")
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class LibraryTracker(Settings, Tracker):
     """A tracker of another library, which must be installed."""
 
-    library: ClassVar[str]
+    package: ClassVar[str]
     """The name under which the library is imported, and of the extra that installs it."""
 
     project: str = "flowalign"
@@ -30,10 +30,10 @@ class LibraryTracker(Settings, Tracker):
 
     def require(self) -> None:
         """Raise UserError if the library is not installed."""
-        if find_spec(self.library) is None:
+        if find_spec(self.package) is None:
             raise UserError(
-                f"tracking: {self.library} is not installed. "
-                f"Run: pip install 'flowalign[{self.library}]'"
+                f"tracking: {self.package} is not installed. "
+                f"Run: pip install 'flowalign[{self.package}]'"
             )
 
     @abstractmethod
