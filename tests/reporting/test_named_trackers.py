@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def record_twice(folder: Path, name: str) -> None:
     """Log three steps, resume after the second, and log two: the third is a repetition."""
     section = checked_tracking({name: {"project": "shapes"}})
     record(folder, 0, range(1, 4), load_trackers(section))
+    # The offline folder of a run is named by the second in which it was opened.
+    time.sleep(1.1)
     record(folder, 2, range(3, 5), load_trackers(section))
 
 
