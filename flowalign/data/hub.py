@@ -66,7 +66,8 @@ def _explain(source: DataSource, error: BaseException) -> str:
     if source.is_on_hub and any(phrase in chain for phrase in DENIED):
         return (
             f"{path} is gated or private. Accept its terms at "
-            f"https://huggingface.co/datasets/{path}, then run `hf auth login` (or set HF_TOKEN), or give a local file or folder."
+            f"https://huggingface.co/datasets/{path}, then run `hf auth login` (or set HF_TOKEN), "
+            "or give a local file or folder."
         )
     # Before the missing ones: without a network, `datasets` finds no data set at all.
     if source.is_on_hub and any(phrase in chain for phrase in OFFLINE):
