@@ -57,7 +57,7 @@ def _add_reward_accuracy(actions: Commands) -> None:
     command = Command(
         name="accuracy",
         summary="measure how often rewards agree with people's choices among two pictures",
-        examples="  flowalign reward accuracy scene_match clip_score --votes assets/pairs\n"
+        examples="  flowalign reward accuracy clip_score --votes assets/pairs/evaluation.parquet\n"
         "  flowalign reward accuracy pick_score hps --votes my_votes.jsonl",
         action=_reward_accuracy,
     )
