@@ -15,7 +15,7 @@ from torch import Tensor
 from flowalign.data.votes import Vote
 from flowalign.labelling.albums import Album
 from flowalign.rewards.accuracy import as_images_of
-from flowalign.rewards.taste import fit_head, Head, TasteFeatures, whiten
+from flowalign.rewards.taste import fit_head, Head, TasteFeatures
 
 Load = Callable[[int], list[bytes]]
 
@@ -57,7 +57,8 @@ class ActiveChoice:
             return 0
         voted = torch.stack([self._of(number, load) for number, _ in decided])
         open_pairs = torch.stack([self._of(number, load) for number in questions[:CANDIDATES]])
-        white = whiten(torch.cat([voted, open_pairs]).flatten(0, 1), self.dimensions)
+        features = torch.cat([voted, open_pairs]).flatten(0, 1)
+        white = self.features.whiten(features, self.dimensions)
         shares = torch.tensor([self._share(*entry) for entry in decided], dtype=torch.float64)
         head = fit_head(_difference(white(voted)), shares, self.deviation)
         return int(information(head, _difference(white(open_pairs))).argmax())

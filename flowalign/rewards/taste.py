@@ -5,7 +5,7 @@ With φ the features of a picture and Δ = φ(A) - φ(B) for a pair of which a s
 where s is the expected standard deviation of w · Δ (Bradley and Terry 1952, with a ridge). The
 features are the main directions of the backbone's, whitened on the pictures of the votes. If the
 backbone reads texts, the product of picture and prompt is part of them, since a choice may depend
-on the prompt.
+on the prompt; and so is their cosine, which few votes would not find among the main directions.
 """
 
 import math
@@ -67,7 +67,7 @@ def fit_head(difference: Tensor, preference: Tensor, deviation: float) -> Head:
 
 
 class Whitening(NamedTuple):
-    """The main directions of features, each with variance 1."""
+    """Directions of features, each with variance 1."""
 
     mean: Tensor  # (W,)
     directions: Tensor  # (W, D)
@@ -78,14 +78,18 @@ class Whitening(NamedTuple):
         return (features - mean) @ directions
 
 
-def whiten(features: Tensor, width: int) -> Whitening:
-    """Return the `width` main directions of features (N, W)."""
+def whiten(features: Tensor, width: int, given: Tensor | None = None) -> Whitening:
+    """Return the `width` main directions of features (N, W), and given directions (W, G)."""
     mean = features.mean(0)
-    _, sizes, directions = torch.linalg.svd(features - mean, full_matrices=False)
+    centred = features - mean
+    _, _, main = torch.linalg.svd(centred, full_matrices=False)
+    directions = main[:width].T
+    if given is not None:
+        directions = torch.cat([directions, given.to(features)], 1)
+    deviations = (centred @ directions).std(0, correction=0)
     # Directions that do not vary would be divided by 0.
-    kept = min(width, int((sizes > 1e-6 * sizes[0]).sum()))
-    scale = math.sqrt(len(features)) / sizes[:kept]
-    return Whitening(mean, directions[:kept].T * scale)
+    varies = deviations > 1e-6 * deviations.max()
+    return Whitening(mean, directions[:, varies] / deviations[varies])
 
 
 class TasteFeatures:
@@ -99,6 +103,15 @@ class TasteFeatures:
         """Return features (B, W) of images (B, 3, H, W) in [0, 1]."""
         image = self.backbone(images)
         return torch.cat([image, *self.prompts(image, prompts)], 1)
+
+    def whiten(self, features: Tensor, width: int) -> Whitening:
+        """Return the `width` main directions of features (N, W), and that of the cosine."""
+        if not self.prompts.reads_texts:
+            return whiten(features, width)
+        # The product is the second half of the features, and its sum is the cosine.
+        image, product = features[0].chunk(2)
+        cosine = torch.cat([torch.zeros_like(image), torch.ones_like(product)])
+        return whiten(features, width, cosine[:, None])
 
 
 def folds_of(examples: Sequence[Example]) -> Tensor:
@@ -144,7 +157,7 @@ class Taste:
     path: str = BUNDLED_CLIP
     """The backbone: a local folder or hub repository; by default the bundled CLIP."""
     dimensions: Count = 16
-    """Directions of the features; about ten votes are needed for each."""
+    """Main directions of the features; about ten votes are needed for each."""
     deviation: Positive = 2.0
     """Expected standard deviation of the difference of two scores, before scaling."""
     doubt: NonNegative = 0.0
@@ -157,7 +170,7 @@ class Taste:
         examples = self._read()
         self.features = TasteFeatures(self.path, "rewards.taste.path")
         features = [self._embed(examples, side) for side in (0, 1)]
-        self.whitening = whiten(torch.cat(features), self.dimensions)
+        self.whitening = self.features.whiten(torch.cat(features), self.dimensions)
         chosen, rejected = map(self.whitening, features)
         difference, preference = chosen - rejected, _preferences(examples)
         margins = held_out_margins(difference, preference, folds_of(examples), self.deviation)
