@@ -24,6 +24,7 @@ MAY_CHANGE = (
     # Memory and speed.
     "train.images_per_pass",
     "model.gradient_checkpointing",
+    "model.keep_text_encoders",
     "model.offload",
     "model.attention",
     "model.compile",

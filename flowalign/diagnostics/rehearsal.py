@@ -122,8 +122,9 @@ def rehearse(config: Config) -> Plan:
     optimizer = adapter + sum(tensor.nbytes for tensor in moments.values())
     rewards = reward_weights(config)
     networks = model.weights["transformer"] + model.weights["vae"]
-    always = networks + sum(filter(None, rewards.values())) + adapters
     encoders = sum(model.weights.get(name, 0) for name in model.family.text_encoders)
+    staying, visiting = (encoders, 0) if config.model.keep_text_encoders else (0, encoders)
+    always = networks + sum(filter(None, rewards.values())) + adapters + staying
     # The gradients of all passes in one row. AdamW's step takes as much later.
     joined = 2 * adapter
     update = max(costs.terms.peak - costs.terms.kept, costs.one_pass.peak, joined)
@@ -140,7 +141,7 @@ def rehearse(config: Config) -> Plan:
         pass_peak=costs.one_pass.peak,
         evaluation_peak=evaluation.peak,
         peaks={
-            "while prompts are encoded": always + encoders + model.encoding.peak,
+            "while prompts are encoded": always + visiting + model.encoding.peak,
             # What the batch keeps is in `held` already.
             "while images are made": training + costs.batch.peak - costs.batch.kept,
             "in an update": training + update,

@@ -82,6 +82,8 @@ class ModelConfig(Settings):
 
     Results are the same to the last bit.
     """
+    keep_text_encoders: bool = False
+    """Leave the text encoders on the device after they encoded. By default they come and go."""
     lora: Lora = field(default_factory=Lora)
     """The adapter that trains."""
     adapter: str = ""

@@ -175,7 +175,12 @@ class PipelineModel(FlowModel[C]):
 
     @contextlib.contextmanager
     def text_encoders_on_device(self) -> Iterator[None]:
-        """Keep the text encoders on the device only while they encode."""
+        """Keep the text encoders on the device while they encode, or from then on."""
+        if self.config.keep_text_encoders:
+            for network in self._text_encoders():
+                network.to(self.device)
+            yield
+            return
         # They can be the largest part of a model, and training needs none of them.
         with visiting(self._text_encoders(), self.device):
             yield

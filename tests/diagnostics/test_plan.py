@@ -405,3 +405,15 @@ def test_a_model_without_a_network_s_configuration_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"model\.path"):
         MetaModel(sd3_config(path=str(tmp_path)))
+
+
+def test_text_encoders_that_stay_are_in_every_peak():
+    visit, stay = (
+        rehearse(load_config(TINY, [f"model.keep_text_encoders={keep}"]))
+        for keep in ("false", "true")
+    )
+    weights = sum(size for name, size in stay.weights.items() if name.startswith("text_encoder"))
+    assert stay.peaks.pop("while prompts are encoded") == visit.peaks.pop(
+        "while prompts are encoded"
+    )
+    assert stay.peaks == {part: peak + weights for part, peak in visit.peaks.items()}

@@ -186,5 +186,15 @@ def test_a_network_that_visited_a_device_has_its_own_parameters_back():
         assert torch.equal(tensor, values)
 
 
+@pytest.mark.parametrize("stay", [False, True])
+def test_text_encoders_stay_on_the_device_on_request(stay):
+    model = load_model(sd3_config(keep_text_encoders=stay))
+    model.device = torch.device("meta")
+    for _visit in range(2):
+        with model.text_encoders_on_device():
+            assert model.pipe.text_encoder.device.type == "meta"
+        assert model.pipe.text_encoder.device.type == ("meta" if stay else "cpu")
+
+
 def tensors_of(network):
     return [*network.named_parameters(), *network.named_buffers()]

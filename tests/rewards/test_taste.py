@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import flowalign
 from flowalign.errors import UserError
 from flowalign.rewards.accuracy import accuracy_of
-from flowalign.rewards.taste import fit_head, held_out_margins, Taste, whiten
+from flowalign.rewards.features import BUNDLED_CLIP
+from flowalign.rewards.taste import fit_head, held_out_margins, Taste, TasteFeatures, whiten
 
 
 def simulated(pairs: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +58,15 @@ def test_scores_do_not_depend_on_the_axes_of_the_features():
         head = fit_head(white[:25] - white[25:], votes, 2.0)
         scores.append(white @ head.weight)
     assert_close(*scores)
+
+
+def test_the_cosine_of_picture_and_prompt_is_a_direction_of_its_own():
+    features = TasteFeatures(BUNDLED_CLIP, "rewards.taste.path")
+    images = torch.rand(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rows = features(images, ["a red circle", "two blue squares"] * 6).double()
+    cosine = rows[:, rows.shape[1] // 2 :].sum(1)
+    last = features.whiten(rows, 3)(rows)[:, 3]
+    assert_close(last, (cosine - cosine.mean()) / cosine.std(correction=0))
 
 
 @pytest.mark.parametrize(("votes", "published"), [(50, 0.74), (200, 0.77)])
@@ -110,7 +120,7 @@ def test_a_taste_for_red_scores_red_pictures_higher_with_a_gradient(tmp_path):
     images = torch.full((2, 3, 64, 64), 0.1)
     images[0, 0] = images[1, 2] = 0.8
     images.requires_grad_()
-    scores = taste(images, ["a picture"] * 2, [{}, {}])
+    scores = taste(images, ["picture 7"] * 2, [{}, {}])
     assert scores[0] > scores[1] + 0.5
     scores.sum().backward()
     assert images.grad is not None
