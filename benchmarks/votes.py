@@ -1,27 +1,42 @@
 """How many votes does it take? A script votes in the bundled world, and objectives learn from it.
 
 The voter prefers the picture that shows more of its prompt, and errs once in ten votes. Held-out
-votes are 200 further ones of the same voter on other pictures. Each row is one run.
+votes are 600 further ones of the same voter on other pictures. The second round votes on the
+pictures of the first round's model and continues from it.
 
-    PYTHONPATH=. python benchmarks/votes.py --output /tmp/votes
+    PYTHONPATH=. python benchmarks/votes.py --output /tmp/votes [--workers 2]
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import flowalign
 from flowalign.labelling.label import LabelSettings, open_session
 from scripts.make_votes import play
 
 CONFIG = "configs/tiny/votes.yaml"
 COUNTS = (20, 60, 200)
+SECOND = 60
+"""Questions of each of the two rounds."""
+HELD_OUT = 600
 OBJECTIVES: Mapping[str, Mapping[str, object]] = {
     "d3po": {},
-    "dpo": {"objective": {"name": "dpo"}, "train.learning_rate": 2e-4, "train.steps": 60},
-    "kto": {"objective": {"name": "kto"}, "train.learning_rate": 2e-4, "train.steps": 60},
+    "dpo": {"objective": {"name": "dpo"}, "train.learning_rate": 3e-4, "train.steps": 150},
+    "kto": {
+        "objective": {"name": "kto", "beta": 300.0},
+        "train.learning_rate": 3e-4,
+        "train.steps": 100,
+    },
 }
+TASTE = "taste, crd"
+"""The row that learns by scores of a reward that is fitted to the votes."""
+ALWAYS = {"train.evaluate_every": 0, "evaluation.guidance_sweep": []}
+FIGURES = ("chosen_preferred", "scene_match")
 
 
 def vote(source: str, folder: Path, questions: int, seed: int) -> Path:
@@ -35,47 +50,80 @@ def vote(source: str, folder: Path, questions: int, seed: int) -> Path:
     return file
 
 
-def train(votes: Path, held_out: Path, output: Path, settings: Mapping[str, object]) -> dict:
-    """Train on votes, and return the summary."""
-    if (output / "summary.json").exists():
-        return json.loads((output / "summary.json").read_text())
-    overrides = {
-        "data.pairs": str(votes),
-        "evaluation.pairs": str(held_out),
-        "evaluation.guidance_sweep": [],
-        "train.evaluate_every": 0,
-        "output": str(output),
-        **settings,
-    }
-    return dict(flowalign.train(CONFIG, overrides))
+def settings_of(row: str, votes: Path, held_out: Path) -> tuple[str, Mapping[str, object]]:
+    """Return the file that a row trains, and what is changed in it."""
+    if row == TASTE:
+        rewards = {"taste": {"votes": str(votes)}}
+        checker = {"scene_match": 1.0, "scene_match_graded": 1.0}
+        lengths = {"train.steps": 60, "train.cooldown": 30}
+        return "configs/tiny/crd.yaml", {
+            "rewards": rewards,
+            "evaluation.rewards": checker,
+            **lengths,
+        }
+    pairs = {"data.pairs": str(votes), "evaluation.pairs": str(held_out)}
+    return CONFIG, {**pairs, **OBJECTIVES[row]}
 
 
-def row(name: str, count: int, summary: Mapping[str, dict]) -> str:
-    """Return a row of the table."""
-    cells = []
-    for figure in ("chosen_preferred", "scene_match"):
-        low, mean, high = summary["difference"][figure]
-        after = summary["after"][figure]
-        cells.append(f"{after:.3f} | {mean:+.3f} ({low:+.3f} to {high:+.3f})")
-    return f"| {name} | {count} | {' | '.join(cells)} |"
+def train(row: str, votes: Path, held_out: Path, output: Path, start: Path | None = None) -> str:
+    """Train on votes in a process of its own, and return the row's cells."""
+    if not (output / "summary.json").exists():
+        file, changes = settings_of(row, votes, held_out)
+        merge = {"model.merge": [str(start / "adapter")]} if start else {}
+        settings = {**ALWAYS, **changes, **merge, "output": str(output)}
+        command = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        threads = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "train.py", file, *command],
+            env=threads,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return done.stderr.strip().splitlines()[-1]
+    summary = json.loads((output / "summary.json").read_text())
+    return " | ".join(cell(summary, figure) for figure in FIGURES)
+
+
+def cell(summary: Mapping[str, dict], figure: str) -> str:
+    """Return a figure after training, its rise and the rise's 95 % interval."""
+    if figure not in summary["after"]:
+        return "-"
+    low, mean, high = summary["difference"][figure]
+    return f"{summary['after'][figure]:.3f}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def main() -> None:
     """Run everything that is missing in the output folder, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--counts", type=int, nargs="*", default=COUNTS)
-    parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES))
+    add = parser.add_argument
+    add("--output", type=Path, required=True)
+    add("--counts", type=int, nargs="*", default=COUNTS)
+    add("--rows", nargs="*", default=[*OBJECTIVES, TASTE])
+    add("--workers", type=int, default=2, help="runs at a time, each with one thread")
     options = parser.parse_args()
     folder = options.output
-    held_out = vote(CONFIG, folder / "held_out", 200, seed=1)
-    rows = []
-    for count in options.counts:
-        votes = vote(CONFIG, folder / f"votes-{count}", count, seed=0)
-        for name in options.objectives:
-            run = folder / f"{name}-{count}"
-            rows.append(row(name, count, train(votes, held_out, run, OBJECTIVES[name])))
-            print(rows[-1], flush=True)
+    held_out = vote(CONFIG, folder / "held-out", HELD_OUT, seed=1)
+    files = {count: vote(CONFIG, folder / f"votes-{count}", count, seed=0) for count in COUNTS}
+
+    def first(job: tuple[int, str]) -> None:
+        count, row = job
+        cells = train(row, files[count], held_out, folder / f"{row}-{count}")
+        print(f"| {row} | {count} | {cells} |", flush=True)
+
+    def second(row: str) -> None:
+        start = folder / f"{row}-{SECOND}"
+        if (start / "adapter").exists():
+            votes = vote(str(start), folder / f"votes-after-{row}", SECOND, seed=2)
+            # Votes that were held out in the first round are on the pictures of another model.
+            later = vote(str(start), folder / f"held-out-after-{row}", HELD_OUT, seed=3)
+            cells = train(row, votes, later, folder / f"{row}-second", start)
+            print(f"| {row}, second round | {SECOND} | {cells} |", flush=True)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(first, [(count, row) for count in options.counts for row in options.rows]))
+        list(pool.map(second, options.rows))
 
 
 if __name__ == "__main__":

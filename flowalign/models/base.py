@@ -15,10 +15,10 @@ from flowalign.batch import Cond, distinct, Rows
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.config import ModelConfig
-from flowalign.models.given_adapters import merge, read_adapter, require_diffusers
+from flowalign.models.given_adapters import find_file, merge, read_adapter
 from flowalign.models.layer_adapter import LayerAdapter
 from flowalign.models.layer_names import FusedLayers, Layers, linear_layers
-from flowalign.models.lora import add_lora, delete_lora, load_lora, save_lora
+from flowalign.models.lora import ADAPTER_FILE, add_lora, delete_lora, load_lora, save_lora
 from flowalign.models.sharding import shard
 from flowalign.models.text_cache import ENCODE_AT_ONCE, Row, TextCache
 from flowalign.progress import task
@@ -257,7 +257,9 @@ class FlowModel(ABC, Generic[C]):
     def merge_adapters(self) -> None:
         """Add the adapters of `model.merge` to the weights, before these are quantised."""
         for path in self.config.merge:
-            require_diffusers(path, "model.merge")
+            if find_file(path, "model.merge").name != ADAPTER_FILE:
+                # The export will translate its names: a family that cannot do so says it now.
+                self.empty_transformer(self.config)
             merge(self.read_adapter(path, "model.merge"), linear_layers(self.transformer))
 
     @classmethod

@@ -105,19 +105,6 @@ def find_file(path: str, key: str) -> Path:
     )
 
 
-def require_diffusers(path: str, key: str) -> None:
-    """Raise UserError if an adapter is in another format than that of diffusers.
-
-    The README of an exported adapter merges it by diffusers, which ignores other names silently.
-    """
-    file = find_file(path, key)
-    if file.name != ADAPTER_FILE:
-        raise UserError(
-            f"{key}: {file.name} may be in another format than diffusers', whose tools merge it "
-            f"again for the exported adapter. Give a folder with {ADAPTER_FILE}, as exports have."
-        )
-
-
 def refuse_other_kinds(keys: Iterable[str], file: Path, key: str) -> None:
     """Raise UserError if a key belongs to another kind of adapter."""
     for name in keys:

@@ -1,6 +1,5 @@
 """Results of a run: the summary, the pictures, and adapters for other tools."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from flowalign.config.load import load_config
 from flowalign.config.sections import Config
 from flowalign.errors import UserError
 from flowalign.files import to_json, write_file, write_folder
-from flowalign.models.given_adapters import find_file
 from flowalign.reporting.images import save_sheet
 from flowalign.reporting.summary import Summary
 from flowalign.runs.adapter import ADAPTER_FILE, export_weights
@@ -22,7 +20,7 @@ from flowalign.runs.adapter_card import (
     merged_names,
 )
 from flowalign.runs.checkpoint import find_checkpoint, trained_weights, verify_checkpoint
-from flowalign.runs.formats import FORMATS
+from flowalign.runs.formats import copy_merged, FORMATS
 from flowalign.runs.report import ADAPTER
 
 DIFFUSERS = "diffusers"
@@ -108,20 +106,20 @@ def export_adapter(
 
     def write(unfinished: Path) -> None:
         export_weights(trained_weights(checkpoint), unfinished)
-        copy_merged(config, unfinished)
+        copy_all_merged(config, unfinished)
         (unfinished / CARD).write_text(card, encoding="utf-8")
 
     write_folder(folder, write)
 
 
-def copy_merged(config: Config, folder: Path) -> None:
+def copy_all_merged(config: Config, folder: Path) -> None:
     """Copy the adapters of `model.merge`, without which the exported one is not what was trained.
 
     Raises UserError if one is missing.
     """
     for path, name in zip(config.model.merge, merged_names(config), strict=True):
         (folder / name).mkdir(parents=True)
-        shutil.copyfile(find_file(path, "model.merge"), folder / name / ADAPTER_FILE)
+        copy_merged(path, folder / name / ADAPTER_FILE, config)
 
 
 def _refuse_other_files(folder: Path) -> None:

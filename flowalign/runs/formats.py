@@ -14,11 +14,11 @@ from flowalign.config.sections import Config
 from flowalign.errors import UserError
 from flowalign.files import write_file, write_folder
 from flowalign.models.families import family_of
-from flowalign.models.given_adapters import read_adapter
+from flowalign.models.given_adapters import find_file, read_adapter
 from flowalign.models.hub import read_index
 from flowalign.models.layer_adapter import LayerAdapter, total
 from flowalign.models.layer_names import Layers
-from flowalign.models.lora import ADAPTER_FILE, KOHYA_PREFIX
+from flowalign.models.lora import ADAPTER_FILE, KOHYA_PREFIX, PREFIX
 from flowalign.runs.adapter import read_header, with_sorted_header
 from flowalign.runs.adapter_card import CARD, model_card
 
@@ -53,12 +53,30 @@ def write_comfyui(trained: Path, file: Path, config: Config) -> None:
             f"ComfyUI maps no names of the family {config.model.name}. Choose --format diffusers."
         )
     _refuse_dora(trained)
+    _write_new(file, named_as_in_diffusers(_sums(read_all(trained, config)[1]), prefix))
+
+
+def named_as_in_diffusers(adapters: Adapters, prefix: str) -> dict[str, Tensor]:
+    """Return the matrices of adapters by their names in diffusers, with the scale in B."""
     tensors = {}
-    for layer, adapter in _sums(read_all(trained, config)[1]).items():
+    for layer, adapter in adapters.items():
         folded = adapter.folded()
         tensors[f"{prefix}{layer}.lora_A.weight"] = folded.a
         tensors[f"{prefix}{layer}.lora_B.weight"] = folded.b
-    _write_new(file, tensors)
+    return tensors
+
+
+def copy_merged(path: str, file: Path, config: Config) -> None:
+    """Copy an adapter of `model.merge` as a file of diffusers.
+
+    Raises UserError if it is missing, or if its names cannot be translated.
+    """
+    source = find_file(path, "model.merge")
+    if source.name == ADAPTER_FILE:
+        shutil.copyfile(source, file)
+        return
+    adapters = read_adapter(path, layers_of(config), "model.merge")
+    save_file(named_as_in_diffusers(adapters, PREFIX), file)
 
 
 def write_kohya(trained: Path, file: Path, config: Config) -> None:
@@ -99,10 +117,15 @@ def write_merged(trained: Path, folder: Path, config: Config) -> None:
 
 def read_all(trained: Path, config: Config) -> tuple[Layers, list[Adapters]]:
     """Return the layers of the model, and the adapters of `model.merge` before the trained one."""
-    family = family_of(config.model.name)
-    layers = family.layers_of(family.empty_transformer(config.model))
+    layers = layers_of(config)
     merged = [read_adapter(path, layers, "model.merge") for path in config.model.merge]
     return layers, [*merged, read_adapter(str(trained), layers, "the trained adapter", dora=True)]
+
+
+def layers_of(config: Config) -> Layers:
+    """Return the layers of a run's model, which no weights are loaded for."""
+    family = family_of(config.model.name)
+    return family.layers_of(family.empty_transformer(config.model))
 
 
 def _refuse_dora(trained: Path) -> None:

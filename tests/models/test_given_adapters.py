@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from flowalign.diagnostics.check.adapter import compare_start
 from flowalign.diagnostics.check.probes import probe_inputs, row_by_row
@@ -20,14 +24,16 @@ from flowalign.models import load_model
 from flowalign.models.config import Lora
 from flowalign.models.layer_adapter import LayerAdapter
 from flowalign.models.lora import ADAPTER_FILE
+from flowalign.models.pipeline import PipelineModel
 from flowalign.policy import Policy, Sampler
 from flowalign.runs.adapter import save_adapter
 from flowalign.runs.checkpoint import checkpoints
+from flowalign.runs.formats import copy_merged
 from flowalign.sampling.generate import load_policy, SampleSettings
 from flowalign.sampling.sources import find_source
 from flowalign.training.setup import read_inputs
 from flowalign.training.trainer import train
-from tests.tiny import make_policy, random_flux, sd3_config, small_config, stir, TEXTS
+from tests.tiny import make_policy, random_flux, ROOT, sd3_config, small_config, stir, TEXTS
 
 RANK, ALPHA = 4, 12  # those of `sd3_config`
 
@@ -352,7 +358,31 @@ def test_a_start_that_is_not_the_adapter_or_not_the_model_is_wrong(tmp_path):
         assert found == ([[False], [True]] if adapter else [[], [True]]), adapter
 
 
-def test_only_files_that_diffusers_merges_again_are_merged(tmp_path):
+@pytest.mark.parametrize("write", [as_old_diffusers, as_folded, as_peft, as_kohya])
+def test_a_merged_adapter_of_any_format_leaves_the_run_as_one_of_diffusers(write, tmp_path):
+    policy = trained()
+    path = write(policy, tmp_path)
+    merged = make_policy(merge=[str(path)])
+    config = replace(small_config(tmp_path / "run"), model=merged.model.config)
+    (copy := tmp_path / "copy").mkdir()
+    copy_merged(str(path), copy / ADAPTER_FILE, config)
+    again = make_policy(merge=[str(copy)])
+    assert_close(base_weight(again), base_weight(merged))
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        ROOT / "assets" / "tiny-sd3", text_encoder_3=None, tokenizer_3=None
+    )
+    pipe.load_lora_weights(copy)
+    pipe.fuse_lora()
+    layer = "transformer_blocks.0.attn.to_q"
+    fused = pipe.transformer.get_submodule(layer).base_layer.weight
+    own = merged.model.transformer.get_submodule(layer).base_layer.weight
+    assert_close(fused, own)
+
+
+def test_a_family_that_cannot_name_its_layers_refuses_other_formats_at_the_start(
+    tmp_path, monkeypatch
+):
     path = as_old_diffusers(trained(), tmp_path)
-    with pytest.raises(UserError, match=r"model\.merge: old\.safetensors may be in another"):
+    monkeypatch.delattr(PipelineModel, "empty_transformer")
+    with pytest.raises(UserError, match=r"does not say how its layers are named elsewhere"):
         make_policy(merge=[str(path)])
