@@ -1,7 +1,7 @@
 """The run folder: who may work in it, what it resumes from, and what a run writes at its start."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,10 @@ def input_checksums(config: Config) -> dict[str, str]:
     if config.model.adapter:
         adapters["model.adapter"] = config.model.adapter
     files |= {key: find_file(path, key) for key, path in adapters.items()}
+    # Votes that a reward is fitted to: with more of them it would be another reward.
+    for name, settings in config.rewards.items():
+        if isinstance(settings, Mapping) and "votes" in settings:
+            files[f"rewards.{name}.votes"] = Path(str(settings["votes"]))
     return {key: sha256(file) for key, file in files.items() if file.is_file()}
 
 

@@ -5,16 +5,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks.votes import CONFIG, train
 from flowalign.data.votes import read_votes
 from flowalign.labelling.label import LabelSettings, open_session
 from flowalign.labelling.server import make_app
 from flowalign.labelling.session import Session
+from flowalign.rewards.registry import load_reward
 from flowalign.rewards.remote.connections import make_server
 from flowalign.rewards.remote.server import listen
+from scripts.make_votes import choice_of, pixels
 from tests.browser import browser
 
 __all__ = ["browser"]
@@ -121,3 +126,33 @@ def test_a_second_voter_begins_at_the_first_question(folder, browser):
         shown(page, 2)
     votes = read_votes(folder / "votes.jsonl", "").votes
     assert [(vote.voter, vote.labels) for vote in votes] == [("anna", (1,)), ("ben", (-1,))]
+
+
+def vote_by_sight(page, questions: int, seed: int) -> None:
+    """Prefer the picture that shows more of its prompt, by the keys, and err once in ten votes."""
+    checker, random = load_reward("scene_match_graded"), Random(seed)
+    keys = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowUp", "both_bad": "ArrowDown"}
+    for place in range(1, questions + 1):
+        shown(page, place)
+        sources = page.eval_on_selector_all("#pictures img", "all => all.map(one => one.src)")
+        seen = torch.stack([pixels(page.request.get(source).body()) for source in sources])
+        prompts = [page.inner_text("#prompt")] * len(seen)
+        scores = checker(seen, prompts, [{}] * len(seen))
+        page.keyboard.press(keys[choice_of(scores.tolist(), random)])
+    page.locator("#status", has_text="done").wait_for()
+
+
+@pytest.mark.slow
+def test_votes_in_the_browser_train_a_model_that_draws_what_was_asked(tmp_path, browser):
+    for name, questions, seed in (("votes", 60, 0), ("held-out", 60, 1)):
+        (folder := tmp_path / name).mkdir()
+        settings = LabelSettings(questions=questions, votes=str(folder / "votes.jsonl"), seed=seed)
+        session = open_session(CONFIG, settings)
+        with served(session) as address, opened(browser, address, 1400) as page:
+            # One question in ten is asked twice.
+            vote_by_sight(page, questions + questions // 10, seed)
+    files = [tmp_path / name / "votes.jsonl" for name in ("votes", "held-out")]
+    for row in ROWS:
+        train(row, *files, tmp_path / row)
+        rises = json.loads((tmp_path / row / "summary.json").read_text())["difference"]
+        assert rises["scene_match"][0] > 0

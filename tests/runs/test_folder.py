@@ -16,7 +16,7 @@ from flowalign.files import with_checksum
 from flowalign.reporting.trackers import read_metrics
 from flowalign.runs.adapter_card import base_model
 from flowalign.runs.checkpoint import checkpoints
-from flowalign.runs.folder import read_config
+from flowalign.runs.folder import input_checksums, read_config
 from flowalign.runs.lock import FolderLock
 from flowalign.sampling.sources import evaluation_prompts, find_source
 from flowalign.settings.yaml_files import dump_yaml
@@ -263,3 +263,13 @@ def test_prompts_that_changed_since_are_refused_when_a_run_resumes(key, tmp_path
     file.write_text("a red circle\n")
     with pytest.raises(UserError, match=rf"^{key}: the file has changed since the run in .* began"):
         trainer.train(small_config(tmp_path / "run", f"{key}={file}"))
+
+
+def test_more_votes_for_a_reward_are_another_run(tmp_path):
+    file = tmp_path / "votes.jsonl"
+    config = load_config(TINY, [f"rewards={{taste: {{votes: {file}}}}}"])
+    sums = []
+    for content in ("one", "one", "two"):
+        file.write_text(content)
+        sums.append(input_checksums(config)["rewards.taste.votes"])
+    assert sums[0] == sums[1] != sums[2]
