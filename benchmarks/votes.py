@@ -109,17 +109,23 @@ def main() -> None:
         print(f"| {row} | {count} | {cells} |", flush=True)
 
     def second(row: str) -> None:
-        start = folder / f"{row}-{SECOND}"
-        if (start / "adapter").exists():
-            votes = vote(str(start), folder / f"votes-after-{row}", SECOND, seed=2)
-            # Votes that were held out in the first round are on the pictures of another model.
-            later = vote(str(start), folder / f"held-out-after-{row}", HELD_OUT, seed=3)
-            cells = train(row, votes, later, folder / f"{row}-second", start)
-            print(f"| {row}, second round | {SECOND} | {cells} |", flush=True)
+        files = [folder / name / "votes.jsonl" for name in again(row)]
+        cells = train(row, *files, folder / f"{row}-second", folder / f"{row}-{SECOND}")
+        print(f"| {row}, second round | {SECOND} | {cells} |", flush=True)
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(first, [(count, row) for count in options.counts for row in options.rows]))
+        # Models are not loaded in threads.
+        for row in options.rows:
+            for (name, questions), seed in zip(again(row).items(), (2, 3), strict=True):
+                vote(str(folder / f"{row}-{SECOND}"), folder / name, questions, seed)
         list(pool.map(second, options.rows))
+
+
+def again(row: str) -> dict[str, int]:
+    """Return the folders of a second round's votes and held-out votes, with their questions."""
+    # Votes that were held out in the first round are on the pictures of another model.
+    return {f"votes-after-{row}": SECOND, f"held-out-after-{row}": HELD_OUT}
 
 
 if __name__ == "__main__":
