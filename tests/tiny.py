@@ -1,5 +1,6 @@
 """Small real models and policies for the tests."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,18 +9,34 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -32,6 +49,7 @@ from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.models.config import Lora
 from flowalign.models.flux import FluxConfig
+from flowalign.models.flux2 import Flux2DevConfig, Flux2KleinConfig
 from flowalign.models.sd3 import SD3Config
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
@@ -242,6 +260,181 @@ def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
             lora=Lora(rank=2, alpha=6),
         )
     )
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""A chat template of Qwen's form."""
+
+
+def learned_tokenizer(special: list[str]) -> Tokenizer:
+    """Byte pairs of some captions, after these special tokens."""
+    captions = [*TEXTS, "user assistant system", "a green triangle and two blue squares"]
+    learned = Tokenizer(BPE())
+    learned.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    learned.train_from_iterator(
+        captions,
+        BpeTrainer(min_frequency=1, initial_alphabet=ByteLevel.alphabet(), special_tokens=special),
+    )
+    return learned
+
+
+def random_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer with Qwen's special tokens and a chat template."""
+    model = json.loads(learned_tokenizer([]).to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
+    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer.add_tokens(special, special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def text_sizes(vocabulary: int, layers: int) -> dict[str, Any]:
+    """The sizes of a small language model."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+    }
+
+
+def random_flux2(folder: Path, is_distilled: bool = False) -> FlowModel:
+    """A small FLUX.2 klein with random weights, base or distilled, saved and loaded again."""
+    torch.manual_seed(0)
+    tokenizer = random_qwen_tokenizer()
+    # The hidden states of layers 9, 18 and 27 are read, the last before the final norm.
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            **text_sizes(len(tokenizer), layers=28),
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        )
+    ).eval()
+    pipe = Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        random_flux2_vae(),
+        encoder,
+        tokenizer,
+        random_flux2_transformer(guidance_embeds=False),
+        is_distilled=is_distilled,
+    )
+    pipe.save_pretrained(folder)
+    return load_model(Flux2KleinConfig(path=str(folder), **FLUX2_SETTINGS))
+
+
+FLUX2_SETTINGS: Any = {
+    "height": 64,
+    "width": 64,
+    "max_sequence_length": 40,
+    "lora": Lora(rank=2, alpha=6),
+}
+
+
+def random_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    return shaken(transformer)
+
+
+def random_flux2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    ).eval()
+    # Statistics of 0 and 1 would hide a mistake.
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def shaken(network: Any) -> Any:
+    """Move all parameters a little: gates and gains begin at 0 or 1, which hides mistakes."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network.eval()
+
+
+DEV_TEMPLATE = (
+    "<s>{% for message in messages %}{% for part in message.content %}"
+    "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ part.text }}[/INST]{% endif %}{% endfor %}{% endfor %}"
+)
+"""A chat template of Mistral's form."""
+
+
+def random_flux2_dev(folder: Path) -> FlowModel:
+    """A small FLUX.2 dev with random weights, saved and loaded again."""
+    torch.manual_seed(0)
+    special = ["<s>", "</s>", "<pad>", "<unk>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    special += ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=learned_tokenizer(special),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=512,
+    )
+    processor = PixtralProcessor(
+        PixtralImageProcessor(patch_size=14),
+        tokenizer,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=DEV_TEMPLATE,
+    )
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={"model_type": "mistral", **text_sizes(len(tokenizer), layers=31)},
+            vision_config={
+                "model_type": "pixtral",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "head_dim": 8,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        )
+    ).eval()
+    pipe = Flux2Pipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        random_flux2_vae(),
+        encoder,
+        processor,
+        random_flux2_transformer(guidance_embeds=True),
+    )
+    pipe.save_pretrained(folder)
+    return load_model(Flux2DevConfig(path=str(folder), **FLUX2_SETTINGS))
 
 
 def small_config(output: Path, *overrides: str) -> Any:

@@ -126,6 +126,11 @@ class FlowModel(ABC, Generic[C]):
         return False
 
     @property
+    def is_step_distilled(self) -> bool:
+        """True if the model was distilled to few steps, for which guidance is part of it."""
+        return False
+
+    @property
     def guidance_setting(self) -> Literal["guidance", "embedded_guidance"]:
         """The key of `sampler` that guides this model, as a user of its pipeline does."""
         return "embedded_guidance" if self.has_distilled_guidance else "guidance"

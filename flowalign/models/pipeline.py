@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,13 +147,15 @@ class PipelineModel(FlowModel[C]):
         return x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def latent_fingerprint(self) -> str:
-        """Return a hash of the autoencoder's weights, and its normalisation."""
+        """Return a hash of the autoencoder's weights and settings."""
         weights = hashlib.blake2b(digest_size=16)
         # Weights and not the path: fine-tuned models differ from their parents by weights alone.
-        for parameter in self.vae.parameters():
-            weights.update(parameter.detach().float().cpu().numpy().tobytes())
-        config = self.vae.config
-        return f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}"
+        for tensor in self.vae.state_dict().values():
+            weights.update(tensor.float().cpu().numpy().tobytes())
+        # Names that begin so say where the model comes from.
+        config = {key: value for key, value in self.vae.config.items() if key[0] != "_"}
+        weights.update(json.dumps(config, sort_keys=True, default=str).encode())
+        return weights.hexdigest()
 
     def decode(self, x0: Latent) -> Tensor:
         """Return pictures (B, 3, H, W) in [0, 1]. Differentiable."""
