@@ -18,6 +18,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -37,6 +39,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -51,6 +54,7 @@ from flowalign.models.config import Lora
 from flowalign.models.flux import FluxConfig
 from flowalign.models.flux2 import Flux2DevConfig, Flux2KleinConfig
 from flowalign.models.sd3 import SD3Config
+from flowalign.models.z_image import ZImageConfig
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
 
@@ -435,6 +439,49 @@ def random_flux2_dev(folder: Path) -> FlowModel:
     )
     pipe.save_pretrained(folder)
     return load_model(Flux2DevConfig(path=str(folder), **FLUX2_SETTINGS))
+
+
+def random_z_image(folder: Path, shift: float = 6.0) -> FlowModel:
+    """A small Z-Image with random weights and the shift of the base or of Turbo."""
+    torch.manual_seed(0)
+    tokenizer = random_qwen_tokenizer()
+    encoder = Qwen3Model(Qwen3Config(**text_sizes(len(tokenizer), layers=3))).eval()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipe = ZImagePipeline(scheduler, vae, encoder, tokenizer, shaken(transformer))
+    pipe.save_pretrained(folder)
+    return load_model(
+        ZImageConfig(
+            path=str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=64,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
 
 
 def small_config(output: Path, *overrides: str) -> Any:

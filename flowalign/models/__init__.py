@@ -17,6 +17,7 @@ MODELS = {
     "flux": "flowalign.models.flux:Flux",
     "flux2-klein": "flowalign.models.flux2:Flux2Klein",
     "flux2-dev": "flowalign.models.flux2:Flux2Dev",
+    "z-image": "flowalign.models.z_image:ZImage",
 }
 """Names to classes, imported when they are needed."""
 
@@ -25,6 +26,7 @@ PIPELINES = {
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux2-klein",
     "Flux2Pipeline": "flux2-dev",
+    "ZImagePipeline": "z-image",
 }
 """Pipeline classes, as `model_index.json` names them, to names of families."""
 
@@ -34,6 +36,7 @@ ALIASES = {
     **dict.fromkeys(("flux.1", "flux.1-dev", "flux.1-schnell", "flux-dev", "flux-schnell"), "flux"),
     **dict.fromkeys(("flux.2-klein", "flux2", "flux.2"), "flux2-klein"),
     "flux.2-dev": "flux2-dev",
+    **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
 }
 """Other names that users write, in small letters."""
 

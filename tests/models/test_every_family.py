@@ -19,17 +19,19 @@ from flowalign.models.base import FlowModel
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.runs.adapter import export_weights, save_adapter
-from tests.tiny import random_flux2, random_flux2_dev, stir
+from tests.tiny import random_flux2, random_flux2_dev, random_z_image, stir
 
 Make = Callable[[Path], FlowModel]
 FAMILIES: dict[str, Make] = {
     "klein": random_flux2,
     "klein, distilled": partial(random_flux2, is_distilled=True),
     "flux2-dev": random_flux2_dev,
+    "z-image": random_z_image,
 }
 TEXTS = ["a red circle", "two blue squares left of a green triangle and a circle"]
 LEFT_OUT = {
-    "flux2": "x_embedder context_embedder proj_out norm_out.linear time_guidance_embed modulation"
+    "flux2": "x_embedder context_embedder proj_out norm_out.linear time_guidance_embed modulation",
+    "z": "all_x_embedder all_final_layer cap_embedder t_embedder adaLN_modulation",
 }
 """Parts of names of linear layers that have no adapter by default: they lie outside the blocks."""
 
