@@ -10,12 +10,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -36,6 +39,8 @@ from transformers import (
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -53,6 +58,7 @@ from flowalign.models.base import FlowModel
 from flowalign.models.config import Lora
 from flowalign.models.flux import FluxConfig
 from flowalign.models.flux2 import Flux2DevConfig, Flux2KleinConfig
+from flowalign.models.qwen_image import QwenImageConfig
 from flowalign.models.sd3 import SD3Config
 from flowalign.models.z_image import ZImageConfig
 from flowalign.policy import Policy, Sampler
@@ -277,9 +283,16 @@ CHAT_TEMPLATE = (
 """A chat template of Qwen's form."""
 
 
+SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:"
+)
+"""The instruction in Qwen-Image's template, whose words are one token each."""
+
+
 def learned_tokenizer(special: list[str]) -> Tokenizer:
     """Byte pairs of some captions, after these special tokens."""
-    captions = [*TEXTS, "user assistant system", "a green triangle and two blue squares"]
+    captions = [*TEXTS, "user assistant system", "a green triangle and two blue squares", SYSTEM]
     learned = Tokenizer(BPE())
     learned.pre_tokenizer = ByteLevel(add_prefix_space=False)
     learned.train_from_iterator(
@@ -294,7 +307,8 @@ def random_qwen_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(learned_tokenizer([]).to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
-    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>", "<think>", "</think>"]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -479,6 +493,77 @@ def random_z_image(folder: Path, shift: float = 6.0) -> FlowModel:
             height=64,
             width=64,
             max_sequence_length=64,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
+
+
+def random_qwen_image(folder: Path) -> FlowModel:
+    """A small Qwen-Image with random weights."""
+    torch.manual_seed(0)
+    tokenizer = random_qwen_tokenizer()
+    number = tokenizer.convert_tokens_to_ids
+    text = {
+        **text_sizes(len(tokenizer), layers=2),
+        "max_position_embeddings": 2048,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 3, 3],
+            "rope_theta": 1e6,
+        },
+    }
+    del text["head_dim"]
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+        "window_size": 28,
+    }
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=number("<|image_pad|>"),
+            video_token_id=number("<|video_pad|>"),
+            vision_start_token_id=number("<|vision_start|>"),
+            vision_end_token_id=number("<|vision_end|>"),
+        )
+    ).eval()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.8, 1.1, 1.3, 0.9],
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+    )
+    pipe = QwenImagePipeline(scheduler, vae, encoder, tokenizer, shaken(transformer))
+    pipe.save_pretrained(folder)
+    return load_model(
+        QwenImageConfig(
+            path=str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=32,
             lora=Lora(rank=2, alpha=6),
         )
     )

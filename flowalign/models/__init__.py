@@ -18,6 +18,7 @@ MODELS = {
     "flux2-klein": "flowalign.models.flux2:Flux2Klein",
     "flux2-dev": "flowalign.models.flux2:Flux2Dev",
     "z-image": "flowalign.models.z_image:ZImage",
+    "qwen-image": "flowalign.models.qwen_image:QwenImage",
 }
 """Names to classes, imported when they are needed."""
 
@@ -27,6 +28,7 @@ PIPELINES = {
     "Flux2KleinPipeline": "flux2-klein",
     "Flux2Pipeline": "flux2-dev",
     "ZImagePipeline": "z-image",
+    "QwenImagePipeline": "qwen-image",
 }
 """Pipeline classes, as `model_index.json` names them, to names of families."""
 
@@ -37,6 +39,7 @@ ALIASES = {
     **dict.fromkeys(("flux.2-klein", "flux2", "flux.2"), "flux2-klein"),
     "flux.2-dev": "flux2-dev",
     **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
+    **dict.fromkeys(("qwen-image-2512", "qwen_image"), "qwen-image"),
 }
 """Other names that users write, in small letters."""
 

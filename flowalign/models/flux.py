@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field
@@ -15,15 +14,14 @@ from flowalign.models.attention import backend_names, use_backend
 from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
 from flowalign.models.layer_names import in_blocks
-from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
+from flowalign.models.pipeline import (
+    dtype_for_device,
+    picture_side,
+    PipelineModel,
+    set_times,
+    shift_of_size,
+)
 
-SHIFT_DEFAULTS = {
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-}
-"""Defaults of the pipeline for entries that the scheduler's configuration may lack, in order."""
 KOHYA_LAYERS = {
     **in_blocks(
         "double_blocks",
@@ -145,15 +143,10 @@ class Flux(PipelineModel[FluxConfig]):
 
     def scheduler(self, steps: int) -> Scheduler:
         """Return the scheduler; its shift of times grows with the number of patches."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         # The shift depends on the number of patches, so the scheduler needs the size of pictures.
         _, height, width = self.latent_shape
         scheduler = self._copy_scheduler()
-        limits = [scheduler.config.get(name, value) for name, value in SHIFT_DEFAULTS.items()]
-        times = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(sigmas=times, mu=calculate_shift(height * width // 4, *limits))
-        return scheduler
+        return set_times(scheduler, steps, shift_of_size(scheduler, height * width // 4))
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return embeddings of T5 tokens, and the pooled vector of CLIP."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field
@@ -15,7 +14,13 @@ from flowalign.models.attention import backend_names, use_backend
 from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
 from flowalign.models.layer_names import in_blocks
-from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
+from flowalign.models.pipeline import (
+    dtype_for_device,
+    few_at_a_time,
+    picture_side,
+    PipelineModel,
+    set_times,
+)
 
 KOHYA_LAYERS = in_blocks(
     "double_blocks",
@@ -35,8 +40,6 @@ KOHYA_LAYERS = in_blocks(
     "single_transformer_blocks",
     {"linear1": ["attn.to_qkv_mlp_proj"], "linear2": ["attn.to_out"]},
 )
-ENCODED_TOGETHER = 4
-"""Prompts in a call of the text encoder, which computes a word's probability for each token."""
 
 
 @dataclass(kw_only=True)
@@ -124,22 +127,15 @@ class Flux2Klein(PipelineModel[Flux2KleinConfig]):
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
         _, height, width = self.latent_shape
-        scheduler = self._copy_scheduler()
-        times = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(sigmas=times, mu=compute_empirical_mu(height * width, steps))
-        return scheduler
+        shift = compute_empirical_mu(height * width, steps)
+        return set_times(self._copy_scheduler(), steps, shift)
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return three hidden states of the text encoder, side by side, for each token."""
         length = self.config.max_sequence_length
-        starts = range(0, len(texts), ENCODED_TOGETHER)
         parts = [
-            self.pipe.encode_prompt(
-                prompt=texts[start : start + ENCODED_TOGETHER],
-                device=self.device,
-                max_sequence_length=length,
-            )[0]
-            for start in starts
+            self.pipe.encode_prompt(prompt=part, device=self.device, max_sequence_length=length)[0]
+            for part in few_at_a_time(texts)
         ]
         return {"embeds": torch.cat(parts)}
 

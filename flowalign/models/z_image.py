@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,7 +13,7 @@ from flowalign.models.attention import backend_names, use_backend
 from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
 from flowalign.models.layer_names import in_blocks
-from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
+from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel, set_times
 from flowalign.settings.types import NonNegative, WrongSetting
 
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
@@ -44,7 +43,7 @@ class ZImageConfig(ModelConfig):
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
     """The most tokens of a prompt, with those of the chat template."""
     largest_norm: NonNegative = 0.0
-    """The most that guidance may lengthen a velocity; published as 1. 0 is no limit."""
+    """The most that guidance may lengthen a velocity, published as 1; 0 for any length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,9 +104,7 @@ class ZImage(PipelineModel[ZImageConfig]):
 
     def scheduler(self, steps: int) -> Scheduler:
         """Return the scheduler; its shift of times is fixed."""
-        scheduler = self._copy_scheduler()
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
-        return scheduler
+        return set_times(self._copy_scheduler(), steps)
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return the hidden states of the text encoder, and how many tokens each text has."""
