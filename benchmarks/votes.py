@@ -26,12 +26,8 @@ SECOND = 60
 HELD_OUT = 600
 OBJECTIVES: Mapping[str, Mapping[str, object]] = {
     "d3po": {},
-    "dpo": {"objective": {"name": "dpo"}, "train.learning_rate": 3e-4, "train.steps": 150},
-    "kto": {
-        "objective": {"name": "kto", "beta": 300.0},
-        "train.learning_rate": 3e-4,
-        "train.steps": 100,
-    },
+    "dpo": {"objective": {"name": "dpo"}, "train.steps": 150},
+    "kto": {"objective": {"name": "kto", "beta": 300.0}, "train.steps": 100},
 }
 TASTE = "taste, crd"
 """The row that learns by scores of a reward that is fitted to the votes."""

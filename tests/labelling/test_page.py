@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.votes import CONFIG, train
+from benchmarks.votes import CONFIG, TASTE, train
 from flowalign.data.votes import read_votes
 from flowalign.labelling.label import LabelSettings, open_session
 from flowalign.labelling.server import make_app
@@ -23,6 +23,7 @@ from scripts.make_votes import choice_of, pixels
 from tests.browser import browser
 
 __all__ = ["browser"]
+ROWS = ("dpo", "kto", TASTE)
 LONG = "<b>a prompt</b> " + "with a long word supercalifragilistic " * 5
 
 
