@@ -168,6 +168,15 @@ class PipelineModel(FlowModel[C]):
         weights.update(json.dumps(config, sort_keys=True, default=str).encode())
         return weights.hexdigest()
 
+    def text_fingerprint(self) -> str:
+        """Return a hash of the text encoders' weights, and of what else decides embeddings."""
+        weights = hashlib.blake2b(digest_size=16)
+        for network in self._text_encoders():
+            for tensor in network.state_dict().values():
+                weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        settings = [type(self).__name__, *self.text_arguments(self.config).items()]
+        return f"{weights.hexdigest()}/{settings}"
+
     def decode(self, x0: Latent) -> Tensor:
         """Return pictures (B, 3, H, W) in [0, 1]. Differentiable."""
         decoded = self.vae.decode(self.denormalise(x0), return_dict=False)[0]

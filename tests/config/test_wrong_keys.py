@@ -168,6 +168,7 @@ DECAY = {"start": COUNT_OR_ZERO, "value": SHARE, "slope": (-0.1,), "end": SHARE,
 OUT_OF_RANGE: dict[str, tuple[float, ...]] = {
     **{f"model.{name}": SIDE for name in ("height", "width")},
     "model.max_sequence_length": (-1, 513, 10**9),
+    "model.text_cache_gb": NOT_NEGATIVE,
     **{f"model.lora.{name}": COUNT for name in ("rank", "alpha")},
     **{f"{key}.steps": COUNT for key in ("sampler", "evaluation.sampler", "train")},
     **{
