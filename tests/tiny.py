@@ -1,6 +1,5 @@
 """Small real models and policies for the tests."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +23,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -36,12 +31,8 @@ from transformers import (
     CLIPTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PixtralImageProcessor,
-    PixtralProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -63,6 +54,7 @@ from flowalign.models.sd3 import SD3Config
 from flowalign.models.z_image import ZImageConfig
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
+from scripts import small_tokenizers
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny" / "flow_grpo.yaml"
@@ -145,19 +137,9 @@ def two_groups(policy: Policy, images: int = 3) -> Any:
     )
 
 
-LETTERS = [chr(c) for c in range(97, 123)]
-
-
 def random_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
     """A tokenizer of letters, and the configuration of a CLIP text encoder that fits it."""
-    letters = LETTERS
-    vocabulary = {
-        piece: i
-        for i, piece in enumerate(
-            [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-        )
-    }
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    tokenizer = small_tokenizers.clip(length=12)
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
@@ -174,18 +156,11 @@ def random_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
 
 
 def random_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
-    letters = LETTERS
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", -9.0),
-        *((f"▁{c}", -1.0) for c in letters),
-        *((c, -2.0) for c in letters),
-    ]
+    tokenizer = small_tokenizers.t5(length=16)
     t5 = T5EncoderModel(
-        T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        T5Config(vocab_size=len(tokenizer), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     ).eval()
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16), t5
+    return tokenizer, t5
 
 
 def random_sd35(folder: Path) -> FlowModel:
@@ -272,48 +247,6 @@ def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
     )
 
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-"""A chat template of Qwen's form."""
-
-
-SYSTEM = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:"
-)
-"""The instruction in Qwen-Image's template, whose words are one token each."""
-
-
-def learned_tokenizer(special: list[str]) -> Tokenizer:
-    """Byte pairs of some captions, after these special tokens."""
-    captions = [*TEXTS, "user assistant system", "a green triangle and two blue squares", SYSTEM]
-    learned = Tokenizer(BPE())
-    learned.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    learned.train_from_iterator(
-        captions,
-        BpeTrainer(min_frequency=1, initial_alphabet=ByteLevel.alphabet(), special_tokens=special),
-    )
-    return learned
-
-
-def random_qwen_tokenizer() -> Qwen2Tokenizer:
-    """A tokenizer with Qwen's special tokens and a chat template."""
-    model = json.loads(learned_tokenizer([]).to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    special += ["<|image_pad|>", "<|video_pad|>", "<think>", "</think>"]
-    tokenizer.add_tokens(special, special_tokens=True)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 def text_sizes(vocabulary: int, layers: int) -> dict[str, Any]:
     """The sizes of a small language model."""
     return {
@@ -331,7 +264,7 @@ def text_sizes(vocabulary: int, layers: int) -> dict[str, Any]:
 def random_flux2(folder: Path, is_distilled: bool = False) -> FlowModel:
     """A small FLUX.2 klein with random weights, base or distilled, saved and loaded again."""
     torch.manual_seed(0)
-    tokenizer = random_qwen_tokenizer()
+    tokenizer = small_tokenizers.qwen()
     # The hidden states of layers 9, 18 and 27 are read, the last before the final norm.
     encoder = Qwen3ForCausalLM(
         Qwen3Config(
@@ -399,35 +332,11 @@ def shaken(network: Any) -> Any:
     return network.eval()
 
 
-DEV_TEMPLATE = (
-    "<s>{% for message in messages %}{% for part in message.content %}"
-    "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
-    "{% else %}[INST]{{ part.text }}[/INST]{% endif %}{% endfor %}{% endfor %}"
-)
-"""A chat template of Mistral's form."""
-
-
 def random_flux2_dev(folder: Path) -> FlowModel:
     """A small FLUX.2 dev with random weights, saved and loaded again."""
     torch.manual_seed(0)
-    special = ["<s>", "</s>", "<pad>", "<unk>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-    special += ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learned_tokenizer(special),
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=512,
-    )
-    processor = PixtralProcessor(
-        PixtralImageProcessor(patch_size=14),
-        tokenizer,
-        patch_size=14,
-        spatial_merge_size=2,
-        chat_template=DEV_TEMPLATE,
-    )
+    processor = small_tokenizers.pixtral()
+    tokenizer = processor.tokenizer
     encoder = Mistral3ForConditionalGeneration(
         Mistral3Config(
             text_config={"model_type": "mistral", **text_sizes(len(tokenizer), layers=31)},
@@ -458,7 +367,7 @@ def random_flux2_dev(folder: Path) -> FlowModel:
 def random_z_image(folder: Path, shift: float = 6.0) -> FlowModel:
     """A small Z-Image with random weights and the shift of the base or of Turbo."""
     torch.manual_seed(0)
-    tokenizer = random_qwen_tokenizer()
+    tokenizer = small_tokenizers.qwen()
     encoder = Qwen3Model(Qwen3Config(**text_sizes(len(tokenizer), layers=3))).eval()
     transformer = ZImageTransformer2DModel(
         in_channels=4,
@@ -501,7 +410,7 @@ def random_z_image(folder: Path, shift: float = 6.0) -> FlowModel:
 def random_qwen_image(folder: Path) -> FlowModel:
     """A small Qwen-Image with random weights."""
     torch.manual_seed(0)
-    tokenizer = random_qwen_tokenizer()
+    tokenizer = small_tokenizers.qwen()
     number = tokenizer.convert_tokens_to_ids
     text = {
         **text_sizes(len(tokenizer), layers=2),

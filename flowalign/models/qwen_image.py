@@ -17,7 +17,6 @@ from flowalign.models.config import ModelConfig
 from flowalign.models.layer_names import in_blocks
 from flowalign.models.pipeline import (
     dtype_for_device,
-    few_at_a_time,
     PipelineModel,
     set_times,
     shift_of_size,
@@ -116,21 +115,25 @@ class QwenImage(PipelineModel[QwenImageConfig]):
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return the hidden states of the text encoder, and which tokens are the text's."""
-        length, rows = self.config.max_sequence_length, []
-        for part in few_at_a_time(texts):
-            embeds, mask = self.pipe.encode_prompt(
-                prompt=[text or NULL for text in part],
-                device=self.device,
-                max_sequence_length=length,
-            )
-            # The pipeline leaves the mask out where it would hold only ones.
-            mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
-            rows += zip(embeds, mask.bool(), strict=True)
-        embeds = rows[0][0].new_zeros(len(rows), length, rows[0][0].shape[1])
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for place, (row, valid) in enumerate(rows):
-            embeds[place, : len(row)], mask[place, : len(row)] = row, valid
-        return {"embeds": embeds, "mask": mask}
+        template, start = (
+            self.pipe.prompt_template_encode,
+            self.pipe.prompt_template_encode_start_idx,
+        )
+        tokens = self.pipe.tokenizer(
+            [template.format(text or NULL) for text in texts],
+            padding="max_length",
+            padding_side="right",
+            max_length=self.config.max_sequence_length + start,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        # The network below the head, which would compute a word's probability for each token.
+        found = self.pipe.text_encoder.model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        )
+        # The template's instruction comes first, and the padding becomes zeros.
+        embeds, mask = found.last_hidden_state[:, start:], tokens.attention_mask[:, start:]
+        return {"embeds": embeds * mask[..., None].to(embeds), "mask": mask.bool()}
 
     def normalise(self, z: Latent) -> Latent:
         """Return latents of about unit scale from those of the autoencoder."""

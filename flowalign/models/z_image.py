@@ -107,18 +107,32 @@ class ZImage(PipelineModel[ZImageConfig]):
         return set_times(self._copy_scheduler(), steps)
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return the hidden states of the text encoder, and how many tokens each text has."""
-        # The pipeline writes the chat template into the list that it is given.
-        rows, _ = self.pipe.encode_prompt(
-            prompt=list(texts),
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.config.max_sequence_length,
+        """Return a hidden state of the text encoder for each token, and the number of tokens."""
+        tokenizer = self.pipe.tokenizer
+        tokens = tokenizer(
+            [self._in_template(text) for text in texts],
+            padding="max_length",
+            padding_side="right",
+            max_length=self.config.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        mask = tokens.attention_mask
+        found = self.pipe.text_encoder(
+            input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True
         )
-        embeds = rows[0].new_zeros(len(rows), self.config.max_sequence_length, rows[0].shape[1])
-        for place, row in zip(embeds, rows, strict=True):
-            place[: len(row)] = row
-        return {"embeds": embeds, "tokens": torch.tensor([len(row) for row in rows])}
+        # The one before the last layer, with zeros for the padding.
+        embeds = found.hidden_states[-2]
+        return {"embeds": embeds * mask[..., None].to(embeds), "tokens": mask.sum(1)}
+
+    def _in_template(self, text: str) -> str:
+        """Return a text as a user's turn in the chat template."""
+        return self.pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
 
     def use_attention(self, name: str) -> None:
         """Switch to a back end of diffusers by name."""

@@ -8,18 +8,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn, Tensor
 from torch.testing import assert_close
 
 from flowalign.batch import Keys
 from flowalign.data.prompts import Prompt
+from flowalign.diagnostics.check.report import check
 from flowalign.dynamics import flow_sde
 from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.runs.adapter import export_weights, save_adapter
-from tests.tiny import random_flux2, random_flux2_dev, random_qwen_image, random_z_image, stir
+from flowalign.training.trainer import train
+from tests.tiny import (
+    random_flux2,
+    random_flux2_dev,
+    random_qwen_image,
+    random_z_image,
+    small_config,
+    stir,
+)
 
 Make = Callable[[Path], FlowModel]
 FAMILIES: dict[str, Make] = {
@@ -163,3 +173,59 @@ def test_ratios_are_one_and_the_kl_is_zero_at_the_start(model, dtype):
         assert torch.equal(gaussian.log_prob(after), old)
         base = policy.at("reference").step(before, step, rollout.cond)
         assert gaussian.kl(base).abs().max() == 0
+
+
+OBJECTIVES = {
+    "flow_grpo": [],
+    "crd": ["sampler.dynamics={name: ode}"],
+    "dpo": ["sampler.dynamics={name: ode}", "train.images_per_prompt=4"],
+    "alignprop": ["sampler.dynamics={name: ode}"],
+}
+"""Objectives of each kind, and what they need besides."""
+
+
+def run(model: FlowModel, folder: Path, objective: str, *settings: str) -> dict[str, Tensor]:
+    """The matrices of an adapter that was trained on a model."""
+    config = model.config
+    tokens = config.max_sequence_length
+    about = f"name: {config.name}, path: {config.path}, max_sequence_length: {tokens}"
+    overrides = [
+        f"model={{{about}, height: 64, width: 64, lora: {{rank: 2, alpha: 4}}}}",
+        f"objective={{name: {objective}}}",
+        "rewards={brightness: 1.0}",
+        "evaluation.rewards={brightness: 1.0}",
+        "train.save_every=1",
+        *OBJECTIVES[objective],
+        *settings,
+    ]
+    train(small_config(folder, *overrides))
+    return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_and_resumes_bit_for_bit(model, objective, tmp_path):
+    if model.is_step_distilled:
+        pytest.skip("its base trains")
+    whole = run(model, tmp_path / "whole", objective)
+    run(model, tmp_path / "halves", objective, "train.steps=1")
+    halves = run(model, tmp_path / "halves", objective)
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert any(value.abs().max() > 0 for name, value in whole.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+def test_a_check_finds_nothing_wrong_but_says_what_blurs_few_steps(model, tmp_path, capsys):
+    tokens = model.config.max_sequence_length
+    about = f"name: {model.config.name}, path: {model.config.path}, max_sequence_length: {tokens}"
+    overrides = [
+        f"model={{{about}, height: 64, width: 64, lora: {{rank: 2, alpha: 4}}}}",
+        "objective={name: crd, kl: {guidance: 1}}",
+        "rewards={brightness: 1.0}",
+        "evaluation.rewards={brightness: 1.0}",
+        *OBJECTIVES["crd"],
+    ]
+    assert check(small_config(tmp_path / "run", *overrides))
+    blurs = "its pictures of few steps will blur" in capsys.readouterr().out
+    assert blurs == model.is_step_distilled
