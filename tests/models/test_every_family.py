@@ -177,7 +177,7 @@ def test_ratios_are_one_and_the_kl_is_zero_at_the_start(model, dtype):
 
 OBJECTIVES = {
     "flow_grpo": [],
-    "crd": ["sampler.dynamics={name: ode}"],
+    "crd": ["sampler.dynamics={name: ode}", "objective.kl.guidance=1"],
     "dpo": ["sampler.dynamics={name: ode}", "train.images_per_prompt=4"],
     "alignprop": ["sampler.dynamics={name: ode}"],
 }
