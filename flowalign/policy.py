@@ -501,7 +501,8 @@ def lora_config(model: FlowModel) -> "LoraConfig":
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=targets,
+        # Whole names: an ending may also be that of a module that is no linear layer.
+        target_modules=adapted,
         init_lora_weights=True if lora.init == "default" else "gaussian",
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,

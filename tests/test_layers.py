@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 ORDER = [
-    *("errors", "progress", "bundled", "files", "distributed", "flow"),
+    *("errors", "progress", "bundled", "files", "disk_cache", "distributed", "flow"),
     *("global_state", "settings"),
     *("dynamics", "advantages", "batch"),
     *("worlds", "models", "data", "rewards", "tracking"),

@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
 from transformers import (
@@ -20,6 +29,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -32,9 +48,13 @@ from flowalign.models import load_model
 from flowalign.models.base import FlowModel
 from flowalign.models.config import Lora
 from flowalign.models.flux import FluxConfig
+from flowalign.models.flux2 import Flux2DevConfig, Flux2KleinConfig
+from flowalign.models.qwen_image import QwenImageConfig
 from flowalign.models.sd3 import SD3Config
+from flowalign.models.z_image import ZImageConfig
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import make_prompts
+from scripts import small_tokenizers
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny" / "flow_grpo.yaml"
@@ -117,19 +137,9 @@ def two_groups(policy: Policy, images: int = 3) -> Any:
     )
 
 
-LETTERS = [chr(c) for c in range(97, 123)]
-
-
 def random_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
     """A tokenizer of letters, and the configuration of a CLIP text encoder that fits it."""
-    letters = LETTERS
-    vocabulary = {
-        piece: i
-        for i, piece in enumerate(
-            [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-        )
-    }
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    tokenizer = small_tokenizers.clip(length=12)
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
@@ -146,18 +156,11 @@ def random_clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
 
 
 def random_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
-    letters = LETTERS
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", -9.0),
-        *((f"▁{c}", -1.0) for c in letters),
-        *((c, -2.0) for c in letters),
-    ]
+    tokenizer = small_tokenizers.t5(length=16)
     t5 = T5EncoderModel(
-        T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        T5Config(vocab_size=len(tokenizer), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     ).eval()
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16), t5
+    return tokenizer, t5
 
 
 def random_sd35(folder: Path) -> FlowModel:
@@ -239,6 +242,237 @@ def random_flux(folder: Path, guidance_embeds: bool) -> FlowModel:
             height=64,
             width=64,
             max_sequence_length=16,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
+
+
+def text_sizes(vocabulary: int, layers: int) -> dict[str, Any]:
+    """The sizes of a small language model."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+    }
+
+
+def random_flux2(folder: Path, is_distilled: bool = False) -> FlowModel:
+    """A small FLUX.2 klein with random weights, base or distilled, saved and loaded again."""
+    torch.manual_seed(0)
+    tokenizer = small_tokenizers.qwen()
+    # The hidden states of layers 9, 18 and 27 are read, the last before the final norm.
+    encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            **text_sizes(len(tokenizer), layers=28),
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        )
+    ).eval()
+    pipe = Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        random_flux2_vae(),
+        encoder,
+        tokenizer,
+        random_flux2_transformer(guidance_embeds=False),
+        is_distilled=is_distilled,
+    )
+    pipe.save_pretrained(folder)
+    return load_model(Flux2KleinConfig(path=str(folder), **FLUX2_SETTINGS))
+
+
+FLUX2_SETTINGS: Any = {
+    "height": 64,
+    "width": 64,
+    "max_sequence_length": 40,
+    "lora": Lora(rank=2, alpha=6),
+}
+
+
+def random_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    return shaken(transformer)
+
+
+def random_flux2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    ).eval()
+    # Statistics of 0 and 1 would hide a mistake.
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def shaken(network: Any) -> Any:
+    """Move all parameters a little: gates and gains begin at 0 or 1, which hides mistakes."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network.eval()
+
+
+def random_flux2_dev(folder: Path) -> FlowModel:
+    """A small FLUX.2 dev with random weights, saved and loaded again."""
+    torch.manual_seed(0)
+    processor = small_tokenizers.pixtral()
+    tokenizer = processor.tokenizer
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={"model_type": "mistral", **text_sizes(len(tokenizer), layers=31)},
+            vision_config={
+                "model_type": "pixtral",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "head_dim": 8,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        )
+    ).eval()
+    pipe = Flux2Pipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        random_flux2_vae(),
+        encoder,
+        processor,
+        random_flux2_transformer(guidance_embeds=True),
+    )
+    pipe.save_pretrained(folder)
+    return load_model(Flux2DevConfig(path=str(folder), **FLUX2_SETTINGS))
+
+
+def random_z_image(folder: Path, shift: float = 6.0) -> FlowModel:
+    """A small Z-Image with random weights and the shift of the base or of Turbo."""
+    torch.manual_seed(0)
+    tokenizer = small_tokenizers.qwen()
+    encoder = Qwen3Model(Qwen3Config(**text_sizes(len(tokenizer), layers=3))).eval()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipe = ZImagePipeline(scheduler, vae, encoder, tokenizer, shaken(transformer))
+    pipe.save_pretrained(folder)
+    return load_model(
+        ZImageConfig(
+            path=str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=64,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
+
+
+def random_qwen_image(folder: Path) -> FlowModel:
+    """A small Qwen-Image with random weights."""
+    torch.manual_seed(0)
+    tokenizer = small_tokenizers.qwen()
+    number = tokenizer.convert_tokens_to_ids
+    text = {
+        **text_sizes(len(tokenizer), layers=2),
+        "max_position_embeddings": 2048,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 3, 3],
+            "rope_theta": 1e6,
+        },
+    }
+    del text["head_dim"]
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+        "window_size": 28,
+    }
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=number("<|image_pad|>"),
+            video_token_id=number("<|video_pad|>"),
+            vision_start_token_id=number("<|vision_start|>"),
+            vision_end_token_id=number("<|vision_end|>"),
+        )
+    ).eval()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.8, 1.1, 1.3, 0.9],
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+    )
+    pipe = QwenImagePipeline(scheduler, vae, encoder, tokenizer, shaken(transformer))
+    pipe.save_pretrained(folder)
+    return load_model(
+        QwenImageConfig(
+            path=str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=32,
             lora=Lora(rank=2, alpha=6),
         )
     )

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     # Memory and speed.
     "train.images_per_pass",
     "model.gradient_checkpointing",
+    "model.text_cache_gb",
     "model.keep_text_encoders",
     "model.offload",
     "model.attention",

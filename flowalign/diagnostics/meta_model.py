@@ -6,6 +6,7 @@ of a network is carried out on the meta device at full size, where the ledger co
 """
 
 import gc
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flowalign.batch import Cond, distinct, Rows
+from flowalign.bundled import locate
 from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.base import FlowModel
@@ -100,6 +102,9 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device == META:
+            # A text encoder asks whether all tokens are text: a plan counts the longest prompts.
+            return True
         result = func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         # Views share the storage of an input, and the storage of a result must count once.
@@ -383,7 +388,18 @@ def build_on_meta(config: ModelConfig) -> PipelineModel:
             """Ignore the setting: all back ends keep the same for the backward pass."""
 
     # The cast is for type checkers, which take the class for abstract because `family` may be.
-    return cast(type[PipelineModel], Weightless)(config, "meta")
+    return cast(type[PipelineModel], Weightless)(with_bundled_files(config), "meta")
+
+
+def with_bundled_files(config: ModelConfig) -> ModelConfig:
+    """Return the same settings with the package's copy of a published model's configuration.
+
+    Models that it has no copy of stay as they are.
+    """
+    if os.path.isdir(os.path.expanduser(config.path)):
+        return config
+    copy = locate(f"assets/published/{config.path}")
+    return replace(config, path=copy, revision=None) if os.path.isdir(copy) else config
 
 
 class WeightlessPipeline:

@@ -110,8 +110,8 @@ class UpdateCosts:
 @older_objects_kept()
 def rehearse(config: Config) -> Plan:
     """Return what a run needs. Raises UserError if the model's configuration cannot be read."""
-    # Values of adapters change nothing that a plan counts.
-    model = MetaModel(replace(config.model, adapter="", merge=[]))
+    # Values of adapters change nothing that a plan counts, and no text is read from the disk.
+    model = MetaModel(replace(config.model, adapter="", merge=[], text_cache_gb=0))
     with fused_attention(), model.ledger:
         policy = make_policy(config, model)
         costs = rehearse_update(config, policy, model)

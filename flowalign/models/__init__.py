@@ -12,16 +12,34 @@ if TYPE_CHECKING:
     from flowalign.models.config import ModelConfig
 
 # Paths instead of classes: importing the classes would import torch.
-MODELS = {"sd3": "flowalign.models.sd3:SD3", "flux": "flowalign.models.flux:Flux"}
+MODELS = {
+    "sd3": "flowalign.models.sd3:SD3",
+    "flux": "flowalign.models.flux:Flux",
+    "flux2-klein": "flowalign.models.flux2:Flux2Klein",
+    "flux2-dev": "flowalign.models.flux2:Flux2Dev",
+    "z-image": "flowalign.models.z_image:ZImage",
+    "qwen-image": "flowalign.models.qwen_image:QwenImage",
+}
 """Names to classes, imported when they are needed."""
 
-PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+PIPELINES = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2-klein",
+    "Flux2Pipeline": "flux2-dev",
+    "ZImagePipeline": "z-image",
+    "QwenImagePipeline": "qwen-image",
+}
 """Pipeline classes, as `model_index.json` names them, to names of families."""
 
 ALIASES = {
     **dict.fromkeys(("sd3-medium", "sd3.5", "sd3.5-medium", "sd3.5-large"), "sd3"),
     **dict.fromkeys(("stable-diffusion-3", "stable-diffusion-3.5"), "sd3"),
     **dict.fromkeys(("flux.1", "flux.1-dev", "flux.1-schnell", "flux-dev", "flux-schnell"), "flux"),
+    **dict.fromkeys(("flux.2-klein", "flux2", "flux.2"), "flux2-klein"),
+    "flux.2-dev": "flux2-dev",
+    **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
+    **dict.fromkeys(("qwen-image-2512", "qwen_image"), "qwen-image"),
 }
 """Other names that users write, in small letters."""
 

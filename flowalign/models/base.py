@@ -5,6 +5,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, Protocol, TYPE_CHECKING, TypeVar
 
@@ -25,6 +27,8 @@ from flowalign.progress import task
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+    from flowalign.disk_cache import DiskCache
 
 C = TypeVar("C", bound=ModelConfig)
 
@@ -126,6 +130,11 @@ class FlowModel(ABC, Generic[C]):
         return False
 
     @property
+    def is_step_distilled(self) -> bool:
+        """True if the model was distilled to few steps, for which guidance is part of it."""
+        return False
+
+    @property
     def guidance_setting(self) -> Literal["guidance", "embedded_guidance"]:
         """The key of `sampler` that guides this model, as a user of its pipeline does."""
         return "embedded_guidance" if self.has_distilled_guidance else "guidance"
@@ -211,8 +220,43 @@ class FlowModel(ABC, Generic[C]):
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    @torch.no_grad()
+    def text_fingerprint(self) -> str:
+        """Return a key of the text cache, which changes whenever embeddings of a text do."""
+        raise UserError(
+            f"{type(self).__name__} has no key for its embeddings. "
+            "Implement text_fingerprint to use model.text_cache_gb."
+        )
+
+    @cached_property
+    def _stored_texts(self) -> "DiskCache":
+        """The rows of texts on disk."""
+        # It imports safetensors, which reading a YAML file does not need.
+        from flowalign.disk_cache import DiskCache
+
+        limit = int(1e9 * self.config.text_cache_gb)
+        return DiskCache("texts", self.text_fingerprint(), limit=limit)
+
     def _encode_chunks(self, chunks: Sequence[list[str]]) -> Iterator[tuple[str, Row]]:
+        """Yield each text with its row, from the disk or from the encoders."""
+        if not self.config.text_cache_gb:
+            yield from self._encode_anew(chunks)
+            return
+        missing = []
+        for text in chain.from_iterable(chunks):
+            if row := self._stored_texts.read(text.encode()):
+                yield text, row
+            else:
+                missing.append(text)
+        if not missing:
+            return
+        # Each text alone, so that its row does not depend on which others were missing.
+        for text, row in self._encode_anew([[text] for text in missing]):
+            self._stored_texts.write(text.encode(), row)
+            yield text, row
+        self._stored_texts.trim()
+
+    @torch.no_grad()
+    def _encode_anew(self, chunks: Sequence[list[str]]) -> Iterator[tuple[str, Row]]:
         total = sum(map(len, chunks))
         # One visit to the device for all chunks: moving large encoders takes longer than they work.
         with task("encoding prompts", total) as work, self.text_encoders_on_device():

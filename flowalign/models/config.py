@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from flowalign.errors import did_you_mean
-from flowalign.settings.types import Count, Settings, WrongSetting
+from flowalign.settings.types import Count, NonNegative, Settings, WrongSetting
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "fp8", "nf4"]
@@ -82,6 +82,8 @@ class ModelConfig(Settings):
 
     Results are the same to the last bit.
     """
+    text_cache_gb: NonNegative = 0.0
+    """Gigabytes of prompt embeddings that are kept on disk between runs; 0 for none."""
     keep_text_encoders: bool = False
     """Leave the text encoders on the device after they encoded. By default they come and go."""
     lora: Lora = field(default_factory=Lora)

@@ -4,29 +4,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
+from flowalign.models.attention import backend_names, use_backend
 from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
-from flowalign.models.pipeline import dtype_for_device, picture_side, PipelineModel
+from flowalign.models.layer_names import in_blocks
+from flowalign.models.pipeline import (
+    dtype_for_device,
+    picture_side,
+    PipelineModel,
+    set_times,
+    shift_of_size,
+)
 
-SHIFT_DEFAULTS = {
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-}
-"""Defaults of the pipeline for entries that the scheduler's configuration may lack, in order."""
-KOHYA_LAYERS = (
-    {
-        f"double_blocks_{{}}_{name}": [f"transformer_blocks.{{}}.{layer}" for layer in layers]
-        for name, layers in {
+KOHYA_LAYERS = {
+    **in_blocks(
+        "double_blocks",
+        "transformer_blocks",
+        {
             "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
             "img_attn_proj": ["attn.to_out.0"],
             "img_mlp_0": ["ff.net.0.proj"],
@@ -37,34 +37,29 @@ KOHYA_LAYERS = (
             "txt_mlp_0": ["ff_context.net.0.proj"],
             "txt_mlp_2": ["ff_context.net.2"],
             "txt_mod_lin": ["norm1_context.linear"],
-        }.items()
-    }
-    | {
-        f"single_blocks_{{}}_{name}": [
-            f"single_transformer_blocks.{{}}.{layer}" for layer in layers
-        ]
-        for name, layers in {
+        },
+    ),
+    **in_blocks(
+        "single_blocks",
+        "single_transformer_blocks",
+        {
             "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
             "linear2": ["proj_out"],
             "modulation_lin": ["norm.linear"],
-        }.items()
-    }
-    | {
-        "img_in": ["x_embedder"],
-        "txt_in": ["context_embedder"],
-        **{
-            f"{name}_{part}": [f"time_text_embed.{embedder}.{layer}"]
-            for name, embedder in {
-                "time_in": "timestep_embedder",
-                "vector_in": "text_embedder",
-                "guidance_in": "guidance_embedder",
-            }.items()
-            for part, layer in {"in_layer": "linear_1", "out_layer": "linear_2"}.items()
         },
-    }
-)
-FLASH = "_native_flash"
-"""diffusers' name of PyTorch's flash attention."""
+    ),
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    **{
+        f"{name}_{part}": [f"time_text_embed.{embedder}.{layer}"]
+        for name, embedder in {
+            "time_in": "timestep_embedder",
+            "vector_in": "text_embedder",
+            "guidance_in": "guidance_embedder",
+        }.items()
+        for part, layer in {"in_layer": "linear_1", "out_layer": "linear_2"}.items()
+    },
+}
 
 
 @dataclass(kw_only=True)
@@ -82,9 +77,7 @@ class FluxConfig(ModelConfig):
     @classmethod
     def attention_names(cls) -> Sequence[str]:
         """Return all attention back ends of the installed diffusers."""
-        from diffusers.models.attention_dispatch import AttentionBackendName
-
-        return [name.value for name in AttentionBackendName]
+        return backend_names()
 
 
 class Flux(PipelineModel[FluxConfig]):
@@ -150,15 +143,10 @@ class Flux(PipelineModel[FluxConfig]):
 
     def scheduler(self, steps: int) -> Scheduler:
         """Return the scheduler; its shift of times grows with the number of patches."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         # The shift depends on the number of patches, so the scheduler needs the size of pictures.
         _, height, width = self.latent_shape
         scheduler = self._copy_scheduler()
-        limits = [scheduler.config.get(name, value) for name, value in SHIFT_DEFAULTS.items()]
-        times = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(sigmas=times, mu=calculate_shift(height * width // 4, *limits))
-        return scheduler
+        return set_times(scheduler, steps, shift_of_size(scheduler, height * width // 4))
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return embeddings of T5 tokens, and the pooled vector of CLIP."""
@@ -172,18 +160,7 @@ class Flux(PipelineModel[FluxConfig]):
 
     def use_attention(self, name: str) -> None:
         """Switch to a back end of diffusers by name."""
-        if name == "native":
-            if self.dtype == torch.float32 or not prefers_cudnn():
-                return
-            # Torch 2.11 on an H200 ended in an illegal memory access there, with this transformer's
-            # heads of 128.
-            name = FLASH
-        try:
-            self.transformer.set_attention_backend(name)
-        except (ImportError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"model.attention: {name!r} is not usable here ({error}). Use native."
-            ) from error
+        use_backend(self.transformer, self.dtype, name)
 
     @classmethod
     def guidance_arguments(cls, guidance: float, embedded_guidance: float) -> dict[str, object]:
@@ -198,11 +175,6 @@ class Flux(PipelineModel[FluxConfig]):
     def text_arguments(cls, config: FluxConfig) -> dict[str, object]:
         """Return the number of T5 tokens; the pipeline's default would change the picture."""
         return {"max_sequence_length": config.max_sequence_length}
-
-
-def prefers_cudnn() -> bool:
-    """Return True on GPUs where PyTorch prefers cuDNN's attention: Hopper and later ones."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

@@ -98,6 +98,14 @@ class Layers:
         return adapter.swapped() if layer in self.swapped else adapter
 
 
+def in_blocks(original: str, diffusers: str, layers: FusedLayers) -> FusedLayers:
+    """Return the names of layers within numbered blocks, in the original code and in diffusers."""
+    return {
+        f"{original}_{{}}_{name}": [f"{diffusers}.{{}}.{layer}" for layer in members]
+        for name, members in layers.items()
+    }
+
+
 def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of a network by name."""
     modules = network.named_modules()

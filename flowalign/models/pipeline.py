@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast, ClassVar, Literal, TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 
 LARGE, HUGE = 512 * 512, 1536 * 1536
 """Pixels from which the autoencoder decodes image by image, and from which tile by tile."""
+
+
+SHIFT_DEFAULTS = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+"""Defaults of pipelines for entries that a scheduler's configuration may lack, in order."""
+ENCODED_TOGETHER = 4
 
 
 @contextlib.contextmanager
@@ -146,13 +158,24 @@ class PipelineModel(FlowModel[C]):
         return x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def latent_fingerprint(self) -> str:
-        """Return a hash of the autoencoder's weights, and its normalisation."""
+        """Return a hash of the autoencoder's weights and settings."""
         weights = hashlib.blake2b(digest_size=16)
         # Weights and not the path: fine-tuned models differ from their parents by weights alone.
-        for parameter in self.vae.parameters():
-            weights.update(parameter.detach().float().cpu().numpy().tobytes())
-        config = self.vae.config
-        return f"{weights.hexdigest()}/{config.scaling_factor}/{config.shift_factor}"
+        for tensor in self.vae.state_dict().values():
+            weights.update(tensor.float().cpu().numpy().tobytes())
+        # Names that begin so say where the model comes from.
+        config = {key: value for key, value in self.vae.config.items() if key[0] != "_"}
+        weights.update(json.dumps(config, sort_keys=True, default=str).encode())
+        return weights.hexdigest()
+
+    def text_fingerprint(self) -> str:
+        """Return a hash of the text encoders' weights, and of what else decides embeddings."""
+        weights = hashlib.blake2b(digest_size=16)
+        for network in self._text_encoders():
+            for tensor in network.state_dict().values():
+                weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        settings = [type(self).__name__, *self.text_arguments(self.config).items()]
+        return f"{weights.hexdigest()}/{settings}"
 
     def decode(self, x0: Latent) -> Tensor:
         """Return pictures (B, 3, H, W) in [0, 1]. Differentiable."""
@@ -292,6 +315,29 @@ class PipelineModel(FlowModel[C]):
                 f"model.height and model.width must be multiples of {step}; "
                 f"nearest: {height} and {width}."
             )
+
+
+def set_times(scheduler: Any, steps: int, mu: float | None = None) -> Any:
+    """Give a scheduler `steps` even times, which it shifts: by `mu`, if its shift is not fixed."""
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return scheduler
+
+
+def shift_of_size(scheduler: Any, patches: int) -> float:
+    """Return the shift of times for pictures of a number of patches, which Flux.1 began with."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    limits = [scheduler.config.get(name, value) for name, value in SHIFT_DEFAULTS.items()]
+    return calculate_shift(patches, *limits)
+
+
+def few_at_a_time(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield texts a few at a time, for encoders that compute a word's probability per token.
+
+    For Qwen3 these take 0.16 GB for each text.
+    """
+    for start in range(0, len(texts), ENCODED_TOGETHER):
+        yield list(texts[start : start + ENCODED_TOGETHER])
 
 
 def picture_side(path: str) -> int:

@@ -117,6 +117,8 @@ class Objective(Settings, Generic[B, D]):
     """
     train_null_branch: bool = True
     """False if the velocity of the empty prompt is a constant in the backward pass."""
+    matches_velocities: ClassVar[bool] = False
+    """True if its targets are velocities between noise and data, which few steps do not follow."""
     terms_span_update: ClassVar[bool] = False
     """True if `group_terms` looks beyond a group, so that its terms are always computed first."""
 
@@ -204,6 +206,7 @@ class PathObjective(Objective[Paths, int]):
 class ForwardObjective(Objective[Forward, Draw]):
     """An objective on images alone, taken to times of the forward process."""
 
+    matches_velocities: ClassVar[bool] = True
     # It needs no log-probability, so the images may come from every sampler.
     times: ForwardTimes = field(default_factory=ForwardTimes)
     """Times at which the loss is taken."""

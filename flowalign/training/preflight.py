@@ -45,6 +45,7 @@ def preflight_findings(assembly: Assembly) -> Iterator[Finding]:
         yield check_marginals(policy.sampler.dynamics, policy.times, steps)
     yield check_optimizer(policy, assembly.state.optimizer)
     yield from check_guidance(assembly)
+    yield from check_few_steps(assembly)
 
 
 def require_preflight(assembly: Assembly) -> None:
@@ -165,6 +166,29 @@ def check_guidance(assembly: Assembly) -> Iterator[Finding]:
                 f"sampler.embedded_guidance: {embedded:g}. Set {key} to 1.",
                 wrong=True,
             )
+
+
+def check_few_steps(assembly: Assembly) -> Iterator[Finding]:
+    """Check that a model of few steps is not guided, and say if the objective undoes its training.
+
+    Guidance is part of such a model.
+    """
+    if not assembly.policy.model.is_step_distilled:
+        return
+    config = assembly.config
+    scales = dict(guidance_settings(settings_of(config.objective), "objective"))
+    scales["sampler.guidance"] = config.sampler.guidance
+    for key, guidance in scales.items():
+        if guidance > 1:
+            text = f"{key} is {guidance:g}, but this model is made for few steps without guidance"
+            yield Finding("few steps", f"{text}. Set {key} to 1.", wrong=True)
+    if config.objective.matches_velocities:
+        yield Finding(
+            "few steps",
+            "this model was distilled to few steps, and the objective teaches it the velocities of "
+            "many: its pictures of few steps will blur. Train the base model, and load the adapter "
+            "on this one.",
+        )
 
 
 def guidance_settings(settings: dict[str, Any], key: str) -> Iterator[tuple[str, float]]:

@@ -167,7 +167,8 @@ GUIDANCE, SIDE = (0.5, -1.0, 1e9), (0, -64, 8, 65, 10**9)
 DECAY = {"start": COUNT_OR_ZERO, "value": SHARE, "slope": (-0.1,), "end": SHARE, "every": COUNT}
 OUT_OF_RANGE: dict[str, tuple[float, ...]] = {
     **{f"model.{name}": SIDE for name in ("height", "width")},
-    "model.max_sequence_length": (-1, 513, 10**9),
+    "model.max_sequence_length": (-1, 1025, 10**9),
+    "model.text_cache_gb": NOT_NEGATIVE,
     **{f"model.lora.{name}": COUNT for name in ("rank", "alpha")},
     **{f"{key}.steps": COUNT for key in ("sampler", "evaluation.sampler", "train")},
     **{

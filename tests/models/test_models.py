@@ -265,7 +265,9 @@ def test_large_pictures_are_decoded_in_slices():
     assert_close(small.decode(x0), large.decode(x0), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", "_native_flash"), ("float32", None)])
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [("bfloat16", "_native_flash"), ("float32", "native")]
+)
 def test_flux_computes_its_attention_by_the_flash_kernel_on_a_gpu(dtype, kernel, monkeypatch):
     """Not by cuDNN's, which PyTorch prefers there: it can end in an illegal memory access."""
     config = FluxConfig(
@@ -275,10 +277,12 @@ def test_flux_computes_its_attention_by_the_flash_kernel_on_a_gpu(dtype, kernel,
     velocities = []
     for available in (False, True):
         with monkeypatch.context() as patched:
-            patched.setattr("flowalign.models.flux.prefers_cudnn", lambda found=available: found)
+            patched.setattr(
+                "flowalign.models.attention.prefers_cudnn", lambda found=available: found
+            )
             policy = Policy(load_model(config), Sampler(steps=2))
         processors = policy.model.transformer.attn_processors.values()
-        assert {p._attention_backend for p in processors} == {kernel if available else None}
+        assert {p._attention_backend for p in processors} == {kernel if available else "native"}
         x = torch.ones(2, *policy.model.latent_shape)
         velocities.append(
             policy.at("reference").velocity(x, x[:, 0, 0, 0] / 2, policy.encode(TEXTS))
