@@ -169,6 +169,7 @@ OUT_OF_RANGE: dict[str, tuple[float, ...]] = {
     **{f"model.{name}": SIDE for name in ("height", "width")},
     "model.max_sequence_length": (-1, 1025, 10**9),
     "model.text_cache_gb": NOT_NEGATIVE,
+    "model.largest_norm": NOT_NEGATIVE,
     **{f"model.lora.{name}": COUNT for name in ("rank", "alpha")},
     **{f"{key}.steps": COUNT for key in ("sampler", "evaluation.sampler", "train")},
     **{
