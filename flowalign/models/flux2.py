@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, cast, ClassVar
 
 import torch
 from einops import rearrange
@@ -93,7 +93,9 @@ class Flux2Klein(PipelineModel[Flux2KleinConfig]):
     def describe(cls, path: str, index: Mapping[str, object]) -> Flux2KleinConfig:
         """Return the published settings: bfloat16 on a GPU."""
         side = picture_side(path)
-        return cls.Config(path=path, dtype=dtype_for_device("bfloat16"), height=side, width=side)
+        # The cast is for type checkers: each of the two models has settings of its own.
+        settings = cast(type[Flux2KleinConfig], cls.Config)
+        return settings(path=path, dtype=dtype_for_device("bfloat16"), height=side, width=side)
 
     @property
     def is_step_distilled(self) -> bool:

@@ -98,7 +98,7 @@ class Layers:
         return adapter.swapped() if layer in self.swapped else adapter
 
 
-def in_blocks(original: str, diffusers: str, layers: FusedLayers) -> FusedLayers:
+def in_blocks(original: str, diffusers: str, layers: FusedLayers) -> dict[str, Sequence[str]]:
     """Return the names of layers within numbered blocks, in the original code and in diffusers."""
     return {
         f"{original}_{{}}_{name}": [f"{diffusers}.{{}}.{layer}" for layer in members]
