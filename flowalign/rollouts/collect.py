@@ -90,4 +90,5 @@ def _rollout(prompts: Prompts, path: Path, images: Tensor) -> Rollout:
         reward=zeros,
         advantage=zeros,
         steps=path.steps,
+        states=path.states,
     )
