@@ -25,11 +25,10 @@ import torch
 from pydantic import Field
 
 from flowalign.batch import Rollout
-from flowalign.errors import UserError
 from flowalign.flow import Latent, mean_square, over_latent
 from flowalign.objectives.base import Loss, Mean, Objective
 from flowalign.objectives.terms import adaptive_error, optimality, VelocityKL
-from flowalign.policy import Decay, Policy, Sampler
+from flowalign.policy import Decay, Policy
 from flowalign.settings.types import Count, NonNegative, Positive, Share
 
 
@@ -65,14 +64,6 @@ class OPSD(Objective[Rollout, int]):
     def takes_reward_gradient(self) -> bool:
         """True: targets follow the gradient of the rewards."""
         return True
-
-    def check(self, sampler: Sampler) -> None:
-        """Raise UserError if not every image has states of its own."""
-        if sampler.same_noise:
-            raise UserError(
-                "sampler.same_noise is true, but the objective learns at states of each image, "
-                "which images of one noise share. Write false."
-            )
 
     def kept_steps(self, times: Sequence[float]) -> Sequence[int]:
         """Return the steps whose times are nearest to `visited`."""

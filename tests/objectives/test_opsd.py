@@ -12,6 +12,7 @@ from flowalign.advantages import group_advantage
 from flowalign.batch import Metadata, Rollout
 from flowalign.config.load import load_config
 from flowalign.data.prompts import Prompt
+from flowalign.dynamics import flow_sde, Window
 from flowalign.errors import UserError
 from flowalign.objectives.opsd import OPSD
 from flowalign.objectives.terms import VelocityKL
@@ -259,6 +260,14 @@ def test_states_are_those_that_the_sampler_passed():
     assert list(rollout[2:5].states[0].shape) == [3, *rollout.latent_shape]
 
 
+def test_states_are_kept_if_the_images_of_a_prompt_share_their_noise():
+    sampler = Sampler(steps=4, dynamics=flow_sde, same_noise=True, window=Window(range=(2, 3)))
+    policy, objective = make_policy(sampler, ["old"]), OPSD(visited=[1.0])
+    rollout, _ = scored_rollouts(context_of(policy, objective), 0)
+    assert rollout.states[0][0].equal(rollout.states[0][1])
+    assert not rollout.x0[0].equal(rollout.x0[1])
+
+
 def test_other_objectives_keep_no_state():
     policy = make_policy(Sampler(steps=3), ["old"])
     context = replace(context_of(policy, OPSD()), kept_steps=())
@@ -288,15 +297,6 @@ def test_the_target_pass_leaves_no_gradient_elsewhere():
     assert all(p.grad is None for p in policy.parameters("old"))
     assert all(p.grad is None for p in policy.model.pipe.vae.parameters())
     assert any(p.grad.abs().sum() > 0 for p in policy.parameters())
-
-
-# what it refuses
-
-
-def test_one_noise_for_all_images_of_a_prompt_is_refused():
-    with pytest.raises(UserError, match=r"sampler\.same_noise is true.*Write false"):
-        OPSD().check(Sampler(same_noise=True))
-    OPSD().check(Sampler())
 
 
 def test_a_reward_without_gradient_is_refused():
