@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowalign import evaluate
 from flowalign.advantages import group_advantage
 from flowalign.batch import Metadata, Rollout
 from flowalign.config.load import load_config
@@ -245,6 +246,18 @@ def two_step_policy() -> Policy:
 
 def test_the_two_step_model_has_its_states_at_1_and_a_half():
     assert two_step_policy().times == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.slow
+def test_the_two_step_model_draws_better_in_two_steps_than_its_teacher():
+    path = ROOT / "configs" / "tiny" / "opsd.yaml"
+    few = ["evaluation.images_per_prompt=2", "evaluation.guidance_sweep=[]"]
+    models = {"tiny-sd3-2step": 2, "tiny-sd3": 3}  # the teacher's times are 1, 0.5 and 0.001
+    strict = {}
+    for name, steps in models.items():
+        overrides = [*few, f"model.path=assets/{name}", f"evaluation.sampler.steps={steps}"]
+        strict[name] = evaluate(load_config(path, overrides)).means["scene_match"]
+    assert strict["tiny-sd3-2step"] > strict["tiny-sd3"] + 0.15
 
 
 def test_states_are_those_that_the_sampler_passed():
