@@ -374,7 +374,7 @@ def no_reward(
     images: Tensor, prompts: list[str], metadata: list[Metadata]
 ) -> tuple[PerImage, dict[str, PerImage]]:
     """Raise RuntimeError, in place of a reward that was never set."""
-    raise RuntimeError("These prompts have no reward. Make them by `differentiable_prompts`.")
+    raise RuntimeError("The batch has no reward with a gradient. Make it by a source of a run.")
 
 
 @dataclass(kw_only=True)
@@ -480,6 +480,13 @@ class Rollout(Batch):
     """The stochastic steps of the path."""
     rewards: dict[str, PerImage] = field(default_factory=dict)
     """Weight · score (B,) of each reward by its name; NaN if the image was not scored."""
+    states: dict[int, Latent] = field(default_factory=dict)
+    """Latents (B, *latent) on the way to x0, by the sampler's step that begins there.
+
+    They are those of the objective's `kept_steps`.
+    """
+    reward_with_gradient: DifferentiableReward = field(default=no_reward, metadata=PER_BATCH)
+    """The rewards again, if they carry a gradient to the images."""
 
     def padding(self, count: int) -> Self:
         """Return `count` rows for passes of weight 0, with finite rewards."""

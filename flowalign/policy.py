@@ -128,6 +128,8 @@ class Path:
     """Log-probability of each stochastic step, (B, S)."""
     steps: range
     """The stochastic steps."""
+    states: dict[int, Latent] = field(default_factory=dict)
+    """Latents (B, *latent) before the policy's `kept_steps`, by step."""
 
 
 class Policy:
@@ -155,6 +157,7 @@ class Policy:
     ):
         self.model, self.sampler, self.images_per_pass = model, sampler, images_per_pass
         self.weights, self._gradient = "policy", True
+        self.kept_steps: Sequence[int] = ()
         self.times = model.schedule(sampler.steps)
         self.lora = lora_config(model)
         self.snapshots = list(snapshots or [])
@@ -256,6 +259,12 @@ class Policy:
         """Return a view with the same weights under another sampler."""
         view = copy.copy(self)
         view.sampler, view.times = sampler, self.model.schedule(sampler.steps)
+        return view
+
+    def keeping(self, steps: Sequence[int]) -> Self:
+        """Return a view whose paths keep the latents before these steps."""
+        view = copy.copy(self)
+        view.kept_steps = steps
         return view
 
     def update_copy(self, name: str, decay: float) -> None:
@@ -385,8 +394,10 @@ class Policy:
         shape, device = self.model.latent_shape, self.model.device
         if x is None:
             x = self.initial_noise(batch, purpose)
-        latents, log_probs = [], []
+        latents, log_probs, states = [], [], dict[int, Latent]()
         for k in range(first, self.sampler.steps):
+            if k in self.kept_steps:
+                states[k] = x
             gaussian = self.step(x, k, batch.cond, k in steps)
             if k in steps:
                 latents.append(x)
@@ -398,8 +409,8 @@ class Policy:
             if k + 1 == steps.stop:
                 latents.append(x)
         if not log_probs:
-            return Path(x, x.new_zeros(len(x), 0, *shape), x.new_zeros(len(x), 0), steps)
-        return Path(x, torch.stack(latents, 1), torch.stack(log_probs, 1), steps)
+            return Path(x, x.new_zeros(len(x), 0, *shape), x.new_zeros(len(x), 0), steps, states)
+        return Path(x, torch.stack(latents, 1), torch.stack(log_probs, 1), steps, states)
 
     def beginning(self, batch: Batch, purpose: str, count: int) -> Latent:
         """Return the latents (B, *latent) after the first `count` ODE steps from noise."""

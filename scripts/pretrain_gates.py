@@ -51,6 +51,8 @@ one core. `python scripts/pretrain_gates.py` wrote this page.
 - A tenth of the prompts were empty, so guidance works. The saved weights are exponential averages.
 - tiny-flux is like Flux-schnell: it has no embedded guidance. It shares tiny-sd3's autoencoder. It
   has hardly learned which colour and which place belong to which shape.
+- tiny-sd3-2step is tiny-sd3 distilled into two steps, for objectives on models of few steps.
+  `python scripts/distil_tiny.py` makes it again in a few minutes.
 
 ## Measured properties
 

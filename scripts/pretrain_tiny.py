@@ -168,7 +168,7 @@ def to_signed(pictures: Tensor) -> Tensor:
 
 def remove_local_paths(folder: Path) -> None:
     """Remove from saved configurations the local path that their parts were loaded from."""
-    for file in folder.rglob("config.json"):
+    for file in [*folder.glob("model_index.json"), *folder.rglob("config.json")]:
         config = json.loads(file.read_text())
         if config.pop("_name_or_path", None):
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

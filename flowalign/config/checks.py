@@ -190,7 +190,7 @@ def uses_advantages(config: Config) -> bool:
 def check_statistics(config: Config) -> None:
     """Refuse a rule that looks at whole steps where rewards are differentiated image by image."""
     # Such rules learn from finished scores, which exist only after the gradient has been taken.
-    if config.combine.needs_statistics and config.objective.learns_from is Prompts:
+    if config.combine.needs_statistics and config.objective.takes_reward_gradient:
         pointwise = [name for name, entry in COMBINE.items() if not entry.needs_statistics]
         raise UserError(
             f"combine.name is {config.combine_name}, which looks at whole steps, but the objective "

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowalign.batch import Batch
+from flowalign.batch import Batch, Rollout
 from flowalign.config.sections import Config
 from flowalign.data.examples import Drawn, Example, ImageKey, Question, VoteSource
 from flowalign.data.latents import LatentCache
@@ -264,6 +264,7 @@ def blank_context(config: Config, policy: Policy) -> SourceContext:
         sampling_weights=config.objective.sampling_weights,
         steps=train.steps,
         keeps_paths=config.objective.needs_stochastic_steps,
+        kept_steps=config.objective.kept_steps(policy.times),
         null_gradient=config.objective.train_null_branch,
         ranking=config.data.ranking,
         voted=VotedPictures(
@@ -297,7 +298,8 @@ def held_bytes(batches: list[Batch], model: MetaModel) -> int:
     text = sum(row.nbytes for row in model.texts.values())
     sizes: dict[int, int] = {}
     for batch in batches:
-        for tensor in vars(batch).values():
+        states = batch.states if isinstance(batch, Rollout) else {}
+        for tensor in [*vars(batch).values(), *states.values()]:
             if isinstance(tensor, Tensor):
                 sizes[_address(tensor)] = model.ledger.size(tensor)
         for tensor in (tensor for rows in batch.cond.rows for tensor in rows.table.values()):

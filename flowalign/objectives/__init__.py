@@ -18,6 +18,7 @@ OBJECTIVES = {
     "alignprop": "flowalign.objectives.alignprop:AlignProp",
     "draft_lv": "flowalign.objectives.draft_lv:DRaFTLV",
     "refl": "flowalign.objectives.refl:ReFL",
+    "opsd": "flowalign.objectives.opsd:OPSD",
     "sft": "flowalign.objectives.sft:SFT",
     "raft": "flowalign.objectives.raft:RAFT",
     "soar": "flowalign.objectives.soar:SOAR",

@@ -4,13 +4,13 @@ An objective knows nothing of how images were made, of passes, of processes or o
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 from torch import Tensor
 
-from flowalign.batch import Batch, Cond, Examples, Pairs, Rollout
+from flowalign.batch import Batch, Cond, Examples, Pairs, Prompts, Rollout
 from flowalign.errors import UserError
 from flowalign.objectives.draws import Draw, ForwardTimes, PathSteps
 from flowalign.policy import Decay, Policy, Sampler
@@ -128,6 +128,11 @@ class Objective(Settings, Generic[B, D]):
         return {}
 
     @property
+    def takes_reward_gradient(self) -> bool:
+        """True if every reward must pass a gradient to the images."""
+        return self.learns_from is Prompts
+
+    @property
     def learns_from_ties(self) -> bool:
         """True if it learns from pairs that voters call equal, too."""
         return False
@@ -154,6 +159,13 @@ class Objective(Settings, Generic[B, D]):
 
     def check(self, sampler: Sampler, /) -> None:
         """Raise UserError if it cannot work with the sampler."""
+
+    def kept_steps(self, times: Sequence[float], /) -> Sequence[int]:
+        """Return the sampler's steps before which a rollout keeps the latents (`states`).
+
+        Step k of the sampler leads from times[k] to times[k + 1].
+        """
+        return ()
 
     def draws(self, batch: B, /) -> Iterable[D]:
         """Return what the loss of a batch is averaged over, such as times or steps."""

@@ -44,7 +44,8 @@ def collect_passes(
     steps = policy.sampler.stochastic_steps(step, seed)
     pieces = prompts.pieces(images_per_pass)
     first, beginnings = 0, (policy.initial_noise(piece, purpose) for piece in pieces)
-    if policy.sampler.same_noise:
+    # Shared steps keep no states.
+    if policy.sampler.same_noise and not policy.kept_steps:
         first = steps.start
         beginnings = shared_beginnings(policy, prompts, first, images_per_pass, purpose)
     for piece, x in zip(pieces, beginnings, strict=True):
@@ -90,4 +91,5 @@ def _rollout(prompts: Prompts, path: Path, images: Tensor) -> Rollout:
         reward=zeros,
         advantage=zeros,
         steps=path.steps,
+        states=path.states,
     )

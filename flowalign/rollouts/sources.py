@@ -6,7 +6,7 @@ same batches.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from flowalign import distributed
-from flowalign.batch import Batch, Examples, Keys, Metadata, Pairs, Prompts, Rollout
+from flowalign.batch import (
+    Batch,
+    DifferentiableReward,
+    Examples,
+    Keys,
+    Metadata,
+    Pairs,
+    Prompts,
+    Rollout,
+)
 from flowalign.data.examples import Drawn, Example, Picture
 from flowalign.data.latents import LatentCache
 from flowalign.data.prompts import Prompt, prompts_of_step
@@ -51,6 +60,8 @@ class SourceContext:
     """The number of training steps."""
     keeps_paths: bool
     """True to keep the latents and log-probabilities of stochastic steps."""
+    kept_steps: Sequence[int] = ()
+    """Steps of the sampler before which rollouts keep the latents."""
     null_gradient: bool
     """False if the velocity of the empty prompt is a constant in the backward pass."""
     ranking: Ranking
@@ -102,6 +113,11 @@ def source_of(kind: type[Batch], context: SourceContext) -> Source:
 
 def differentiable_prompts(context: SourceContext, step: int) -> tuple[Prompts, Metrics]:
     """Return prompts with the rewards that a gradient passes through."""
+    return replace(context.step_prompts(step), reward=differentiable_reward(context, step)), {}
+
+
+def differentiable_reward(context: SourceContext, step: int) -> DifferentiableReward:
+    """Return the combined reward of a step's images, through which a gradient passes."""
     scorer, group = context.scorer, context.plan.images_per_prompt
 
     def reward(
@@ -113,7 +129,7 @@ def differentiable_prompts(context: SourceContext, step: int) -> tuple[Prompts, 
         }
         return scorer.combine(scores, scorer.weights), scores
 
-    return replace(context.step_prompts(step), reward=reward), {}
+    return reward
 
 
 def _with_gradient(
@@ -130,11 +146,12 @@ def _with_gradient(
 
 def scored_rollouts(context: SourceContext, step: int) -> tuple[Rollout, Metrics]:
     """Return images sampled under `sampling_weights`, with rewards and advantages."""
-    policy = context.policy.at(context.sampling_weights)
+    policy = context.policy.at(context.sampling_weights).keeping(context.kept_steps)
     passes = collect_passes(policy, context.step_prompts(step), context.plan.images_per_pass)
     if not context.keeps_paths:
         passes = (rollout.without_path() for rollout in passes)
-    return context.scorer(passes)
+    rollout, metrics = context.scorer(passes)
+    return replace(rollout, reward_with_gradient=differentiable_reward(context, step)), metrics
 
 
 def ranked_pairs(context: SourceContext, step: int) -> tuple[Pairs, Metrics]:

@@ -30,6 +30,7 @@ RELATIVES = {
     "tempflowgrpo": "objective: {name: flow_grpo, step_weight: noise} with "
     "sampler: {window: {size: 1}, same_noise: true}",
     "diffusionnft": "objective: {name: nft}",
+    "diffusionopsd": "objective: {name: opsd}",
     "flowdpo": "objective: {name: dpo}",
     "diffusiondpo": "objective: {name: dpo, beta_over_time: of_noise_error}",
     "onlinedpo": "objective: {name: dpo} with data.prompts",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flowalign import distributed
-from flowalign.batch import Pairs, Prompts, Rollout
+from flowalign.batch import Pairs, Rollout
 from flowalign.config.sections import Config
 from flowalign.data.prompts import Prompt
 from flowalign.errors import RunError, UserError
@@ -34,7 +34,7 @@ def check_rewards(config: Config, plan: BatchPlan, rewards: Sequence[Reward]) ->
             "a number of processes that divides the prompts of an update."
         )
     passes_cut_groups = plan.images_per_pass % plan.images_per_prompt != 0
-    if comparing and learns_from is Prompts and passes_cut_groups:
+    if comparing and config.objective.takes_reward_gradient and passes_cut_groups:
         raise UserError(
             f"Passes have {plan.images_per_pass} images, but rewards.{comparing[0]} compares a "
             "prompt's images, and the objective takes its gradient pass by pass. Set "

@@ -111,7 +111,9 @@ def read_inputs(config: Config) -> Inputs:
         check_rewards(config, plan, rewards)
         evaluation_rewards = load_evaluation_rewards(config, rewards)
         check_evaluation_rewards(config, evaluation_rewards)
-        score_noise(rewards, prompts, config.model, needs_gradient=learns_from is Prompts)
+        score_noise(
+            rewards, prompts, config.model, needs_gradient=config.objective.takes_reward_gradient
+        )
         score_noise(evaluation_rewards, evaluation_prompts, config.model, known=rewards)
     check_pictures(_share([*used_examples(config, examples), *held_out]))
     return Inputs(
@@ -287,6 +289,7 @@ def assemble(inputs: Inputs, model: FlowModel) -> Assembly:
         sampling_weights=objective.sampling_weights,
         steps=train.steps,
         keeps_paths=objective.needs_stochastic_steps,
+        kept_steps=objective.kept_steps(policy.times),
         null_gradient=objective.train_null_branch,
         ranking=config.data.ranking,
         voted=voted_pictures(policy, config),

@@ -184,9 +184,15 @@ OUT_OF_RANGE: dict[str, tuple[float, ...]] = {
     **{f"objective.{name}": POSITIVE for name in ("beta", "clip_range", "limit", "scale")},
     **{
         f"objective.{name}": NOT_NEGATIVE
-        for name in ("kl_weight", "trust", "imitate", "liked", "disliked", "spread", "weight")
+        for name in (
+            *("kl_weight", "trust", "imitate", "liked", "disliked", "spread", "weight"),
+            "radius",
+        )
     },
-    **{f"objective.{name}": COUNT for name in ("keep", "copies", "sampling_steps", "points")},
+    **{
+        f"objective.{name}": COUNT
+        for name in ("keep", "copies", "sampling_steps", "points", "ascent_steps")
+    },
     **{f"objective.{name}": SHARE for name in ("low", "high", "start")},
     "objective.temperature": (-1.0,),
     "objective.kl_least": (-1.0, 1e9),

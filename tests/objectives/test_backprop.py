@@ -646,7 +646,7 @@ def test_prompts_come_with_a_reward_that_is_differentiable_and_named():
 
 def test_prompts_without_a_reward_say_so():
     policy = make_policy(Sampler(steps=2))
-    with pytest.raises(RuntimeError, match="have no reward"):
+    with pytest.raises(RuntimeError, match="has no reward with a gradient"):
         AlignProp().loss(policy, two_groups(policy, 1), None)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowalign import distributed
-from flowalign.batch import Batch, Cond, Prompts
+from flowalign.batch import Batch, Cond
 from flowalign.data.prompts import Metadata
 from flowalign.flow import Latent, PerImage
 from flowalign.models.base import FlowModel
@@ -62,7 +62,7 @@ def small_batch(assembly: Assembly) -> Batch:
 
     Its rewards are random, unless the objective needs their gradient.
     """
-    context, kind = assembly.context, assembly.config.objective.learns_from
+    context, objective = assembly.context, assembly.config.objective
     images = 1 if context.examples else min(IMAGES, context.plan.images_per_prompt)
     plan = BatchPlan(
         prompts_per_step=PROMPTS * distributed.count(),
@@ -73,14 +73,14 @@ def small_batch(assembly: Assembly) -> Batch:
         images_per_row=context.plan.images_per_row,
     )
     scorer = context.scorer
-    if kind is not Prompts:
+    if not objective.takes_reward_gradient:
         scorer = replace(
             scorer,
             rewards=[Reward("random", random_reward)],
             combine=WeightedSum(),
             images_per_pass=PROMPTS * images,
         )
-    batch, _ = source_of(kind, replace(context, plan=plan, scorer=scorer))(0)
+    batch, _ = source_of(objective.learns_from, replace(context, plan=plan, scorer=scorer))(0)
     return batch
 
 

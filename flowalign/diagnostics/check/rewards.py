@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from flowalign import distributed
-from flowalign.batch import Prompts
 from flowalign.data.prompts import Prompt
 from flowalign.diagnostics.check.probes import pass_size
 from flowalign.rewards.base import Reward
@@ -21,7 +20,7 @@ def check_rewards(assembly: Assembly) -> Iterator[Finding]:
     samples = model_samples(assembly)
     trained = {reward.name: reward for reward in assembly.context.scorer.rewards}
     others = {reward.name: reward for reward in assembly.evaluator.scorer.rewards}
-    needs_gradient = assembly.config.objective.learns_from is Prompts
+    needs_gradient = assembly.config.objective.takes_reward_gradient
     for name, reward in {**others, **trained}.items():
         scores, findings = inspect_reward(reward, samples)
         prompts = assembly.context.prompts if name in trained else assembly.evaluator.prompts
