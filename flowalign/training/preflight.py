@@ -187,7 +187,7 @@ def check_few_steps(assembly: Assembly) -> Iterator[Finding]:
             "few steps",
             "this model was distilled to few steps, and the objective teaches it the velocities of "
             "many: its pictures of few steps will blur. Train the base model, and load the adapter "
-            "on this one.",
+            "on this one, or choose the objective opsd.",
         )
 
 

@@ -180,6 +180,7 @@ OBJECTIVES = {
     "crd": ["sampler.dynamics={name: ode}", "objective.kl.guidance=1"],
     "dpo": ["sampler.dynamics={name: ode}", "train.images_per_prompt=4"],
     "alignprop": ["sampler.dynamics={name: ode}"],
+    "opsd": ["sampler.dynamics={name: ode}"],
 }
 """Objectives of each kind, and what they need besides."""
 
