@@ -317,8 +317,10 @@ def test_the_same_seed_gives_the_same_picture_however_many_are_made():
     one = flowalign.sample("assets/tiny-sd3", [PROMPT], images=1, steps=2)
     three = flowalign.sample("assets/tiny-sd3", [PROMPT], images=3, steps=2)
     other = flowalign.sample("assets/tiny-sd3", [PROMPT], seed=1, steps=2)
-    assert torch.equal(one.images[0], three.images[0])
-    assert not torch.equal(one.images[0], other.images[0])
+    first, again, another = (made.images[0].int() for made in (one, three, other))
+    # Some processors round a batch of one in another way.
+    assert (first - again).abs().max() <= 1
+    assert (first - another).abs().max() > 30
 
 
 @pytest.mark.parametrize("seed", ["12345678901234567890", "-1"])

@@ -16,10 +16,10 @@ from torch import Tensor
 from flowalign.advantages import gdpo, group_advantage
 from flowalign.batch import Batch, Examples, Pairs, Rollout
 from flowalign.config.load import load_config
-from flowalign.data.latents import LatentCache
 from flowalign.data.pictures import load_picture
 from flowalign.data.preferences import PAIRS, read_examples
 from flowalign.data.prompts import Prompt
+from flowalign.disk_cache import DiskCache
 from flowalign.dynamics import flow_sde
 from flowalign.errors import RunError, UserError
 from flowalign.files import read_tensors
@@ -598,7 +598,7 @@ def test_a_run_that_is_stopped_while_pictures_are_encoded_ends_the_same(
     trainer.execute(given_run(pairs, few_prompts, tmp_path / "whole"))
     monkeypatch.setenv("FLOWALIGN_CACHE", str(tmp_path / "part-cache"))
     with monkeypatch.context() as killed:
-        killed.setattr(LatentCache, "_write", stopping_after(encoded))
+        killed.setattr(DiskCache, "write", stopping_after(encoded))
         with pytest.raises(KeyboardInterrupt):
             trainer.execute(given_run(pairs, few_prompts, tmp_path / "killed"))
     trainer.execute(given_run(pairs, few_prompts, tmp_path / "killed", "train.save_every=1"))
@@ -607,13 +607,13 @@ def test_a_run_that_is_stopped_while_pictures_are_encoded_ends_the_same(
 
 def stopping_after(count: int) -> Any:
     """A way to write latents that is stopped after some of them, as by a kill."""
-    write, written = LatentCache._write, []
+    write, written = DiskCache.write, []
 
-    def limited(cache: LatentCache, file: Path, latent: Tensor) -> None:
+    def limited(cache: DiskCache, content: bytes, tensors: dict[str, Tensor]) -> None:
         if len(written) == count:
             raise KeyboardInterrupt
-        written.append(file)
-        write(cache, file, latent)
+        written.append(content)
+        write(cache, content, tensors)
 
     return limited
 
