@@ -6,7 +6,7 @@
 # The parts take at most: medium 4 minutes, evaluation 2, flux 2, compiled 4, tests 3, checks 4.
 set -u
 cd "$(dirname "$0")/.."
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" PYTHONPATH=. PYTHONUNBUFFERED=1
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 out="$1"
 mkdir -p "$out"
 

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from flowalign.batch import Keys, Prompts
 from flowalign.config.load import load_config
+from flowalign.config.paths import STARTED_IN
 from flowalign.config.sections import Config
 from flowalign.data.prompts import read_prompts
 from flowalign.flow import add_noise, mean_square
@@ -241,6 +242,8 @@ def read_run(folder: Path) -> Result:
     """Return what a finished run's folder holds."""
     summary = json.loads((folder / "summary.json").read_text())
     environment = json.loads((folder / "environment.json").read_text())
+    # A folder of the machine that ran it says nothing elsewhere.
+    environment.pop(STARTED_IN, None)
     comparison: Comparison = json.loads((folder / "comparison.json").read_text())
     return {
         "points": evaluations(folder, summary),

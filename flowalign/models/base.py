@@ -131,7 +131,7 @@ class FlowModel(ABC, Generic[C]):
 
     @property
     def is_step_distilled(self) -> bool:
-        """True if the model was distilled to few steps, for which guidance is part of it."""
+        """True if the model was distilled to few steps. It is then used without guidance."""
         return False
 
     @property

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 LARGE, HUGE = 512 * 512, 1536 * 1536
 """Pixels from which the autoencoder decodes image by image, and from which tile by tile."""
-
-
 SHIFT_DEFAULTS = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
@@ -38,6 +36,7 @@ SHIFT_DEFAULTS = {
 }
 """Defaults of pipelines for entries that a scheduler's configuration may lack, in order."""
 ENCODED_TOGETHER = 4
+"""Prompts in a call of a text encoder with a large output, see `few_at_a_time`."""
 
 
 @contextlib.contextmanager

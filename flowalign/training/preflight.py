@@ -169,10 +169,7 @@ def check_guidance(assembly: Assembly) -> Iterator[Finding]:
 
 
 def check_few_steps(assembly: Assembly) -> Iterator[Finding]:
-    """Check that a model of few steps is not guided, and say if the objective undoes its training.
-
-    Guidance is part of such a model.
-    """
+    """Check that a model of few steps is not guided, and whether it will blur."""
     if not assembly.policy.model.is_step_distilled:
         return
     config = assembly.config

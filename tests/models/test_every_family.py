@@ -21,6 +21,7 @@ from flowalign.models.base import FlowModel
 from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.runs.adapter import export_weights, save_adapter
+from flowalign.runs.formats import write_kohya
 from flowalign.training.trainer import train
 from tests.tiny import (
     random_flux2,
@@ -148,6 +149,26 @@ def test_a_trained_adapter_is_loaded_by_diffusers(model, tmp_path):
     theirs = of_pipeline(fresh, noise, sampler, TEXTS)
     assert_close(theirs, trained, atol=2e-5, rtol=0)
     assert (trained - bare).abs().max() > 1e-2
+
+
+def test_diffusers_reads_the_export_for_kohya_s_scripts(model, tmp_path):
+    policy = Policy(model, Sampler(steps=3))
+    stir(policy, size=0.1)
+    save_adapter(policy, tmp_path / "trained")
+    config = replace(small_config(tmp_path / "run"), model=model.config)
+    write_kohya(tmp_path / "trained", tmp_path / "kohya.safetensors", config)
+    networks = []
+    for folder, name in ((tmp_path, "kohya.safetensors"), (tmp_path / "trained", None)):
+        fresh: Any = load_model(model.config)
+        fresh.pipe.load_lora_weights(folder, weight_name=name)
+        fresh.pipe.fuse_lora()
+        networks.append(fresh)
+    x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond, t = model.encode(list(TEXTS), embedded_guidance=4.0), torch.tensor([0.3, 0.8])
+    kohya, own = (network.velocity(x, t, cond) for network in networks)
+    assert_close(kohya, own, atol=1e-4, rtol=1e-4)
+    bare = load_model(model.config).velocity(x, t, cond)
+    assert (own - bare).abs().max() > 1e-2
 
 
 def test_every_linear_layer_is_adapted_or_left_out_on_purpose(model):
