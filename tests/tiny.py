@@ -286,6 +286,15 @@ def random_flux2(folder: Path, is_distilled: bool = False) -> FlowModel:
     return load_model(Flux2KleinConfig(path=str(folder), **FLUX2_SETTINGS))
 
 
+SMALL_AUTOENCODER: Any = {
+    "block_out_channels": (8, 8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
 FLUX2_SETTINGS: Any = {
     "height": 64,
     "width": 64,
@@ -310,13 +319,7 @@ def random_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
 
 def random_flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
+        **SMALL_AUTOENCODER,
     ).eval()
     # Statistics of 0 and 1 would hide a mistake.
     vae.bn.running_mean.normal_(0, 0.3)
@@ -381,13 +384,7 @@ def random_z_image(folder: Path, shift: float = 6.0) -> FlowModel:
         axes_lens=[1024, 64, 64],
     )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
+        **SMALL_AUTOENCODER,
         scaling_factor=0.3611,
         shift_factor=0.1159,
         use_quant_conv=False,
