@@ -255,6 +255,20 @@ class Policy:
         view.weights, view._gradient = name, False
         return view
 
+    @torch.no_grad()
+    def with_adapter_of(self, other: "Policy") -> Self:
+        """Return a gradient-free view with the sampler and a copy of the adapter of a policy.
+
+        Its model may be another one, with layers of the same sizes. A policy under "reference" is
+        seen under the "reference" of this model.
+        """
+        if other.weights == "reference":
+            return self.at("reference").sampling(other.sampler)
+        matrices = zip(self.parameters(), other.parameters(other.weights), strict=True)
+        for own, given in matrices:
+            own.copy_(given)
+        return self.at("policy").sampling(other.sampler)
+
     def sampling(self, sampler: Sampler) -> Self:
         """Return a view with the same weights under another sampler."""
         view = copy.copy(self)

@@ -16,6 +16,7 @@ FILES = (
     ("model", "merge"),
     ("data", "prompts"),
     ("data", "pairs"),
+    ("evaluation", "model"),
     ("evaluation", "prompts"),
     ("evaluation", "pairs"),
     ("data", "prompts", "path"),

@@ -131,6 +131,12 @@ class Train(Settings):
 class Evaluation(Settings):
     """Evaluation before, during and after training, on fixed prompts and noise, by the ODE."""
 
+    model: str = ""
+    """Folder or hub id of another model of the family and size, to make the pictures with.
+
+    Such as the one that was distilled to few steps from `model.path`; it takes a copy of the
+    adapter. Empty for the model that trains.
+    """
     prompts: Source = ""
     """Prompts, written as `data.prompts`.
 
@@ -281,6 +287,16 @@ class Config:
         if metric.removeprefix("eval/") in names:
             return metric.removeprefix("eval/"), sign
         return (names[0], 1) if names else None
+
+    @property
+    def evaluation_model(self) -> "ModelConfig":
+        """The model that pictures are made with in evaluations, and for users of the adapter."""
+        if not self.evaluation.model:
+            return self.model
+        # A revision is one of model.path.
+        return dataclasses.replace(
+            self.model, path=self.evaluation.model, revision=None, adapter=""
+        )
 
     @property
     def evaluation_sampler(self) -> "Sampler":

@@ -121,6 +121,8 @@ def memory_rows(plan: Plan) -> Iterator[str]:
     yield row("", "parameters", "memory")
     for name, count in plan.parameters.items():
         yield row(name, millions(count), format_bytes(plan.weights[name]))
+    if plan.stand_in:
+        yield row("evaluation.model", "", format_bytes(plan.stand_in))
     yield row("adapter, with its copies", millions(plan.trained), format_bytes(plan.adapters))
     yield row("gradients and moments", "", format_bytes(plan.optimizer))
     yield row("latents and embeddings", "", format_bytes(plan.held))

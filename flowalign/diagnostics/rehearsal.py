@@ -55,6 +55,8 @@ class Plan:
     """Number of parameters of the adapter."""
     weights: dict[str, int]
     """Weights of every network."""
+    stand_in: int
+    """Weights of `evaluation.model`; 0 without one."""
     rewards: dict[str, int | None]
     """Weights of the rewards; None if they are not known before loading."""
     adapters: int
@@ -112,6 +114,7 @@ def rehearse(config: Config) -> Plan:
     """Return what a run needs. Raises UserError if the model's configuration cannot be read."""
     # Values of adapters change nothing that a plan counts, and no text is read from the disk.
     model = MetaModel(replace(config.model, adapter="", merge=[], text_cache_gb=0))
+    stand_in = stand_in_weights(config)
     with fused_attention(), model.ledger:
         policy = make_policy(config, model)
         costs = rehearse_update(config, policy, model)
@@ -125,6 +128,8 @@ def rehearse(config: Config) -> Plan:
     encoders = sum(model.weights.get(name, 0) for name in model.family.text_encoders)
     staying, visiting = (encoders, 0) if config.model.keep_text_encoders else (0, encoders)
     always = networks + sum(filter(None, rewards.values())) + adapters + staying
+    if stand_in:
+        always += stand_in + adapter
     # The gradients of all passes in one row. AdamW's step takes as much later.
     joined = 2 * adapter
     update = max(costs.terms.peak - costs.terms.kept, costs.one_pass.peak, joined)
@@ -133,6 +138,7 @@ def rehearse(config: Config) -> Plan:
         parameters=model.parameters,
         trained=sum(p.numel() for p in policy.parameters()),
         weights=model.weights,
+        stand_in=stand_in,
         rewards=rewards,
         adapters=adapters,
         optimizer=optimizer,
@@ -150,6 +156,14 @@ def rehearse(config: Config) -> Plan:
         },
         work=scaled(costs.work(), config.train.updates_per_step),
     )
+
+
+def stand_in_weights(config: Config) -> int:
+    """Return the bytes of the networks of `evaluation.model`, which stay beside the others."""
+    if not config.evaluation.model:
+        return 0
+    model = MetaModel(replace(config.evaluation_model, merge=[], text_cache_gb=0))
+    return model.weights["transformer"] + model.weights["vae"]
 
 
 def make_policy(config: Config, model: MetaModel) -> Policy:

@@ -46,6 +46,8 @@ class Evaluator:
     """How many prompts have a thumbnail of their first image, spread over the prompts."""
     held_out: HeldOut | None = None
     """Pictures that are not trained on, or None."""
+    stand_in: Policy | None = None
+    """The policy of `evaluation.model`, or None if the model that trains makes the pictures."""
     purpose: str = "evaluation"
     """The stream that noise is drawn from. Another name gives other noise to the same images."""
 
@@ -88,6 +90,7 @@ class Evaluator:
 
     def sample(self, policy: Policy) -> Iterator[Rollout]:
         """Yield the images of this rank, pass by pass, without paths and embeddings."""
+        policy = self.on_its_model(policy)
         members = self.members
         texts = [self.prompt_at(position).text for position, _ in members]
         with task("evaluating", total=len(members)) as work:
@@ -96,6 +99,10 @@ class Evaluator:
                 upcoming = islice(texts, end, None)
                 yield self._sample_pass(policy, members[start:end], upcoming)
                 work.advance(end - start)
+
+    def on_its_model(self, policy: Policy) -> Policy:
+        """Return the policy that makes the pictures: this one, or `stand_in` with its adapter."""
+        return self.stand_in.with_adapter_of(policy) if self.stand_in else policy
 
     @property
     def members(self) -> list[tuple[int, int]]:

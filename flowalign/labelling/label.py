@@ -138,9 +138,10 @@ def new_session(album: Album, file: VoteFile, settings: LabelSettings) -> Sessio
 
 def find_origin(source: str, model: str | None) -> Source:
     """Return the source of a YAML file, a run, an adapter or a model."""
-    if is_config_file(source):
-        return from_config(load_config(source))
-    return find_source(source, model)
+    is_file = is_config_file(source)
+    origin = from_config(load_config(source)) if is_file else find_source(source, model)
+    # Pictures of `evaluation.model` are not what training could make again.
+    return replace(origin, model=origin.config.model) if origin.config else origin
 
 
 def merged(origin: Source) -> Source:

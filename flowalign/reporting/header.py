@@ -74,4 +74,8 @@ def _evaluation_fact(config: Config) -> str:
     images = f"{plural(config.evaluation.images_per_prompt, 'image')} per prompt"
     scales = config.evaluation.guidance_sweep if config.target_reward else []
     tried = ", ".join(f"{scale:g}" for scale in scales)
-    return f"{when}; {images}" + (f"; the base at its best guidance of {tried}" if tried else "")
+    model = config.evaluation.model
+    where = f" on {model}" if model else ""
+    return f"{when}{where}; {images}" + (
+        f"; the base at its best guidance of {tried}" if tried else ""
+    )

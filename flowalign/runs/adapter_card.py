@@ -63,8 +63,8 @@ def adapter_card(config: Config, folder: Path) -> str:
         folder: Where the adapter will stand, as the code of the card names it. Adapters that are
             merged first stand in it too, as `merged_names` says.
     """
-    path, merged = portable(config.model.path), merged_names(config)
-    head = card_head(path, merged, details=_details(config))
+    path, merged = portable(config.evaluation_model.path), merged_names(config)
+    head = card_head(portable(config.model.path), merged, details=_details(config))
     if call := _pipeline_call(config):
         merging = "".join(MERGING.format(folder=str(folder), name=name) for name in merged)
         values = _values(config, call, folder)
@@ -83,7 +83,7 @@ def model_card(config: Config, folder: Path) -> str:
     """
     call = _pipeline_call(config)
     assert call is not None
-    path, tags = portable(config.model.path), ("text-to-image", "flowalign")
+    path, tags = portable(config.evaluation_model.path), ("text-to-image", "flowalign")
     head = card_head(path, tags=tags, details=_details(config))
     return head + OF_A_MODEL.format(**_values(config, call, folder))
 
@@ -189,7 +189,7 @@ def _entries(folder: Path) -> Mapping[str, object]:
 
 
 def _pipeline_call(config: Config) -> PipelineCall | None:
-    model, sampler = config.model, config.evaluation_sampler
+    model, sampler = config.evaluation_model, config.evaluation_sampler
     call = family_of(model.name).pipeline_call(
         model, sampler.steps, sampler.guidance, sampler.embedded_guidance
     )
@@ -201,7 +201,7 @@ def _pipeline_call(config: Config) -> PipelineCall | None:
 
 def _values(config: Config, call: PipelineCall, folder: Path) -> dict[str, str]:
     """Return what the code of a card is made of, by the names in its template."""
-    model = config.model
+    model = config.evaluation_model
     half = model.dtype != "float32"
     return {
         "title": markdown_code(portable(model.path)),

@@ -66,6 +66,7 @@ class FinishedRun:
             **{f"evaluation.sampler.{key}": sampler.get(key) for key in SAMPLER},
             # Runs of earlier versions have none.
             "evaluation.sampler.negative_prompt": sampler.get("negative_prompt") or "",
+            "evaluation.model": evaluation.get("model") or "",
             "evaluation.images_per_prompt": evaluation.get("images_per_prompt"),
             # The noise of evaluations is drawn from this seed.
             "train.seed": _value(self.config, "train.seed"),

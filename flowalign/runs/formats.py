@@ -104,7 +104,7 @@ def write_merged(trained: Path, folder: Path, config: Config) -> None:
     """
     if folder.exists():
         raise UserError(f"{folder} exists already. Choose a new folder: --output FOLDER.")
-    source = family_of(config.model.name).model_folder(config.model)
+    source = family_of(config.model.name).model_folder(config.evaluation_model)
     _, adapters = read_all(trained, config)
 
     def write(unfinished: Path) -> None:

@@ -101,7 +101,7 @@ def from_run(run: Path, adapter: Path) -> Source:
 def from_config(config: Config, adapter: str | Path | None = None) -> Source:
     """Return the source of a configuration, with an adapter or without."""
     return Source(
-        model=config.model,
+        model=config.evaluation_model,
         sampler=config.evaluation_sampler,
         adapter=Path(adapter).expanduser() if adapter else None,
         config=config,

@@ -5,7 +5,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -170,22 +170,30 @@ def check_guidance(assembly: Assembly) -> Iterator[Finding]:
 
 def check_few_steps(assembly: Assembly) -> Iterator[Finding]:
     """Check that a model of few steps is not guided, and whether it will blur."""
+    stand_in = assembly.evaluator.stand_in
+    if stand_in and stand_in.model.is_step_distilled:
+        yield from _unguided({"evaluation.sampler.guidance": stand_in.sampler.guidance})
     if not assembly.policy.model.is_step_distilled:
         return
     config = assembly.config
     scales = dict(guidance_settings(settings_of(config.objective), "objective"))
     scales["sampler.guidance"] = config.sampler.guidance
-    for key, guidance in scales.items():
-        if guidance > 1:
-            text = f"{key} is {guidance:g}, but this model is made for few steps without guidance"
-            yield Finding("few steps", f"{text}. Set {key} to 1.", wrong=True)
+    yield from _unguided(scales)
     if config.objective.matches_velocities:
         yield Finding(
             "few steps",
             "this model was distilled to few steps, and the objective teaches it the velocities of "
-            "many: its pictures of few steps will blur. Train the base model, and load the adapter "
-            "on this one, or choose the objective opsd.",
+            "many: its pictures of few steps will blur. Train the base model, with this one as "
+            "evaluation.model, or choose the objective opsd.",
         )
+
+
+def _unguided(scales: Mapping[str, float]) -> Iterator[Finding]:
+    """Yield a finding for each guidance, by its key, under which a model of few steps would be."""
+    for key, guidance in scales.items():
+        if guidance > 1:
+            text = f"{key} is {guidance:g}, but this model is made for few steps without guidance"
+            yield Finding("few steps", f"{text}. Set {key} to 1.", wrong=True)
 
 
 def guidance_settings(settings: dict[str, Any], key: str) -> Iterator[tuple[str, float]]:

@@ -224,7 +224,7 @@ class Run:
         name, sign = target
         find = GuidanceSweep(
             evaluator=self.evaluator,
-            policy=self.evaluation_view("reference"),
+            policy=self.evaluator.on_its_model(self.evaluation_view("reference")),
             before=before,
             scales=scales,
             target=name,

@@ -20,8 +20,10 @@ from flowalign.data.source import Written
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
 from flowalign.evaluation.held_out import HeldOut
-from flowalign.models import load_model
+from flowalign.models import load_model, MODELS
 from flowalign.models.base import FlowModel
+from flowalign.models.config import ModelConfig
+from flowalign.models.families import name_of
 from flowalign.models.text_cache import ENCODE_AT_ONCE
 from flowalign.policy import Policy, Sampler
 from flowalign.progress import say, task
@@ -219,10 +221,14 @@ def _prompts_of(examples: list[Example]) -> list[Prompt]:
 
 def load(config: Config) -> FlowModel:
     """Load the model of a run onto the device of this process, or its share of the model."""
+    return _load(config.model, config.distributed.shard)
+
+
+def _load(config: ModelConfig, shard: bool) -> FlowModel:
     device = distributed.device()
-    if not config.distributed.shard or distributed.count() == 1:
-        return load_model(config.model, str(device))
-    model = load_model(config.model, "cpu")
+    if not shard or distributed.count() == 1:
+        return load_model(config, str(device))
+    model = load_model(config, "cpu")
     model.shard(device)
     return model
 
@@ -330,9 +336,11 @@ def make_scorer(
 def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
     """Return the evaluator on the evaluation prompts, rewards and pairs."""
     config, held_out = inputs.config, make_held_out(inputs, context)
+    stand_in = make_stand_in(config, context.policy)
     # Here and not in an evaluation: which prompts are encoded together must not depend on the
     # evaluations that were made before a run was resumed.
-    remember(context.policy.model, inputs, inputs.evaluation_prompts, config.evaluation_sampler)
+    for policy in filter(None, (context.policy, stand_in)):
+        remember(policy.model, inputs, inputs.evaluation_prompts, config.evaluation_sampler)
     return Evaluator(
         prompts=inputs.evaluation_prompts,
         images_per_prompt=config.evaluation.images_per_prompt,
@@ -340,7 +348,34 @@ def make_evaluator(inputs: Inputs, context: SourceContext) -> Evaluator:
         images_per_pass=inputs.plan.images_per_pass,
         seed=config.train.seed,
         held_out=held_out,
+        stand_in=stand_in,
     )
+
+
+def make_stand_in(config: Config, policy: Policy) -> Policy | None:
+    """Return a policy on `evaluation.model`, or None without one.
+
+    Raises UserError if this model cannot take the adapter of the policy.
+    """
+    path, name = config.evaluation.model, config.model.name
+    if not path:
+        return None
+    # A family of one's own knows itself what its paths are.
+    family = name_of(path, key="evaluation.model") if name in MODELS else name
+    if family != name:
+        raise UserError(f"evaluation.model: {path} is a {family}, but model.path is a {name}.")
+    stand_in = Policy(
+        _load(config.evaluation_model, config.distributed.shard),
+        config.evaluation_sampler,
+        images_per_pass=policy.images_per_pass,
+    )
+    own, trained = ([p.shape for p in each.parameters()] for each in (stand_in, policy))
+    if own != trained:
+        raise UserError(
+            f"evaluation.model: {path} has layers of other sizes than model.path, so that it "
+            "cannot take the adapter. Give a model of the same size."
+        )
+    return stand_in
 
 
 def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:
