@@ -1,9 +1,11 @@
 """Measure steps of networks of published size on a GPU, by `throughput.py`.
 
     python benchmarks/gpu.py [--rows NAME ...] [--repetitions 2] [--output FILE.json]
+    python benchmarks/gpu.py --count h200 [--rows NAME ...]
 
 Every row has random weights, 512 × 512 pictures, Flow-GRPO, and one pass for a step. A row is
 printed as soon as it is measured. A row that fails is printed with its error, and the next begins.
+With --count, nothing is measured: `flowalign plan` counts the same rows for a GPU by name.
 """
 
 import argparse
@@ -11,11 +13,15 @@ import gc
 import json
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import throughput
 import torch
+
+from flowalign.diagnostics.plan import GPUS, step_seconds
+from flowalign.diagnostics.rehearsal import rehearse
 
 MEDIUM = [
     "sampler.steps=4",
@@ -47,6 +53,11 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "medium, compiled": ("sd3.5-medium", [*MEDIUM, COMPILED]),
     "medium, compiled, null branch off": ("sd3.5-medium", [*MEDIUM, COMPILED, NO_NULL]),
 }
+PUBLISHED = {
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+}
+"""Models whose configuration files come with the package, by architecture."""
 COLUMNS = {
     "step_seconds": "step, s",
     "step_over_base": "/ base",
@@ -69,6 +80,17 @@ def measure(architecture: str, settings: list[str], repetitions: int) -> dict[st
     return results | {"repetitions": seconds}
 
 
+def count(architecture: str, settings: list[str], gpu: str) -> str:
+    """Return the cells of a row that is counted: seconds of a step, and the most memory."""
+    options = throughput.make_parser().parse_args(["--architecture", architecture, *settings])
+    config = throughput.make_config(options)
+    plan = rehearse(replace(config, model=replace(config.model, path=PUBLISHED[architecture])))
+    cells = [f"{step_seconds(plan.work, GPUS[gpu]):.3g}"]
+    for phase in ("in an update", "in an evaluation"):
+        cells.append(f"{plan.peaks[phase] / 1e9:.3g}")
+    return " | ".join(cells)
+
+
 def table_row(name: str, results: dict[str, Any]) -> str:
     """Return a row of a Markdown table."""
     figures = {key: results.get(key) for key in COLUMNS}
@@ -85,7 +107,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="NAME")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--count", choices=GPUS, metavar="GPU", help="count, without a GPU")
     options = parser.parse_args()
+    if options.count:
+        print("| row | step, s | update, GB | evaluation, GB |\n|---|---|---|---|")
+        for name in options.rows:
+            print(f"| {name} | {count(*ROWS[name], options.count)} |", flush=True)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {"environment": throughput.environment(device, 1), "rows": {}}
     print(f"| row | {' | '.join(COLUMNS.values())} |")

@@ -234,3 +234,12 @@ def test_the_cost_of_rewards_is_measured(benchmark, tmp_path):
     benchmark("rewards", *small, "--output", str(tmp_path / "figures.json"))
     results = json.loads((tmp_path / "figures.json").read_text())["results"]
     assert set(results["shares"]) >= {"scene_match", "clip_score"}
+
+
+@pytest.mark.slow
+def test_rows_are_counted_without_a_gpu(benchmark, capsys):
+    benchmark("gpu", "--count", "h200", "--rows", "medium, null branch off", "medium, recomputed")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    (less, *_), (more, *_) = ([float(cell.strip(" |")) for cell in row[1:]] for row in rows)
+    # Recomputing the blocks costs more than the gradient of one branch that is left out saves.
+    assert 0.5 < less < more < 2

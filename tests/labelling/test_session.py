@@ -117,13 +117,14 @@ def test_d3po_trains_on_votes_alone_and_resumes_exactly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize("objective", ["dpo", "dpo, form: ipo", "kto", "sft", "soar"])
 def test_other_objectives_learn_from_the_same_votes(tmp_path, objective):
     vote_all(opened(tmp_path, questions=6))
     overrides = [f"objective={{name: {objective}}}", f"output={tmp_path / 'run'}", "train.steps=1"]
     summary = train(load_config(config_file(tmp_path), overrides))
     assert summary["step"] == 1
-    wanted = {"sft": "reconstruction_error"}.get(objective, "chosen_preferred")
+    learns_from_pairs = objective not in ("sft", "soar")
+    wanted = "chosen_preferred" if learns_from_pairs else "reconstruction_error"
     assert wanted in summary["after"]
 
 
