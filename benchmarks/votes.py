@@ -33,7 +33,10 @@ DIRECT: Mapping[str, Mapping[str, object]] = {
 """Rows that learn from the voted pictures alone, with their changes of `CONFIG`."""
 TASTE: Mapping[str, tuple[str, Mapping[str, object]]] = {
     # The paths of held-out pictures are those of d3po, so the sampler must be that of the votes.
-    "taste, d3po": ("configs/tiny/d3po.yaml", {"sampler.same_noise": True}),
+    "taste, d3po": (
+        "configs/tiny/d3po.yaml",
+        {"sampler.same_noise": True, "objective.beta": 100.0},
+    ),
     "taste, dpo": ("configs/tiny/dpo_online.yaml", {}),
     "taste, kto": ("configs/tiny/kto_online.yaml", {}),
     "taste, crd": ("configs/tiny/crd.yaml", {"train.steps": 60, "train.cooldown": 30}),
