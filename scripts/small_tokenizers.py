@@ -16,6 +16,9 @@ from transformers import (
     PixtralProcessor,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Tokenizer,
 )
 
@@ -28,6 +31,7 @@ CAPTIONS = [
     # Qwen-Image's instruction, whose words are one token each, as in the published tokenizer.
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:",
+    "Comprehend and analyze the provided prompt.",
 ]
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -70,6 +74,17 @@ def qwen() -> Qwen2Tokenizer:
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = QWEN_TEMPLATE
     return tokenizer
+
+
+def qwen3_vl() -> Qwen3VLProcessor:
+    """Return the processor of Qwen3's models that read pictures."""
+    tokenizer = qwen()
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16),
+        tokenizer,
+        Qwen3VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def pixtral() -> PixtralProcessor:
