@@ -124,7 +124,7 @@ class QwenImage(PipelineModel[QwenImageConfig]):
         ).to(self.device)
         # The network below the head, which would compute a word's probability for each token.
         found = self.pipe.text_encoder.model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
         )
         # The template's instruction comes first, and the padding becomes zeros.
         embeds, mask = found.last_hidden_state[:, start:], tokens.attention_mask[:, start:]
