@@ -31,7 +31,6 @@ CAPTIONS = [
     # Qwen-Image's instruction, whose words are one token each, as in the published tokenizer.
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:",
-    "Comprehend and analyze the provided prompt.",
 ]
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"

@@ -481,8 +481,8 @@ def random_qwen_image(folder: Path) -> FlowModel:
     )
 
 
-def random_qwen_image21(folder: Path) -> FlowModel:
-    """A small Qwen-Image 2.1 with random weights."""
+def random_qwen_image21(folder: Path, times: list[float] | None = None) -> FlowModel:
+    """A small Qwen-Image 2.1 with random weights; like Turbo with times of its own."""
     torch.manual_seed(0)
     processor = small_tokenizers.qwen3_vl()
     number = processor.tokenizer.convert_tokens_to_ids
@@ -539,7 +539,8 @@ def random_qwen_image21(folder: Path) -> FlowModel:
         max_image_seq_len=8192,
         shift_terminal=0.02,
     )
-    pipe = QwenImage21Pipeline(scheduler, vae, shaken(encoder), processor, shaken(transformer))
+    parts = scheduler, vae, shaken(encoder), processor, shaken(transformer)
+    pipe = QwenImage21Pipeline(*parts, sample_sigmas=times)
     pipe.save_pretrained(folder)
     return load_model(
         QwenImage21Config(

@@ -42,7 +42,7 @@ ALIASES = {
     "flux.2-dev": "flux2-dev",
     **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
     **dict.fromkeys(("qwen-image-2512", "qwen_image"), "qwen-image"),
-    **dict.fromkeys(("qwen-image-21", "qwen_image_2.1", "qwen_image_21"), "qwen-image-2.1"),
+    **dict.fromkeys(("qwen-image-2.1-turbo", "qwen-image-21", "qwen_image_2.1"), "qwen-image-2.1"),
 }
 """Other names that users write, in small letters."""
 

@@ -20,6 +20,7 @@ from flowalign.models.layer_names import in_blocks
 from flowalign.models.pipeline import (
     channel_statistics,
     dtype_for_device,
+    few_at_a_time,
     PipelineModel,
     set_times,
     shift_of_size,
@@ -43,8 +44,8 @@ class QwenImage21Config(ModelConfig):
 
     name: str = "qwen-image-2.1"
     """Name of the family."""
-    max_sequence_length: Annotated[int, Field(ge=1, le=1024)] = 512
-    """The most tokens of a prompt, with those of its template. Longer prompts are refused."""
+    max_sequence_length: Annotated[int, Field(ge=16, le=1024)] = 512
+    """The most tokens of a prompt, with those of the template. The pipeline knows no limit."""
 
 
 class QwenImage21(PipelineModel[QwenImage21Config]):
@@ -71,6 +72,11 @@ class QwenImage21(PipelineModel[QwenImage21Config]):
         return QwenImage21Config(
             path=path, dtype=dtype_for_device("bfloat16"), height=SIDE, width=SIDE
         )
+
+    @property
+    def is_step_distilled(self) -> bool:
+        """True for Turbo, which comes with the times of its few steps."""
+        return self.pipe.config.sample_sigmas is not None
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -112,43 +118,55 @@ class QwenImage21(PipelineModel[QwenImage21Config]):
         return rearrange(v, "b (h w) c -> b c h w", h=height)
 
     def scheduler(self, steps: int) -> Scheduler:
-        """Return the scheduler; its shift of times grows with the number of latents."""
-        _, height, width = self.latent_shape
+        """Return the scheduler; its shift of times grows with the number of latents.
+
+        Raises UserError if the model has times of its own, and of another number.
+        """
+        own, (_, height, width) = self.pipe.config.sample_sigmas, self.latent_shape
         scheduler = self._copy_scheduler()
-        return set_times(scheduler, steps, shift_of_size(scheduler, height * width))
+        shift = shift_of_size(scheduler, height * width)
+        if own is None:
+            return set_times(scheduler, steps, shift)
+        if len(own) != steps:
+            raise UserError(
+                f"sampler.steps is {steps}, but this model was distilled to {len(own)} times of "
+                f"its own. Set it to {len(own)}."
+            )
+        scheduler.set_timesteps(sigmas=own, mu=shift)
+        return scheduler
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return the states of the text encoder before its last norm, and the number of tokens.
+        """Return the states of the text encoder before its last norm, and the number of tokens."""
+        parts = [self._encode(self._token_numbers(part)) for part in few_at_a_time(texts)]
+        embeds, counts = (torch.cat(values) for values in zip(*parts, strict=True))
+        return {"embeds": embeds, "tokens": counts}
 
-        Raises UserError for a prompt with too many tokens, which the pipeline would not cut.
-        """
+    def _encode(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of texts, given as their tokens, and their numbers of tokens."""
         # The template's instruction comes first, and is left out.
         start = self.pipe._drop_idx
-        tokenizer, longest = self.pipe.processor.tokenizer, self.config.max_sequence_length
-        prompts = [self.pipe.prompt_template_t2i.format(text or NULL) for text in texts]
-        encoded = tokenizer(prompts)
-        counts = [len(numbers) - start for numbers in encoded.input_ids]
-        for text, count in zip(texts, counts, strict=True):
-            if count > longest:
-                raise UserError(
-                    f"The prompt {text[:40]!r}... has {count} tokens, but "
-                    f"model.max_sequence_length is {longest}. Set it to {count} or more."
-                )
         # The encoder is causal, so padding after a text changes nothing.
-        tokens = tokenizer.pad(
-            encoded,
+        tokens = self.pipe.processor.tokenizer.pad(
+            {"input_ids": rows},
             padding="max_length",
             padding_side="right",
-            max_length=start + longest,
+            max_length=start + self.config.max_sequence_length,
             return_tensors="pt",
         ).to(self.device)
-        mask = tokens.attention_mask
         # The network below the head, which would compute a word's probability for each token.
         encoder = self.pipe.text_encoder.model
         with encoder.language_model.norm.register_forward_hook(_undone):
-            found = encoder(input_ids=tokens.input_ids).last_hidden_state
-        embeds = (found * mask[..., None].to(found))[:, start:]
-        return {"embeds": embeds, "tokens": torch.tensor(counts, device=self.device)}
+            found = encoder(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
+        mask = tokens.attention_mask[:, start:]
+        return found[:, start:] * mask[..., None].to(found), mask.sum(1)
+
+    def _token_numbers(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of texts in the template, whose end stays if a text is too long."""
+        tokenizer, template = self.pipe.processor.tokenizer, self.pipe.prompt_template_t2i
+        end = tokenizer(template.partition("{}")[2]).input_ids
+        longest = self.pipe._drop_idx + self.config.max_sequence_length
+        rows = tokenizer([template.format(text or NULL) for text in texts]).input_ids
+        return [row if len(row) <= longest else [*row[: longest - len(end)], *end] for row in rows]
 
     def text_fingerprint(self) -> str:
         """Return a hash of the text encoder, with the length that all rows are padded to."""

@@ -57,11 +57,12 @@ def test_pictures_are_encoded_as_opaque_ones(model):
     assert torch.equal(model.encode_images(images), theirs[:, :, 0])
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_never_cut(model):
-    with pytest.raises(UserError, match=r"has 52 tokens, but model.max_sequence_length is 32"):
-        model.encode(["a red circle", LONG])
-    longer = load_model(replace(model.config, max_sequence_length=52))
-    assert longer.encode([LONG]).inputs["tokens"].tolist() == [52]
+def test_a_prompt_that_is_too_long_is_cut_within_the_template(model):
+    cut = model.encode([LONG]).inputs
+    assert cut["tokens"].tolist() == [32]
+    # The template has twelve tokens without its instruction, which is not counted.
+    shorter = model.encode([" ".join(["circle"] * 20)]).inputs
+    assert torch.equal(cut["embeds"], shorter["embeds"])
 
 
 def test_stored_embeddings_of_another_length_are_not_used(model):
@@ -107,3 +108,15 @@ def test_one_step_is_refused_where_the_last_time_is_fixed(make, tmp_path):
     with pytest.raises(UserError, match="this model needs 2 or more"):
         model.schedule(1)
     assert model.schedule(2)[1] == pytest.approx(0.02)
+
+
+def test_a_model_with_times_of_its_own_samples_with_them_as_its_pipeline_does(tmp_path):
+    times = [1.0, 0.9, 0.4]
+    model: Any = random_qwen_image21(tmp_path, times)
+    assert model.is_step_distilled
+    scheduler = model.pipe.scheduler
+    with torch.no_grad():
+        model.pipe("a red circle", height=64, width=64, output_type="latent")
+    assert model.schedule(3) == scheduler.sigmas.tolist()
+    with pytest.raises(UserError, match=r"Set it to 3\."):
+        model.schedule(4)
