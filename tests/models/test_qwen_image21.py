@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch.testing import assert_close
 
+from flowalign.diagnostics.meta_model import CALLS, flops, MetaModel
 from flowalign.errors import UserError
 from flowalign.models import load_model
 from flowalign.policy import Policy, Sampler
@@ -73,6 +74,17 @@ def test_stored_embeddings_of_another_length_are_not_used(model):
 def test_weights_that_are_split_over_processes_are_refused(model):
     with pytest.raises(UserError, match=r"Set it to false\."):
         model.shard(torch.device("cpu"))
+
+
+def test_a_plan_counts_the_longest_prompts_in_one_call(model):
+    meta = MetaModel(model.config)
+    policy = Policy(meta, Sampler(steps=2))
+    x, t = noise(meta, 2)
+    with meta.ledger:
+        policy.velocity(x, t, policy.encode(TEXTS[:2])).sum().backward()
+    assert meta.texts["embeds"].shape == (1, 32, 32)
+    assert [meta.ledger.work[call] for call in CALLS] == [0, 1, 1]
+    assert flops(meta.ledger.work) > 0
 
 
 def test_recomputed_blocks_have_the_same_gradients(model):
