@@ -212,6 +212,38 @@ QWEN_VL = Network(
     8292.17,
     "Qwen2_5_VLConfig",
 )
+QWEN3_VL = Network(
+    "Qwen3VLForConditionalGeneration",
+    {
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+                "rope_theta": 5e6,
+            },
+        },
+        "vision_config": {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+    },
+    8767.12,
+    "Qwen3VLConfig",
+)
+QWEN_TIMES = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}
+TURBO_TIMES = [1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568]
 QWEN_LATENTS = {
     "latents_mean": [
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -294,14 +326,25 @@ MODELS: dict[str, Model] = {
             "text_encoder": QWEN_VL,
         },
         {"tokenizer": small_tokenizers.qwen()},
-        {
-            "use_dynamic_shifting": True,
-            "base_shift": 0.5,
-            "max_shift": 0.9,
-            "max_image_seq_len": 8192,
-            "shift_terminal": 0.02,
-        },
+        QWEN_TIMES,
     ),
+    **{
+        f"Qwen/{name}": Model(
+            "QwenImage21Pipeline",
+            {
+                "transformer": Network("QwenImage21Transformer2DModel", {}, 7115.1),
+                "vae": Network("AutoencoderKLQwenImage21", {}),
+                "text_encoder": QWEN3_VL,
+            },
+            {"processor": small_tokenizers.qwen3_vl()},
+            scheduler,
+            {"sample_sigmas": times},
+        )
+        for name, scheduler, times in (
+            ("Qwen-Image-2.1", QWEN_TIMES, None),
+            ("Qwen-Image-2.1-Turbo", {}, TURBO_TIMES),
+        )
+    },
 }
 """Models by repository."""
 

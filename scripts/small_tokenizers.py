@@ -16,6 +16,9 @@ from transformers import (
     PixtralProcessor,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Tokenizer,
 )
 
@@ -70,6 +73,17 @@ def qwen() -> Qwen2Tokenizer:
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = QWEN_TEMPLATE
     return tokenizer
+
+
+def qwen3_vl() -> Qwen3VLProcessor:
+    """Return the processor of Qwen3's models that read pictures."""
+    tokenizer = qwen()
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16),
+        tokenizer,
+        Qwen3VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def pixtral() -> PixtralProcessor:

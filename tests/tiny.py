@@ -10,12 +10,15 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -36,6 +39,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -50,6 +55,7 @@ from flowalign.models.config import Lora
 from flowalign.models.flux import FluxConfig
 from flowalign.models.flux2 import Flux2DevConfig, Flux2KleinConfig
 from flowalign.models.qwen_image import QwenImageConfig
+from flowalign.models.qwen_image21 import QwenImage21Config
 from flowalign.models.sd3 import SD3Config
 from flowalign.models.z_image import ZImageConfig
 from flowalign.policy import Policy, Sampler
@@ -466,6 +472,78 @@ def random_qwen_image(folder: Path) -> FlowModel:
     pipe.save_pretrained(folder)
     return load_model(
         QwenImageConfig(
+            path=str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=32,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
+
+
+def random_qwen_image21(folder: Path, times: list[float] | None = None) -> FlowModel:
+    """A small Qwen-Image 2.1 with random weights; like Turbo with times of its own."""
+    torch.manual_seed(0)
+    processor = small_tokenizers.qwen3_vl()
+    number = processor.tokenizer.convert_tokens_to_ids
+    text = {
+        **text_sizes(len(processor.tokenizer), layers=2),
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+            "rope_theta": 5e6,
+        },
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    encoder = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=number("<|image_pad|>"),
+            video_token_id=number("<|video_pad|>"),
+            vision_start_token_id=number("<|vision_start|>"),
+            vision_end_token_id=number("<|vision_end|>"),
+        )
+    ).eval()
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.8, 1.1, 1.3, 0.9],
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+    )
+    parts = scheduler, vae, shaken(encoder), processor, shaken(transformer)
+    pipe = QwenImage21Pipeline(*parts, sample_sigmas=times)
+    pipe.save_pretrained(folder)
+    return load_model(
+        QwenImage21Config(
             path=str(folder),
             height=64,
             width=64,

@@ -105,6 +105,9 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device == META:
             # A text encoder asks whether all tokens are text: a plan counts the longest prompts.
             return True
+        if func is torch.ops.aten.where.self and args[0].device == CPU and args[1].device == META:
+            # A mask that decides shapes has values even in a plan.
+            args = (args[0].to(META), *args[1:])
         result = func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         # Views share the storage of an input, and the storage of a result must count once.

@@ -19,6 +19,7 @@ MODELS = {
     "flux2-dev": "flowalign.models.flux2:Flux2Dev",
     "z-image": "flowalign.models.z_image:ZImage",
     "qwen-image": "flowalign.models.qwen_image:QwenImage",
+    "qwen-image-2.1": "flowalign.models.qwen_image21:QwenImage21",
 }
 """Names to classes, imported when they are needed."""
 
@@ -29,6 +30,7 @@ PIPELINES = {
     "Flux2Pipeline": "flux2-dev",
     "ZImagePipeline": "z-image",
     "QwenImagePipeline": "qwen-image",
+    "QwenImage21Pipeline": "qwen-image-2.1",
 }
 """Pipeline classes, as `model_index.json` names them, to names of families."""
 
@@ -40,6 +42,7 @@ ALIASES = {
     "flux.2-dev": "flux2-dev",
     **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
     **dict.fromkeys(("qwen-image-2512", "qwen_image"), "qwen-image"),
+    **dict.fromkeys(("qwen-image-2.1-turbo", "qwen-image-21", "qwen_image_2.1"), "qwen-image-2.1"),
 }
 """Other names that users write, in small letters."""
 

@@ -27,13 +27,26 @@ def use_backend(transformer: Any, dtype: torch.dtype, name: str) -> None:
     """
     if name == NATIVE and dtype != torch.float32 and prefers_cudnn():
         name = FLASH
+    from diffusers.models.attention_dispatch import attention_backend, AttentionBackendName
+
     try:
-        # Without a name, a transformer follows the last that any other one was given.
-        transformer.set_attention_backend(name)
+        # Without a name, a transformer follows the last that any other one was given. The context
+        # undoes that for those whose calls have no name.
+        with attention_backend(AttentionBackendName(NATIVE)):
+            transformer.set_attention_backend(name)
     except (ImportError, ValueError, RuntimeError) as error:
         raise UserError(
             f"model.attention: {name!r} is not usable here ({error}). Use native."
         ) from error
+
+
+def use_native(transformer: Any) -> None:
+    """Let PyTorch choose how a transformer attends whose calls have no name of a back end.
+
+    They follow the choice of the whole process. cuDNN is left out of it, see `use_backend`.
+    """
+    transformer.set_attention_backend(NATIVE)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def prefers_cudnn() -> bool:

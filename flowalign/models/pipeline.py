@@ -317,7 +317,12 @@ class PipelineModel(FlowModel[C]):
 
 
 def set_times(scheduler: Any, steps: int, mu: float | None = None) -> Any:
-    """Give a scheduler `steps` even times, which it shifts: by `mu`, if its shift is not fixed."""
+    """Give a scheduler `steps` even times, which it shifts: by `mu`, if its shift is not fixed.
+
+    Raises UserError for one step if the last time is fixed too: the only one would be 0 over 0.
+    """
+    if steps < 2 and scheduler.config.get("shift_terminal"):
+        raise UserError("sampler.steps is 1, but this model needs 2 or more.")
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler
 
@@ -330,10 +335,22 @@ def shift_of_size(scheduler: Any, patches: int) -> float:
     return calculate_shift(patches, *limits)
 
 
-def few_at_a_time(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Yield texts a few at a time, for encoders that compute a word's probability per token.
+def channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel of latents, each (C, 1, 1).
 
-    For Qwen3 these take 0.16 GB for each text.
+    Autoencoders of videos have them in their configuration, in place of one scale and shift.
+    """
+    mean, deviation = (
+        like.new_tensor(values)[:, None, None]
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, deviation
+
+
+def few_at_a_time(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield texts a few at a time, for encoders that take much memory for each text.
+
+    For Qwen3 it is 0.16 GB if a word's probability is computed per token.
     """
     for start in range(0, len(texts), ENCODED_TOGETHER):
         yield list(texts[start : start + ENCODED_TOGETHER])

@@ -9,13 +9,13 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.errors import UserError
 from flowalign.flow import Latent, PerImage
 from flowalign.models.attention import backend_names, use_backend
 from flowalign.models.base import Scheduler
 from flowalign.models.config import ModelConfig
 from flowalign.models.layer_names import in_blocks
 from flowalign.models.pipeline import (
+    channel_statistics,
     dtype_for_device,
     PipelineModel,
     set_times,
@@ -103,12 +103,7 @@ class QwenImage(PipelineModel[QwenImageConfig]):
         return _unpacked(guided * (own_length / length), height)
 
     def scheduler(self, steps: int) -> Scheduler:
-        """Return the scheduler; its shift of times grows with the number of patches.
-
-        Raises UserError for one step, whose time would be 0 over 0.
-        """
-        if steps < 2:
-            raise UserError("sampler.steps is 1, but Qwen-Image needs 2 or more.")
+        """Return the scheduler; its shift of times grows with the number of patches."""
         _, height, width = self.latent_shape
         scheduler = self._copy_scheduler()
         return set_times(scheduler, steps, shift_of_size(scheduler, height * width // 4))
@@ -129,7 +124,7 @@ class QwenImage(PipelineModel[QwenImageConfig]):
         ).to(self.device)
         # The network below the head, which would compute a word's probability for each token.
         found = self.pipe.text_encoder.model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
         )
         # The template's instruction comes first, and the padding becomes zeros.
         embeds, mask = found.last_hidden_state[:, start:], tokens.attention_mask[:, start:]
@@ -137,22 +132,13 @@ class QwenImage(PipelineModel[QwenImageConfig]):
 
     def normalise(self, z: Latent) -> Latent:
         """Return latents of about unit scale from those of the autoencoder."""
-        mean, deviation = self._statistics(z)
+        mean, deviation = channel_statistics(self.vae, z)
         return (z - mean) / deviation
 
     def denormalise(self, x0: Latent) -> Latent:
         """Return the autoencoder's latents; the inverse of `normalise`."""
-        mean, deviation = self._statistics(x0)
+        mean, deviation = channel_statistics(self.vae, x0)
         return x0 * deviation + mean
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each channel, each (C, 1, 1)."""
-        config = self.vae.config
-        mean, deviation = (
-            like.new_tensor(values)[:, None, None]
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, deviation
 
     def decode(self, x0: Latent) -> Tensor:
         """Return pictures (B, 3, H, W) in [0, 1]. Differentiable."""

@@ -119,7 +119,10 @@ class ZImage(PipelineModel[ZImageConfig]):
         ).to(self.device)
         mask = tokens.attention_mask
         found = self.pipe.text_encoder(
-            input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True
+            input_ids=tokens.input_ids,
+            attention_mask=mask,
+            output_hidden_states=True,
+            use_cache=False,
         )
         # The one before the last layer, with zeros for the padding.
         embeds = found.hidden_states[-2]

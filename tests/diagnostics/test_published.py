@@ -14,7 +14,7 @@ from tests.tiny import ROOT
 CONFIGS = ROOT / "configs"
 SHIPPED = sorted(
     path
-    for folder in ("sd3", "flux", "flux2", "z_image", "qwen_image")
+    for folder in ("sd3", "flux", "flux2", "z_image", "qwen_image", "qwen_image21")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 BILLIONS = {
@@ -27,6 +27,8 @@ BILLIONS = {
     "Tongyi-MAI/Z-Image": 6.15,
     "Tongyi-MAI/Z-Image-Turbo": 6.15,
     "Qwen/Qwen-Image-2512": 20.43,
+    "Qwen/Qwen-Image-2.1": 7.12,
+    "Qwen/Qwen-Image-2.1-Turbo": 7.12,
 }
 """Published numbers of parameters of the transformers."""
 
@@ -60,6 +62,8 @@ def test_a_model_that_the_package_has_no_copy_of_stays_as_it_is():
         *((f"{family}/flow_grpo_24gb", 24 - 2) for family in ("flux2", "z_image")),
         *((f"{family}/crd_24gb", 24 - 2) for family in ("flux2", "z_image")),
         *((f"qwen_image/{name}_80gb", 80 - 4) for name in ("flow_grpo", "crd")),
+        ("qwen_image21/flow_grpo_24gb", 24 - 2),
+        *((f"qwen_image21/{name}_80gb", 80 - 4) for name in ("flow_grpo", "crd")),
     ],
 )
 def test_the_size_in_a_name_is_enough_with_the_reward(name, room):
