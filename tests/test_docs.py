@@ -146,7 +146,7 @@ def test_the_page_s_model_is_complete_and_keeps_the_conventions(tmp_path, monkey
 
 def test_the_page_on_models_names_every_member_that_a_family_must_provide():
     page = (DOCS / "your-own-model.md").read_text(encoding="utf-8")
-    table = page.split("## What a family provides")[1].split("Some members")[0]
+    table = page.split("### What it provides")[1].split("Some members")[0]
     assert all(f"`{member}" in table for member in FlowModel.__abstractmethods__)
 
 

@@ -12,13 +12,20 @@ import pytest
 from flowalign.config.load import load_config
 from flowalign.models.base import FlowModel
 from flowalign.training.trainer import train
-from tests.tiny import random_flux2, random_qwen_image, random_z_image, ROOT
+from tests.tiny import (
+    random_flux2,
+    random_qwen_image,
+    random_qwen_image21,
+    random_z_image,
+    ROOT,
+)
 
 Make = Callable[[Path], FlowModel]
 FAMILIES: Mapping[str, Make] = {
     "flux2": random_flux2,
     "z_image": random_z_image,
     "qwen_image": random_qwen_image,
+    "qwen_image21": random_qwen_image21,
 }
 DISTILLED: Mapping[str, Make] = {
     "flux2": partial(random_flux2, is_distilled=True),
