@@ -19,6 +19,7 @@ MODELS = {
     "flux2-dev": "flowalign.models.flux2:Flux2Dev",
     "z-image": "flowalign.models.z_image:ZImage",
     "qwen-image": "flowalign.models.qwen_image:QwenImage",
+    "sana": "flowalign.models.sana:Sana",
 }
 """Names to classes, imported when they are needed."""
 
@@ -29,6 +30,7 @@ PIPELINES = {
     "Flux2Pipeline": "flux2-dev",
     "ZImagePipeline": "z-image",
     "QwenImagePipeline": "qwen-image",
+    "SanaPipeline": "sana",
 }
 """Pipeline classes, as `model_index.json` names them, to names of families."""
 
@@ -40,6 +42,7 @@ ALIASES = {
     "flux.2-dev": "flux2-dev",
     **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
     **dict.fromkeys(("qwen-image-2512", "qwen_image"), "qwen-image"),
+    **dict.fromkeys(("sana-1.5", "sana1.5"), "sana"),
 }
 """Other names that users write, in small letters."""
 
