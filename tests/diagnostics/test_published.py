@@ -14,7 +14,7 @@ from tests.tiny import ROOT
 CONFIGS = ROOT / "configs"
 SHIPPED = sorted(
     path
-    for folder in ("sd3", "flux", "flux2", "z_image", "qwen_image")
+    for folder in ("sd3", "flux", "flux2", "z_image", "qwen_image", "sana")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 BILLIONS = {
@@ -27,6 +27,9 @@ BILLIONS = {
     "Tongyi-MAI/Z-Image": 6.15,
     "Tongyi-MAI/Z-Image-Turbo": 6.15,
     "Qwen/Qwen-Image-2512": 20.43,
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": 1.604,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1.604,
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": 1.605,
 }
 """Published numbers of parameters of the transformers."""
 
@@ -57,8 +60,8 @@ def test_a_model_that_the_package_has_no_copy_of_stays_as_it_is():
     ("name", "room"),
     [
         # PickScore has 2 GB in half precision and 4 in single.
-        *((f"{family}/flow_grpo_24gb", 24 - 2) for family in ("flux2", "z_image")),
-        *((f"{family}/crd_24gb", 24 - 2) for family in ("flux2", "z_image")),
+        *((f"{family}/flow_grpo_24gb", 24 - 2) for family in ("flux2", "z_image", "sana")),
+        *((f"{family}/crd_24gb", 24 - 2) for family in ("flux2", "z_image", "sana")),
         *((f"qwen_image/{name}_80gb", 80 - 4) for name in ("flow_grpo", "crd")),
     ],
 )
