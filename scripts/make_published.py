@@ -49,6 +49,8 @@ class Model:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of model_index.json."""
+    scheduler_name: str = "FlowMatchEulerDiscreteScheduler"
+    """Class of the scheduler."""
 
 
 VAE = {
@@ -170,6 +172,39 @@ def flux2_transformer(blocks: tuple[int, int], heads: int, text_width: int) -> d
     }
 
 
+def sana(transformer: Mapping[str, Any], millions: float) -> Model:
+    """Return a model of SANA with 1.6 billion parameters."""
+    networks = {
+        "transformer": Network("SanaTransformer2DModel", transformer, millions),
+        "vae": Network("AutoencoderDC", DEEP_VAE, 312.25),
+        "text_encoder": Network("Gemma2Model", GEMMA2_2B, 2614.34, "Gemma2Config"),
+    }
+    scheduler = {
+        "flow_shift": 3.0,
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+    }
+    tokenizers = {"tokenizer": small_tokenizers.gemma()}
+    name = "DPMSolverMultistepScheduler"
+    return Model("SanaPipeline", networks, tokenizers, scheduler, scheduler_name=name)
+
+
+GEMMA2_2B = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+DEEP_VAE = {
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
 QWEN3_4B = qwen3("Qwen3ForCausalLM", 2560, 9728, tied=True, millions=4022.47)
 QWEN3_8B = qwen3("Qwen3ForCausalLM", 4096, 12288, tied=False, millions=8190.74)
 MISTRAL_24B = Network(
@@ -345,6 +380,14 @@ MODELS: dict[str, Model] = {
             ("Qwen-Image-2.1-Turbo", {}, TURBO_TIMES),
         )
     },
+    **{
+        f"Efficient-Large-Model/{name}_diffusers": sana(transformer, 1604.5)
+        for name, transformer in {
+            "Sana_1600M_512px": {"sample_size": 16},
+            "Sana_1600M_1024px_BF16": {},
+            "SANA1.5_1.6B_1024px": {"qk_norm": "rms_norm_across_heads"},
+        }.items()
+    },
 }
 """Models by repository."""
 
@@ -379,7 +422,7 @@ def write_model(name: str, model: Model) -> None:
     for part, tokenizer in model.tokenizers.items():
         tokenizer.save_pretrained(folder / part)
         index[part] = ["transformers", type(tokenizer).__name__]
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**model.scheduler)
+    scheduler = getattr(diffusers, model.scheduler_name)(**model.scheduler)
     scheduler.save_config(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     pipeline = getattr(diffusers, model.pipeline)

@@ -5,13 +5,17 @@ weights for tests.
 """
 
 import json
+from inspect import signature
 
+from diffusers import SanaPipeline
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPTokenizer,
+    GemmaTokenizer,
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedTokenizerFast,
@@ -84,6 +88,24 @@ def qwen3_vl() -> Qwen3VLProcessor:
         Qwen3VLVideoProcessor(),
         chat_template=tokenizer.chat_template,
     )
+
+
+def gemma() -> GemmaTokenizer:
+    """Return a tokenizer that knows the words of SANA's instruction."""
+    parameters = signature(SanaPipeline.__call__).parameters
+    # A model sees spaces as this letter, with which words begin.
+    space = "▁"
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    special += [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = Replace(" ", space)
+    tokenizer.pre_tokenizer = Split(space, "merged_with_next")
+    trainer = BpeTrainer(min_frequency=1, initial_alphabet=LETTERS, special_tokens=special)
+    instruction = parameters["complex_human_instruction"].default
+    tokenizer.train_from_iterator([*CAPTIONS, *instruction], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return GemmaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
 
 
 def pixtral() -> PixtralProcessor:

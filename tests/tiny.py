@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -21,6 +23,8 @@ from diffusers import (
     QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -32,6 +36,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -56,6 +62,7 @@ from flowalign.models.flux import FluxConfig
 from flowalign.models.flux2 import Flux2DevConfig, Flux2KleinConfig
 from flowalign.models.qwen_image import QwenImageConfig
 from flowalign.models.qwen_image21 import QwenImage21Config
+from flowalign.models.sana import SanaConfig
 from flowalign.models.sd3 import SD3Config
 from flowalign.models.z_image import ZImageConfig
 from flowalign.policy import Policy, Sampler
@@ -301,6 +308,19 @@ SMALL_AUTOENCODER: Any = {
     "norm_num_groups": 4,
     "sample_size": 64,
 }
+SMALL_DEEP_AUTOENCODER: Any = {
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "encoder_block_types": ("ResBlock",) * 5 + ("EfficientViTBlock",),
+    "decoder_block_types": ("ResBlock",) * 5 + ("EfficientViTBlock",),
+    "encoder_block_out_channels": (8,) * 6,
+    "decoder_block_out_channels": (8,) * 6,
+    "encoder_layers_per_block": (1,) * 6,
+    "decoder_layers_per_block": (1,) * 6,
+    "encoder_qkv_multiscales": ((),) * 5 + ((5,),),
+    "decoder_qkv_multiscales": ((),) * 5 + ((5,),),
+    "scaling_factor": 0.41407,
+}
 FLUX2_SETTINGS: Any = {
     "height": 64,
     "width": 64,
@@ -544,6 +564,43 @@ def random_qwen_image21(folder: Path, times: list[float] | None = None) -> FlowM
     pipe.save_pretrained(folder)
     return load_model(
         QwenImage21Config(
+            path=str(folder),
+            height=64,
+            width=64,
+            max_sequence_length=32,
+            lora=Lora(rank=2, alpha=6),
+        )
+    )
+
+
+def random_sana(folder: Path, qk_norm: str | None = "rms_norm_across_heads") -> FlowModel:
+    """A small SANA 1.5 with random weights; SANA without query-key norm."""
+    torch.manual_seed(0)
+    tokenizer = small_tokenizers.gemma()
+    text = {**text_sizes(len(tokenizer), layers=2), "sliding_window": 512}
+    encoder = Gemma2Model(Gemma2Config(**text)).eval()
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=16,
+        qk_norm=qk_norm,
+    )
+    vae = AutoencoderDC(**SMALL_DEEP_AUTOENCODER).eval()
+    # The published scheduler, whose steps are of second order.
+    scheduler = DPMSolverMultistepScheduler(
+        flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    pipe = SanaPipeline(tokenizer, encoder, vae, shaken(transformer), scheduler)
+    pipe.save_pretrained(folder)
+    return load_model(
+        SanaConfig(
             path=str(folder),
             height=64,
             width=64,

@@ -18,11 +18,10 @@ Metadata = dict[str, Any]
 """The fields beside the prompt in a line of a prompt file. Values are what JSON holds."""
 
 
-def guidance_texts(prompts: Iterable["Prompt"], default: str) -> list[str]:
-    """Return the texts of the prompts, and then each of their negative prompts once."""
-    prompts = list(prompts)
+def negative_texts(prompts: Iterable["Prompt"], default: str) -> list[str]:
+    """Return each negative prompt of the prompts once, without the empty one."""
     negative = dict.fromkeys(negative_prompt(prompt.metadata, default) for prompt in prompts)
-    return [*(prompt.text for prompt in prompts), *filter(None, negative)]
+    return [*filter(None, negative)]
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ class MetaModel(FlowModel):
         self.ledger = Ledger(self.latent_shape, self.family.latent_shape)
         self.costs = dict[tuple, Cost]()
         with torch.no_grad(), self.ledger, self.ledger.part() as self.encoding:
-            encoded = self.encode_texts([""] * ENCODE_AT_ONCE)
+            encoded = self.encode_texts([self.family.prompt_text("")] * ENCODE_AT_ONCE)
             # A copy: the views would keep all rows in use.
             self.texts = {name: rows[:1].clone() for name, rows in encoded.items()}
 

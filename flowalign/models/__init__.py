@@ -20,6 +20,7 @@ MODELS = {
     "z-image": "flowalign.models.z_image:ZImage",
     "qwen-image": "flowalign.models.qwen_image:QwenImage",
     "qwen-image-2.1": "flowalign.models.qwen_image21:QwenImage21",
+    "sana": "flowalign.models.sana:Sana",
 }
 """Names to classes, imported when they are needed."""
 
@@ -31,6 +32,7 @@ PIPELINES = {
     "ZImagePipeline": "z-image",
     "QwenImagePipeline": "qwen-image",
     "QwenImage21Pipeline": "qwen-image-2.1",
+    "SanaPipeline": "sana",
 }
 """Pipeline classes, as `model_index.json` names them, to names of families."""
 
@@ -43,6 +45,7 @@ ALIASES = {
     **dict.fromkeys(("z-image-turbo", "zimage"), "z-image"),
     **dict.fromkeys(("qwen-image-2512", "qwen_image"), "qwen-image"),
     **dict.fromkeys(("qwen-image-2.1-turbo", "qwen-image-21", "qwen_image_2.1"), "qwen-image-2.1"),
+    **dict.fromkeys(("sana-1.5", "sana1.5"), "sana"),
 }
 """Other names that users write, in small letters."""
 

@@ -56,6 +56,8 @@ class PipelineCall:
     """Keyword arguments of `from_pretrained`, beyond path and dtype."""
     calling: Mapping[str, object]
     """Keyword arguments of the call, beyond the prompt."""
+    scheduler: Mapping[str, object] | None = None
+    """Settings of the Euler scheduler that replaces the model's own; None if none is needed."""
 
 
 class FlowModel(ABC, Generic[C]):
@@ -101,6 +103,10 @@ class FlowModel(ABC, Generic[C]):
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Return inputs of `forward` by name, each (B, ...), in one shape for all texts."""
+
+    def prompt_text(self, prompt: str) -> str:
+        """Return what `encode_texts` reads for a prompt. It reads negative prompts as they are."""
+        return prompt
 
     @abstractmethod
     def decode(self, x0: Latent) -> Tensor:
@@ -184,9 +190,11 @@ class FlowModel(ABC, Generic[C]):
             negative: What guidance leads away from, one text per image; the empty prompt if None.
         """
         negative = [""] * len(prompts) if negative is None else list(negative)
+        positive = [self.prompt_text(prompt) for prompt in prompts]
         # The cache gives the empty prompt to every call.
-        texts = [*prompts, *filter(None, negative)]
-        rows = self._texts.rows(texts, self._encode_chunks, upcoming)
+        texts = [*positive, *filter(None, negative)]
+        later = map(self.prompt_text, upcoming)
+        rows = self._texts.rows(texts, self._encode_chunks, later)
 
         def table(texts: Iterable[str]) -> dict[str, Tensor]:
             chosen = [rows[text] for text in texts]
@@ -199,15 +207,21 @@ class FlowModel(ABC, Generic[C]):
             different, places = distinct(texts)
             return Rows(table(different), places.to(self.device))
 
-        return Cond(side(prompts), side(negative))
+        return Cond(side(positive), side(negative))
 
-    def remember(self, prompts: list[str], together: int = ENCODE_AT_ONCE) -> None:
+    def remember(
+        self,
+        prompts: Iterable[str],
+        together: int = ENCODE_AT_ONCE,
+        negative: Iterable[str] = (),
+    ) -> None:
         """Encode prompts in advance and keep them, if the cache holds all of them.
 
         The text encoders move to the device once for all of them, and encode `together` prompts in
         a call. Encoded alone (1), a prompt has the same embedding in every run.
         """
-        self._texts.keep(prompts, self._encode_chunks, together)
+        texts = [*map(self.prompt_text, prompts), *negative]
+        self._texts.keep(texts, self._encode_chunks, together)
 
     def weights_fingerprint(self) -> str:
         """Return the SHA-256 of the transformer's weights as they are, without adapters.

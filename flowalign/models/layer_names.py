@@ -82,7 +82,7 @@ class Layers:
             if names is None:
                 raise UserError(
                     f"{layer} has no name in kohya's scripts, so that they could not load its "
-                    "adapter. Choose --format diffusers, comfyui or merged."
+                    "adapter. Choose --format diffusers or merged."
                 )
             joins[names[0]] = names[1]
         return {name: self._joined(layers, adapters) for name, layers in joins.items()}

@@ -72,6 +72,8 @@ class PipelineModel(FlowModel[C]):
     """Names of the pipeline's text encoders."""
     optional_components: ClassVar[Sequence[str]] = ()
     """Components that the folder of a model may lack."""
+    patch: ClassVar[int] = 2
+    """Height and width, in latents, of what the transformer takes as one token."""
 
     def __init__(self, config: C, device: str = "cpu"):
         from flowalign.models.rms_norm import replace_norms
@@ -306,8 +308,9 @@ class PipelineModel(FlowModel[C]):
         return deepcopy(self.pipe.scheduler)
 
     def _check_size(self) -> None:
-        """Raise UserError if patches of 2 x 2 latents would not tile the picture."""
-        sides, step = (self.config.height, self.config.width), 2 * self.pipe.vae_scale_factor
+        """Raise UserError if the transformer's patches would not tile the picture."""
+        step = self.patch * self.pipe.vae_scale_factor
+        sides = self.config.height, self.config.width
         if any(side % step or side < step for side in sides):
             height, width = (max(step, round(side / step) * step) for side in sides)
             raise UserError(

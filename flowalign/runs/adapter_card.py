@@ -22,26 +22,27 @@ from flowalign.reporting.console import format_difference, format_mean, interval
 from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
+EULER = "FlowMatchEulerDiscreteScheduler"
 CARD, MERGED, MERGED_FOLDER = "README.md", "merged_adapters", "merged"
 LICENCE = ("license", "license_name", "license_link")
 """Entries of a card that say what others may do with a model."""
 WITH_PIPELINE = """# A LoRA adapter for {title}
 
 ```python
-{torch}from diffusers import {pipeline}
+{torch}from diffusers import {classes}
 
 pipe = {pipeline}.from_pretrained({path!r}{loading}){move}
-{merging}pipe.load_lora_weights({folder!r})
+{scheduler}{merging}pipe.load_lora_weights({folder!r})
 pipe({prompt!r}{calling}).images[0].save("picture.png")
 ```
 """
 OF_A_MODEL = """# {title} with an adapter in its weights
 
 ```python
-{torch}from diffusers import {pipeline}
+{torch}from diffusers import {classes}
 
 pipe = {pipeline}.from_pretrained({folder!r}{loading}){move}
-pipe({prompt!r}{calling}).images[0].save("picture.png")
+{scheduler}pipe({prompt!r}{calling}).images[0].save("picture.png")
 ```
 """
 MERGING = """pipe.load_lora_weights({folder!r}, subfolder={name!r})
@@ -203,10 +204,16 @@ def _values(config: Config, call: PipelineCall, folder: Path) -> dict[str, str]:
     """Return what the code of a card is made of, by the names in its template."""
     model = config.evaluation_model
     half = model.dtype != "float32"
+    classes, scheduler = call.pipeline, ""
+    if call.scheduler is not None:
+        settings = _keywords(call.scheduler).removeprefix(", ")
+        classes, scheduler = f"{EULER}, {classes}", f"pipe.scheduler = {EULER}({settings})\n"
     return {
         "title": markdown_code(portable(model.path)),
         "torch": "import torch\n" if half else "",
+        "classes": classes,
         "pipeline": call.pipeline,
+        "scheduler": scheduler,
         "loading": _keywords(call.loading) + (f", dtype=torch.{model.dtype}" if half else ""),
         "move": '.to("cuda")' if half else "",
         "folder": str(folder),

@@ -15,7 +15,7 @@ from flowalign.config.sections import Config, Train
 from flowalign.data.examples import Example
 from flowalign.data.held_out import hold_out
 from flowalign.data.preferences import check_pictures, read_examples, Reading
-from flowalign.data.prompts import guidance_texts, Prompt, prompts_of_step, read_prompts
+from flowalign.data.prompts import negative_texts, Prompt, prompts_of_step, read_prompts
 from flowalign.data.source import Written
 from flowalign.errors import UserError
 from flowalign.evaluation.evaluator import Evaluator
@@ -314,8 +314,11 @@ def remember(model: FlowModel, inputs: Inputs, prompts: list[Prompt], sampler: S
     """Encode prompts, and the negative prompts of a sampler, in advance."""
     # Pictures of votes are made again from the embeddings that made them, of each prompt alone.
     votes = drawn_pictures([*inputs.examples, *inputs.held_out])
-    texts = guidance_texts(prompts, sampler.negative_prompt)
-    model.remember(texts, together=1 if votes else ENCODE_AT_ONCE)
+    model.remember(
+        [prompt.text for prompt in prompts],
+        together=1 if votes else ENCODE_AT_ONCE,
+        negative=negative_texts(prompts, sampler.negative_prompt),
+    )
 
 
 def make_scorer(

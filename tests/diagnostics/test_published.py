@@ -14,7 +14,7 @@ from tests.tiny import ROOT
 CONFIGS = ROOT / "configs"
 SHIPPED = sorted(
     path
-    for folder in ("sd3", "flux", "flux2", "z_image", "qwen_image", "qwen_image21")
+    for folder in ("sd3", "flux", "flux2", "z_image", "qwen_image", "qwen_image21", "sana")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 BILLIONS = {
@@ -29,6 +29,9 @@ BILLIONS = {
     "Qwen/Qwen-Image-2512": 20.43,
     "Qwen/Qwen-Image-2.1": 7.12,
     "Qwen/Qwen-Image-2.1-Turbo": 7.12,
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": 1.604,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1.604,
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": 1.605,
 }
 """Published numbers of parameters of the transformers."""
 
@@ -59,8 +62,8 @@ def test_a_model_that_the_package_has_no_copy_of_stays_as_it_is():
     ("name", "room"),
     [
         # PickScore has 2 GB in half precision and 4 in single.
-        *((f"{family}/flow_grpo_24gb", 24 - 2) for family in ("flux2", "z_image")),
-        *((f"{family}/crd_24gb", 24 - 2) for family in ("flux2", "z_image")),
+        *((f"{family}/flow_grpo_24gb", 24 - 2) for family in ("flux2", "z_image", "sana")),
+        *((f"{family}/crd_24gb", 24 - 2) for family in ("flux2", "z_image", "sana")),
         *((f"qwen_image/{name}_80gb", 80 - 4) for name in ("flow_grpo", "crd")),
         ("qwen_image21/flow_grpo_24gb", 24 - 2),
         *((f"qwen_image21/{name}_80gb", 80 - 4) for name in ("flow_grpo", "crd")),

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
 from flowalign.batch import Keys
@@ -16,7 +17,7 @@ from flowalign.policy import Policy, Sampler
 from flowalign.rollouts.collect import collect, make_prompts
 from flowalign.runs.adapter_card import adapter_card
 from flowalign.sampling.generate import make_scorer
-from tests.tiny import make_policy, random_flux, random_sd35, small_config, TEXTS
+from tests.tiny import make_policy, random_flux, random_sana, random_sd35, small_config, TEXTS
 
 NEGATIVE = "two green triangles"
 KEYS = Keys.training(seed=0, step=0, members=[(0, 0), (1, 0)])
@@ -30,7 +31,9 @@ def sample(policy: Policy, *metadata: dict[str, str]):
     return noise, collect(policy, prompts, 2).x0
 
 
-@pytest.mark.parametrize("make", [random_sd35, partial(random_flux, guidance_embeds=False)])
+@pytest.mark.parametrize(
+    "make", [random_sd35, partial(random_flux, guidance_embeds=False), random_sana]
+)
 def test_the_picture_is_that_of_diffusers_with_the_negative_prompt(make, tmp_path):
     model = make(tmp_path)
     sampler = Sampler(steps=3, guidance=3.0, negative_prompt=NEGATIVE)
@@ -38,6 +41,8 @@ def test_the_picture_is_that_of_diffusers_with_the_negative_prompt(make, tmp_pat
     noise, x0 = sample(policy, {}, {})
     call = model.pipeline_call(model.config, 3, 3.0, sampler.embedded_guidance)
     calling = {**call.calling, "negative_prompt": [NEGATIVE] * 2}
+    if call.scheduler is not None:
+        model.pipe.scheduler = FlowMatchEulerDiscreteScheduler(**call.scheduler)
     packed = model.pipe._pack_latents(noise, *noise.shape) if "true_cfg_scale" in calling else noise
     theirs = model.pipe(TEXTS, latents=packed.clone(), output_type="pt", **calling).images
     with torch.no_grad():

@@ -16,6 +16,7 @@ from tests.tiny import (
     random_flux2,
     random_qwen_image,
     random_qwen_image21,
+    random_sana,
     random_z_image,
     ROOT,
 )
@@ -26,6 +27,7 @@ FAMILIES: Mapping[str, Make] = {
     "z_image": random_z_image,
     "qwen_image": random_qwen_image,
     "qwen_image21": random_qwen_image21,
+    "sana": random_sana,
 }
 DISTILLED: Mapping[str, Make] = {
     "flux2": partial(random_flux2, is_distilled=True),
