@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import flowalign
+from flowalign.evaluation.statistics import paired_difference
 from flowalign.labelling.label import LabelSettings, open_session
 from scripts.make_votes import play
 
@@ -97,6 +99,23 @@ def cell(summary: Mapping[str, dict], figure: str) -> str:
     return f"{summary['after'][figure]:.3f}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def sides_with(adapter: Path, held_out: Path, merge: Path | None = None) -> str:
+    """Return the cell of the held-out votes that a model sides with, for rows that do not say.
+
+    Objectives that do not learn from pairs evaluate single pictures.
+    """
+    settings = {
+        "objective": {"name": "dpo"},
+        "evaluation.pairs": str(held_out),
+        "evaluation.images_per_prompt": 1,
+        "model.merge": [str(merge)] if merge else [],
+    }
+    config = flowalign.load_config(CONFIG, settings)
+    before, after = (flowalign.evaluate(config, adapter=adapter) for adapter in (None, adapter))
+    low, mean, high = paired_difference(before, after)[FIGURES[0]]
+    return f"{after.means[FIGURES[0]]:.3f}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
 def main() -> None:
     """Run everything that is missing in the output folder, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -127,6 +146,11 @@ def main() -> None:
             for (name, questions), seed in zip(again(row).items(), (2, 3), strict=True):
                 vote(str(folder / f"{row}-{SECOND}"), folder / name, questions, seed)
         list(pool.map(second, options.rows))
+    for row in filter(TASTE.__contains__, options.rows):
+        for count in options.counts:
+            adapter = folder / f"{row}-{count}" / "adapter"
+            if adapter.is_dir():
+                print(f"| {row} | {count} | {sides_with(adapter, held_out)} |", flush=True)
 
 
 def again(row: str) -> dict[str, int]:
