@@ -27,6 +27,17 @@ def share_of_other_kind(gain: PerImage, liked: Tensor) -> PerImage:
     return torch.where(others.sum(1) > 0, counted, 0.5)
 
 
+def distance_from_other_kind(gain: PerImage, liked: Tensor) -> PerImage:
+    """Return for each picture (M,) how far its gain is on the right side of the middle.
+
+    The middle is half-way between the mean gains of liked and of disliked pictures, because all
+    gains may move together. With one kind alone it is 0.
+    """
+    kinds = gain[liked], gain[~liked]
+    middle = sum(kind.mean() for kind in kinds) / 2 if all(map(len, kinds)) else 0
+    return torch.where(liked, gain - middle, middle - gain)
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The held-out pictures, compared at fixed times and noise, without guidance."""
@@ -49,16 +60,20 @@ class HeldOut:
         picture has risen than that of the chosen one, compared with the model without adapter.
         `chosen_preferred` is 1 if the margin is positive, ½ if it is 0, and 0 otherwise.
 
-        For a single picture, `margin` is how much its error has fallen if it is liked, or risen if
-        it is disliked. `chosen_preferred` is then the share of pictures of the other kind over
-        which, or under which, the fall of its error is.
+        For a single picture, `margin` is how much further its error has fallen than those of both
+        kinds on average if it is liked, or how much less if it is disliked. `chosen_preferred` is
+        then the share of pictures of the other kind over which, or under which, the fall of its
+        error is.
         """
         figures = self._ordered(self._own_figures(policy))
         if not self.single:
             return figures
         liked = figures.pop("liked") > 0
-        gain = torch.where(liked, figures["margin"], -figures["margin"])
-        return figures | {"chosen_preferred": share_of_other_kind(gain, liked)}
+        gain = figures.pop("gain")
+        return figures | {
+            "margin": distance_from_other_kind(gain, liked),
+            "chosen_preferred": share_of_other_kind(gain, liked),
+        }
 
     def _own_figures(self, policy: Policy) -> dict[str, PerImage]:
         """Return the figures of this rank's entries."""
@@ -80,8 +95,8 @@ class HeldOut:
         for draw in self.times(self.batch):
             error += self._error(policy, x0, draw) / self.times.count
             before += self._error(policy.at("reference"), x0, draw) / self.times.count
-        margin = torch.where(liked, before - error, error - before)
-        return {"reconstruction_error": error, "margin": margin, "liked": liked.float()}
+        gain = before - error
+        return {"reconstruction_error": error, "gain": gain, "liked": liked.float()}
 
     def _pair_figures(
         self, policy: Policy, chosen: Latent, rejected: Latent

@@ -1,4 +1,4 @@
-"""How a model sides with the votes of held-out pairs."""
+"""How a model sides with held-out votes."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from flowalign.evaluation.results import EvaluationResult
 from flowalign.evaluation.statistics import paired_difference
 from flowalign.reporting.curves import number
 
-MARGIN = "margin"
-"""The held-out figure of pairs; see `HeldOut`."""
+MARGIN, PREFERRED = "margin", "chosen_preferred"
+"""The held-out figures of votes; see `HeldOut`."""
 BARS = 21
 WIDTH, HEIGHT = 420, 120
 
@@ -29,32 +29,22 @@ class Bar(NamedTuple):
 
 
 class Votes(NamedTuple):
-    """The votes of held-out pairs about a run."""
+    """The held-out votes about a run."""
 
     run: str
-    agree: int
-    """Pairs whose chosen picture the trained model prefers, more than the base does."""
-    ties: int
-    disagree: int
+    total: int
+    """The number of held-out entries."""
+    share: str
+    """The share of the votes that the model agrees with, of which the base has one half."""
     margin: str
     """The mean margin with its interval."""
     bars: Sequence[Bar]
-
-    @property
-    def total(self) -> int:
-        """The number of pairs."""
-        return self.agree + self.ties + self.disagree
-
-    @property
-    def share(self) -> str:
-        """The share of the votes that the model agrees with; ties count half."""
-        return f"{100 * (self.agree + self.ties / 2) / self.total:.0f} %"
 
 
 def count_votes(
     run: str, before: EvaluationResult | None, after: EvaluationResult | None
 ) -> Votes | None:
-    """Return how the trained weights side with held-out votes, or None without held-out pairs."""
+    """Return how the trained weights side with held-out votes, or None without any."""
     margins = after.held_out.get(MARGIN) if after else None
     if margins is None or after is None:
         return None
@@ -67,9 +57,8 @@ def count_votes(
     spread = high - differences[MARGIN][1] if known else math.inf
     return Votes(
         run=run,
-        agree=int((scored > 0).sum()),
-        ties=int((scored == 0).sum()),
-        disagree=int((scored < 0).sum()),
+        total=len(scored),
+        share=f"{100 * after.means[PREFERRED]:.0f} %",
         margin=f"{mean:.2g}" + (f" ± {spread:.2g}" if math.isfinite(spread) else ""),
         bars=_histogram(scored),
     )
@@ -84,7 +73,7 @@ def _histogram(margins: torch.Tensor) -> list[Bar]:
     for place, count in enumerate(counts):
         height = round((HEIGHT - 4) * count / highest, 1)
         low = limit * (2 * place / BARS - 1)
-        text = f"{count:.0f} pairs: {number(low)} to {number(low + 2 * limit / BARS)}"
+        text = f"{count:.0f} votes: {number(low)} to {number(low + 2 * limit / BARS)}"
         side = place - BARS // 2
         mood = "better" if side > 0 else "worse" if side < 0 else ""
         bars.append(
