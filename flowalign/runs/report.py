@@ -58,7 +58,7 @@ def read_record(run: Path, name: str = "") -> RunRecord:
     return RunRecord(
         name=name or run.absolute().name,
         objective=str(_section(config, "objective").get("name", "")),
-        model=str(_section(config, "model").get("path", "")),
+        model=_models(config),
         config=_text(run / "config.yaml"),
         environment=_text(run / "environment.json"),
         changes=Changes.load(run),
@@ -71,6 +71,13 @@ def read_record(run: Path, name: str = "") -> RunRecord:
         steps=_steps(run, evaluated),
         snippets=_snippets(run),
     )
+
+
+def _models(config: Mapping[str, Any]) -> str:
+    """Return the model that trains, and the one that makes the pictures if it is another."""
+    trained = str(_section(config, "model").get("path", ""))
+    evaluated = _section(config, "evaluation").get("model")
+    return f"{trained}, evaluated on {evaluated}" if evaluated else trained
 
 
 def _with_last_evaluation(summary: Summary, record: RunRecord) -> Summary:

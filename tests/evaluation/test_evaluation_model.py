@@ -85,6 +85,8 @@ def test_the_readme_of_the_adapter_shows_the_evaluated_model(run):
     assert "num_inference_steps=2" in card
     assert "base_model: assets/tiny-sd3\n" in card
     assert adapter_card(small_config(run), run / "adapter") != card
+    report = (run / "report.html").read_text()
+    assert f"flow_grpo on assets/tiny-sd3, evaluated on {DISTILLED}" in report
 
 
 def test_runs_on_other_models_are_not_compared(run, tmp_path):
