@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import flowalign
@@ -99,16 +100,15 @@ def cell(summary: Mapping[str, dict], figure: str) -> str:
     return f"{summary['after'][figure]:.3f}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def sides_with(adapter: Path, held_out: Path, merge: Path | None = None) -> str:
-    """Return the cell of the held-out votes that a model sides with, for rows that do not say.
+def sides_with(adapter: Path, held_out: Path) -> str:
+    """Return the cell of the held-out votes that a model sides with.
 
-    Objectives that do not learn from pairs evaluate single pictures.
+    It is for objectives that do not learn from pairs, whose evaluations have no such figure.
     """
     settings = {
         "objective": {"name": "dpo"},
         "evaluation.pairs": str(held_out),
         "evaluation.images_per_prompt": 1,
-        "model.merge": [str(merge)] if merge else [],
     }
     config = flowalign.load_config(CONFIG, settings)
     before, after = (flowalign.evaluate(config, adapter=adapter) for adapter in (None, adapter))
@@ -146,11 +146,10 @@ def main() -> None:
             for (name, questions), seed in zip(again(row).items(), (2, 3), strict=True):
                 vote(str(folder / f"{row}-{SECOND}"), folder / name, questions, seed)
         list(pool.map(second, options.rows))
-    for row in filter(TASTE.__contains__, options.rows):
-        for count in options.counts:
-            adapter = folder / f"{row}-{count}" / "adapter"
-            if adapter.is_dir():
-                print(f"| {row} | {count} | {sides_with(adapter, held_out)} |", flush=True)
+    for row, count in product({"taste, crd"}.intersection(options.rows), options.counts):
+        adapter = folder / f"{row}-{count}" / "adapter"
+        if adapter.is_dir():
+            print(f"| {row} | {count} | {sides_with(adapter, held_out)} |", flush=True)
 
 
 def again(row: str) -> dict[str, int]:

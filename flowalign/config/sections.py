@@ -135,7 +135,7 @@ class Evaluation(Settings):
     """Folder or hub id of another model of the family and size, to make the pictures with.
 
     Such as the one that was distilled to few steps from `model.path`; it takes a copy of the
-    adapter. Empty for the model that trains.
+    adapter. Empty for the model that trains. Of a repository, always the newest revision.
     """
     prompts: Source = ""
     """Prompts, written as `data.prompts`.
@@ -293,10 +293,9 @@ class Config:
         """The model that pictures are made with in evaluations, and for users of the adapter."""
         if not self.evaluation.model:
             return self.model
+        changes = {"path": self.evaluation.model, "adapter": "", "keep_text_encoders": False}
         # A revision is one of model.path.
-        return dataclasses.replace(
-            self.model, path=self.evaluation.model, revision=None, adapter=""
-        )
+        return dataclasses.replace(self.model, revision=None, **changes)
 
     @property
     def evaluation_sampler(self) -> "Sampler":

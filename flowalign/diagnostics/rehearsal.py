@@ -42,7 +42,7 @@ from flowalign.rollouts.sources import source_of, SourceContext
 from flowalign.rollouts.voted import VotedPictures
 from flowalign.settings.by_name import imported
 from flowalign.training.gradient import split
-from flowalign.training.setup import batch_plan, make_optimizer
+from flowalign.training.setup import batch_plan, errors_of_evaluation_model, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,9 @@ def stand_in_weights(config: Config) -> int:
     """Return the bytes of the networks of `evaluation.model`, which stay beside the others."""
     if not config.evaluation.model:
         return 0
-    model = MetaModel(replace(config.evaluation_model, merge=[], text_cache_gb=0))
+    with errors_of_evaluation_model(config):
+        model = MetaModel(replace(config.evaluation_model, merge=[], text_cache_gb=0))
+        model.schedule(config.evaluation_sampler.steps)
     return model.weights["transformer"] + model.weights["vae"]
 
 

@@ -138,8 +138,6 @@ class Sana(PipelineModel[SanaConfig]):
 
     def use_attention(self, name: str) -> None:
         """Keep PyTorch's attention: the network's processors ignore other back ends."""
-        if name != "native":
-            raise UserError(f"model.attention: SANA knows native, not {name!r}.")
 
     @classmethod
     def pipeline_call(

@@ -45,9 +45,9 @@ def count_votes(
     run: str, before: EvaluationResult | None, after: EvaluationResult | None
 ) -> Votes | None:
     """Return how the trained weights side with held-out votes, or None without any."""
-    margins = after.held_out.get(MARGIN) if after else None
-    if margins is None or after is None:
+    if after is None or not {MARGIN, PREFERRED} <= after.held_out.keys():
         return None
+    margins = after.held_out[MARGIN]
     scored = margins[margins.isfinite()].double()
     if not len(scored):
         return None

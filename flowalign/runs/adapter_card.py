@@ -65,7 +65,8 @@ def adapter_card(config: Config, folder: Path) -> str:
             merged first stand in it too, as `merged_names` says.
     """
     path, merged = portable(config.evaluation_model.path), merged_names(config)
-    head = card_head(portable(config.model.path), merged, details=_details(config))
+    base = config.model.path
+    head = card_head(portable(base), merged, details=_details(config, base))
     if call := _pipeline_call(config):
         merging = "".join(MERGING.format(folder=str(folder), name=name) for name in merged)
         values = _values(config, call, folder)
@@ -84,8 +85,8 @@ def model_card(config: Config, folder: Path) -> str:
     """
     call = _pipeline_call(config)
     assert call is not None
-    path, tags = portable(config.evaluation_model.path), ("text-to-image", "flowalign")
-    head = card_head(path, tags=tags, details=_details(config))
+    base, tags = config.evaluation_model.path, ("text-to-image", "flowalign")
+    head = card_head(portable(base), tags=tags, details=_details(config, base))
     return head + OF_A_MODEL.format(**_values(config, call, folder))
 
 
@@ -141,9 +142,9 @@ def card_head(
     return f"---\n{yaml.safe_dump(entries.to_dict(), sort_keys=False)}---\n"
 
 
-def _details(config: Config) -> dict[str, str]:
+def _details(config: Config, base: str) -> dict[str, str]:
     """Return a prompt for the hub's pages, and the licence that the base model's own card names."""
-    path = Path(config.model.path)
+    path = Path(base)
     entries = _entries(path) if path.is_dir() else {}
     licence = {key: entries[key] for key in LICENCE if isinstance(entries.get(key), str)}
     return {"instance_prompt": _first_prompt(config)} | {k: str(v) for k, v in licence.items()}

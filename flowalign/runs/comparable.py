@@ -30,7 +30,10 @@ OWN_SETTINGS = (
     "offload",
     "compile",
 )
-"""Settings of the model that may differ. Files may have several paths: pictures decide."""
+"""Settings of the model that may differ. Files may have several paths: pictures decide.
+
+So `evaluation.model` may differ too.
+"""
 SAMPLER = ("steps", "guidance", "embedded_guidance")
 DIFFERENT_PICTURES = 8.0
 """Mean difference of two pictures, in levels of 255, from which two models made them.
@@ -66,7 +69,6 @@ class FinishedRun:
             **{f"evaluation.sampler.{key}": sampler.get(key) for key in SAMPLER},
             # Runs of earlier versions have none.
             "evaluation.sampler.negative_prompt": sampler.get("negative_prompt") or "",
-            "evaluation.model": evaluation.get("model") or "",
             "evaluation.images_per_prompt": evaluation.get("images_per_prompt"),
             # The noise of evaluations is drawn from this seed.
             "train.seed": _value(self.config, "train.seed"),

@@ -81,11 +81,12 @@ def push_adapter(run: Path, step: int | None, adapter: Path, repository: str, pu
 def _complete(run: Path, step: int | None, folder: Path, repository: str) -> None:
     """Add pictures, configuration, and a card whose code names the repository."""
     config, summary = load_config(run / CONFIG), _summary_of(run, step)
-    if Path(config.model.path).is_dir():
-        say(
-            f"The card names the base model {portable(config.model.path)}, a folder of this "
-            f"machine. Correct base_model in {CARD} on the hub."
-        )
+    for path in dict.fromkeys((config.model.path, config.evaluation_model.path)):
+        if Path(path).is_dir():
+            say(
+                f"The card names the model {portable(path)}, a folder of this machine. "
+                f"Correct it in {CARD} on the hub."
+            )
     card = adapter_card(config, Path(repository)) + (card_results(summary) if summary else "")
     pictures = run / PICTURES
     if summary and pictures.is_file():

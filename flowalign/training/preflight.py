@@ -170,15 +170,18 @@ def check_guidance(assembly: Assembly) -> Iterator[Finding]:
 
 def check_few_steps(assembly: Assembly) -> Iterator[Finding]:
     """Check that a model of few steps is not guided, and whether it will blur."""
-    stand_in = assembly.evaluator.stand_in
-    if stand_in and stand_in.model.is_step_distilled:
-        yield from _unguided({"evaluation.sampler.guidance": stand_in.sampler.guidance})
-    if not assembly.policy.model.is_step_distilled:
+    config, model = assembly.config, assembly.policy.model
+    drawing = assembly.evaluator.on_its_model(assembly.policy.at("reference")).model
+    if drawing.is_step_distilled:
+        scales = [1.0, *config.evaluation.guidance_sweep]
+        yield from _unguided({"evaluation.sampler.guidance": config.evaluation_sampler.guidance})
+        if config.target_reward and max(scales) > 1:
+            text = f"evaluation.guidance_sweep tries {max(scales):g}, but the model is made for few"
+            yield Finding("few steps", f"{text} steps without guidance. Set it to [].", wrong=True)
+    if not model.is_step_distilled:
         return
-    config = assembly.config
     scales = dict(guidance_settings(settings_of(config.objective), "objective"))
-    scales["sampler.guidance"] = config.sampler.guidance
-    yield from _unguided(scales)
+    yield from _unguided({**scales, "sampler.guidance": config.sampler.guidance})
     if config.objective.matches_velocities:
         yield Finding(
             "few steps",
@@ -192,7 +195,7 @@ def _unguided(scales: Mapping[str, float]) -> Iterator[Finding]:
     """Yield a finding for each guidance, by its key, under which a model of few steps would be."""
     for key, guidance in scales.items():
         if guidance > 1:
-            text = f"{key} is {guidance:g}, but this model is made for few steps without guidance"
+            text = f"{key} is {guidance:g}, but the model is made for few steps without guidance"
             yield Finding("few steps", f"{text}. Set {key} to 1.", wrong=True)
 
 

@@ -5,6 +5,8 @@ are answered in seconds.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +26,7 @@ from flowalign.models import load_model, MODELS
 from flowalign.models.base import FlowModel
 from flowalign.models.config import ModelConfig
 from flowalign.models.families import name_of
+from flowalign.models.hub import is_local
 from flowalign.models.text_cache import ENCODE_AT_ONCE
 from flowalign.policy import Policy, Sampler
 from flowalign.progress import say, task
@@ -360,25 +363,37 @@ def make_stand_in(config: Config, policy: Policy) -> Policy | None:
 
     Raises UserError if this model cannot take the adapter of the policy.
     """
-    path, name = config.evaluation.model, config.model.name
-    if not path:
+    if not config.evaluation.model:
         return None
-    # A family of one's own knows itself what its paths are.
-    family = name_of(path, key="evaluation.model") if name in MODELS else name
-    if family != name:
-        raise UserError(f"evaluation.model: {path} is a {family}, but model.path is a {name}.")
-    stand_in = Policy(
-        _load(config.evaluation_model, config.distributed.shard),
-        config.evaluation_sampler,
-        images_per_pass=policy.images_per_pass,
-    )
+    with errors_of_evaluation_model(config):
+        model = _load(config.evaluation_model, config.distributed.shard)
+        stand_in = Policy(model, config.evaluation_sampler, images_per_pass=policy.images_per_pass)
     own, trained = ([p.shape for p in each.parameters()] for each in (stand_in, policy))
     if own != trained:
         raise UserError(
-            f"evaluation.model: {path} has layers of other sizes than model.path, so that it "
-            "cannot take the adapter. Give a model of the same size."
+            f"evaluation.model: {config.evaluation.model} has layers of other sizes than "
+            "model.path, so that it cannot take the adapter. Give a model of the same size."
         )
     return stand_in
+
+
+@contextmanager
+def errors_of_evaluation_model(config: Config) -> Iterator[None]:
+    """Name `evaluation.model` in errors about a model that is loaded in the block.
+
+    Raises UserError if it is of another family.
+    """
+    path, name = config.evaluation.model, config.model.name
+    # A family of one's own knows itself what its paths are. Those on the hub are not asked twice.
+    if name in MODELS and is_local(path):
+        family = name_of(path, key="evaluation.model")
+        if family != name:
+            raise UserError(f"evaluation.model: {path} is a {family}, but model.path is a {name}.")
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace("model.path", "evaluation.model", 1)
+        raise UserError(text.replace("sampler.steps", "evaluation.sampler.steps", 1)) from error
 
 
 def make_held_out(inputs: Inputs, context: SourceContext) -> HeldOut | None:

@@ -1,6 +1,8 @@
 """Training one model, and evaluating the adapter on another one, such as a distilled one."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +15,13 @@ from flowalign.evaluation.results import EvaluationResult
 from flowalign.labelling.label import find_origin
 from flowalign.models import load_model
 from flowalign.policy import Policy, Sampler
-from flowalign.runs.adapter_card import adapter_card
+from flowalign.runs.adapter_card import adapter_card, model_card
 from flowalign.runs.comparable import read_run, refuse_other_evaluation
 from flowalign.runs.folder import AFTER, BEFORE
 from flowalign.sampling.sources import find_source
 from flowalign.training.setup import assemble, load, read_inputs
 from flowalign.training.trainer import train
-from tests.tiny import random_flux2, small_config, stir
+from tests.tiny import random_flux2, ROOT, small_config, stir
 
 DISTILLED = "assets/tiny-sd3-2step"
 ON_DISTILLED = [f"evaluation.model={DISTILLED}", "evaluation.sampler.steps=2"]
@@ -89,10 +91,20 @@ def test_the_readme_of_the_adapter_shows_the_evaluated_model(run):
     assert f"flow_grpo on assets/tiny-sd3, evaluated on {DISTILLED}" in report
 
 
-def test_runs_on_other_models_are_not_compared(run, tmp_path):
-    train(small_config(tmp_path, "evaluation.sampler.steps=2"))
-    with pytest.raises(UserError, match=r"evaluation\.model is assets/tiny-sd3-2step and "):
-        refuse_other_evaluation(read_run(run), read_run(tmp_path))
+def test_runs_are_compared_if_one_model_makes_their_pictures(run, tmp_path):
+    on_base, on_distilled = (read_run(tmp_path / name) for name in trained_elsewhere(tmp_path))
+    refuse_other_evaluation(read_run(run), on_distilled)
+    with pytest.raises(UserError, match=r"the model without an adapter makes other pictures"):
+        refuse_other_evaluation(read_run(run), on_base)
+
+
+def trained_elsewhere(folder: Path) -> list[str]:
+    """Runs on the bundled model and on that of two steps, which evaluate on what they train."""
+    paths = {"base": "assets/tiny-sd3", "distilled": DISTILLED}
+    for name, path in paths.items():
+        settings = [f"model.path={path}", "evaluation.sampler.steps=2", "train.steps=1"]
+        train(small_config(folder / name, *settings))
+    return [*paths]
 
 
 def test_a_plan_counts_the_weights_of_both_models():
@@ -109,6 +121,18 @@ def test_another_family_or_size_is_refused():
         assembly_of(small_config("run", "evaluation.model=assets/tiny-flux"))
     with pytest.raises(UserError, match=r"evaluation\.model: there is no folder"):
         assembly_of(small_config("run", "evaluation.model=./nothing"))
+    with pytest.raises(UserError, match=r"^evaluation\.model: there is no folder"):
+        rehearse(small_config("run", "evaluation.model=./nothing"))
+
+
+def test_a_merged_export_has_the_licence_of_the_model_that_it_holds(tmp_path):
+    for name, licence in (("base", "apache-2.0"), ("distilled", "mit")):
+        shutil.copytree(ROOT / "assets" / "tiny-sd3-2step", tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    models = f"model.path={tmp_path / 'base'}", f"evaluation.model={tmp_path / 'distilled'}"
+    config = small_config(tmp_path / "run", *models)
+    assert "license: apache-2.0" in adapter_card(config, tmp_path)
+    assert "license: mit" in model_card(config, tmp_path)
 
 
 def test_a_model_of_few_steps_is_not_guided(tmp_path, capsys):
@@ -123,9 +147,10 @@ def test_a_model_of_few_steps_is_not_guided(tmp_path, capsys):
         "rewards={brightness: 1.0}",
         "evaluation.rewards={brightness: 1.0}",
     ]
-    for guidance, fits in ((1.0, True), (4.0, False)):
-        config = small_config(
-            tmp_path / "run", *settings, f"evaluation.sampler.guidance={guidance}"
-        )
-        assert check(config) == fits
-    assert "evaluation.sampler.guidance is 4" in capsys.readouterr().out
+    for change, complaint in (
+        ("evaluation.sampler.guidance=1", ""),
+        ("evaluation.sampler.guidance=4", "evaluation.sampler.guidance is 4, but the model is"),
+        ("evaluation.guidance_sweep=[2, 3]", "evaluation.guidance_sweep tries 3, but the model is"),
+    ):
+        assert check(small_config(tmp_path / "run", *settings, change)) == (not complaint)
+        assert complaint in capsys.readouterr().out
