@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.votes import CONFIG, TASTE, train
+from benchmarks.votes import CONFIG, train, vote
 from flowalign.data.votes import read_votes
 from flowalign.labelling.label import LabelSettings, open_session
 from flowalign.labelling.server import make_app
@@ -23,8 +23,13 @@ from scripts.make_votes import choice_of, pixels
 from tests.browser import browser
 
 __all__ = ["browser"]
-FIGURES = ("scene_match", "chosen_preferred")
-RISES = {**dict.fromkeys(TASTE, FIGURES), "kto": FIGURES[1:]}
+RISES = {
+    "taste, crd": ["scene_match"],
+    "taste, kto": ["scene_match", "chosen_preferred"],
+    "taste, dpo": ["scene_match", "chosen_preferred"],
+    "taste, d3po": ["chosen_preferred"],
+    "kto": ["chosen_preferred"],
+}
 """What clearly rises after 60 answers."""
 LONG = "<b>a prompt</b> " + "with a long word supercalifragilistic " * 5
 
@@ -150,15 +155,13 @@ def vote_by_sight(page, seed: int) -> None:
 
 @pytest.mark.slow
 def test_votes_in_the_browser_train_a_model_that_draws_what_was_asked(tmp_path, browser):
-    for name, questions, seed in (("votes", 60, 0), ("held-out", 60, 1)):
-        (folder := tmp_path / name).mkdir()
-        settings = LabelSettings(questions=questions, votes=str(folder / "votes.jsonl"), seed=seed)
-        session = open_session(CONFIG, settings)
-        with served(session) as address, opened(browser, address, 1400) as page:
-            vote_by_sight(page, seed)
-    files = [tmp_path / name / "votes.jsonl" for name in ("votes", "held-out")]
+    votes = tmp_path / "votes.jsonl"
+    session = open_session(CONFIG, LabelSettings(questions=60, votes=str(votes)))
+    with served(session) as address, opened(browser, address, 1400) as page:
+        vote_by_sight(page, seed=0)
+    held_out = vote(CONFIG, tmp_path / "held-out", questions=300, seed=1)
     for row, figures in RISES.items():
-        train(row, *files, tmp_path / row)
+        train(row, votes, held_out, tmp_path / row)
         rises = json.loads((tmp_path / row / "summary.json").read_text())["difference"]
         for figure in figures:
             low, _mean, _high = rises[figure]
