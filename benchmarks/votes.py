@@ -46,7 +46,7 @@ TASTE: Mapping[str, tuple[str, Mapping[str, object]]] = {
 }
 """Rows that learn from new pictures, which a reward scores that is fitted to the votes."""
 ALWAYS = {"train.evaluate_every": 0, "evaluation.guidance_sweep": []}
-FIGURES = ("chosen_preferred", "scene_match")
+FIGURES = ("chosen_preferred", "scene_match_graded", "scene_match")
 
 
 def vote(source: str, folder: Path, questions: int, seed: int) -> Path:

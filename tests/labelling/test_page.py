@@ -24,11 +24,11 @@ from tests.browser import browser
 
 __all__ = ["browser"]
 RISES = {
-    "taste, crd": ["scene_match", "scene_match_graded"],
+    "taste, crd": ("scene_match", "scene_match_graded"),
     **dict.fromkeys(
-        ("taste, kto", "taste, dpo", "taste, d3po"), ["scene_match_graded", "chosen_preferred"]
+        ("taste, kto", "taste, dpo", "taste, d3po"), ("scene_match_graded", "chosen_preferred")
     ),
-    "kto": ["chosen_preferred"],
+    "kto": ("chosen_preferred",),
 }
 """What clearly rises after 60 answers of a voter who goes by the graded score."""
 LONG = "<b>a prompt</b> " + "with a long word supercalifragilistic " * 5
