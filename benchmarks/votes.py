@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import flowalign
@@ -111,9 +110,9 @@ def sides_with(adapter: Path, held_out: Path) -> str:
         "evaluation.images_per_prompt": 1,
     }
     config = flowalign.load_config(CONFIG, settings)
-    before, after = (flowalign.evaluate(config, adapter=adapter) for adapter in (None, adapter))
-    low, mean, high = paired_difference(before, after)[FIGURES[0]]
-    return f"{after.means[FIGURES[0]]:.3f}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    before, after = flowalign.evaluate(config), flowalign.evaluate(config, adapter)
+    summary = {"after": after.means, "difference": paired_difference(before, after)}
+    return cell(summary, "chosen_preferred")
 
 
 def main() -> None:
@@ -146,10 +145,8 @@ def main() -> None:
             for (name, questions), seed in zip(again(row).items(), (2, 3), strict=True):
                 vote(str(folder / f"{row}-{SECOND}"), folder / name, questions, seed)
         list(pool.map(second, options.rows))
-    for row, count in product({"taste, crd"}.intersection(options.rows), options.counts):
-        adapter = folder / f"{row}-{count}" / "adapter"
-        if adapter.is_dir():
-            print(f"| {row} | {count} | {sides_with(adapter, held_out)} |", flush=True)
+    for adapter in sorted(folder.glob("taste, crd-[0-9]*/adapter")):
+        print(f"| {adapter.parent.name} | {sides_with(adapter, held_out)} |", flush=True)
 
 
 def again(row: str) -> dict[str, int]:

@@ -134,8 +134,8 @@ class Evaluation(Settings):
     model: str = ""
     """Folder or hub id of another model of the family and size, to make the pictures with.
 
-    Such as the one that was distilled to few steps from `model.path`; it takes a copy of the
-    adapter. Empty for the model that trains. Of a repository, always the newest revision.
+    For example the model that was distilled to few steps from `model.path`. It takes a copy of the
+    adapter. Empty for the model that trains. A repository is read at its newest revision.
     """
     prompts: Source = ""
     """Prompts, written as `data.prompts`.
@@ -293,9 +293,13 @@ class Config:
         """The model that pictures are made with in evaluations, and for users of the adapter."""
         if not self.evaluation.model:
             return self.model
-        changes = {"path": self.evaluation.model, "adapter": "", "keep_text_encoders": False}
-        # A revision is one of model.path.
-        return dataclasses.replace(self.model, revision=None, **changes)
+        return dataclasses.replace(
+            self.model,
+            path=self.evaluation.model,
+            revision=None,  # model.revision is one of model.path
+            adapter="",
+            keep_text_encoders=False,
+        )
 
     @property
     def evaluation_sampler(self) -> "Sampler":

@@ -23,6 +23,7 @@ from flowalign.reporting.summary import baselines, guidance_note, Summary
 from flowalign.settings.yaml_files import parse_yaml
 
 EULER = "FlowMatchEulerDiscreteScheduler"
+"""The scheduler of diffusers that makes pictures as training does."""
 CARD, MERGED, MERGED_FOLDER = "README.md", "merged_adapters", "merged"
 LICENCE = ("license", "license_name", "license_link")
 """Entries of a card that say what others may do with a model."""

@@ -173,10 +173,10 @@ def check_few_steps(assembly: Assembly) -> Iterator[Finding]:
     config, model = assembly.config, assembly.policy.model
     drawing = assembly.evaluator.on_its_model(assembly.policy.at("reference")).model
     if drawing.is_step_distilled:
-        scales = [1.0, *config.evaluation.guidance_sweep]
+        highest = max([1.0, *config.evaluation.guidance_sweep])
         yield from _unguided({"evaluation.sampler.guidance": config.evaluation_sampler.guidance})
-        if config.target_reward and max(scales) > 1:
-            text = f"evaluation.guidance_sweep tries {max(scales):g}, but the model is made for few"
+        if config.target_reward and highest > 1:
+            text = f"evaluation.guidance_sweep tries {highest:g}, but the model is made for few"
             yield Finding("few steps", f"{text} steps without guidance. Set it to [].", wrong=True)
     if not model.is_step_distilled:
         return

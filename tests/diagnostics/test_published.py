@@ -51,6 +51,14 @@ def test_every_shipped_file_is_planned_without_a_hub(path):
     assert (Path(with_bundled_files(model).path) / "model_index.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_plan_of_every_shipped_file_is_made(path):
+    plan = rehearse(load_config(path))
+    assert plan.peak > plan.weights["transformer"]
+    assert plan.flops > 0
+
+
 def test_a_model_that_the_package_has_no_copy_of_stays_as_it_is():
     model = load_config(CONFIGS / "sd3" / "crd.yaml").model
     for path in ("nobody/nothing", str(ROOT / "assets" / "tiny-sd3")):
